@@ -1,0 +1,285 @@
+"""The bench's parts: processes with their own ports and directories, HTTP probes, kernel counters.
+
+Every scenario starts what it measures itself and ends it by process id, so that a run leaves
+nothing behind and two runs on one machine do not meet. Nothing here knows what is being compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+MIB = 1024 * 1024
+TIMES = "\N{MULTIPLICATION SIGN}"
+PROJECT = Path(__file__).resolve().parents[1]
+LOOPBACK = "127.0.0.1"
+PRIMED_BYTES = 700 * MIB
+# States of /proc/net/tcp (include/net/tcp_states.h) in which our side still holds the socket:
+# established, being dialled, and closed by the other side only.
+OPEN_STATES = frozenset({b"01", b"02", b"08"})
+
+
+class PartFailed(Exception):
+    """A part did not start, or went away while it was needed; carries the end of its output."""
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(slots=True)
+class Part:
+    """A running program: its name, its process and the file that takes its output."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def check(self) -> None:
+        """Raises PartFailed when the program has ended."""
+        if self.process.poll() is not None:
+            raise PartFailed(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return self.output.read_text(errors="replace")[-2000:]
+
+    def stop(self, patience: float = 15.0) -> None:
+        """Asks it to end; after `patience` seconds insists, children included (its own session)."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+@contextlib.contextmanager
+def running(
+    name: str,
+    command: Sequence[str],
+    directory: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Part]:
+    """Runs `command` with its output in `directory` until the block ends."""
+    output = directory / f"{name}.out"
+    with output.open("wb") as sink:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            cwd=PROJECT,  # so that `python -m` finds the packages of this tree
+            start_new_session=True,
+        )
+    part = Part(name, process, output)
+    try:
+        yield part
+    finally:
+        part.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer: status, headers with lower-case names, body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def request(
+    port: int,
+    path: str,
+    *,
+    method: str = "GET",
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Reply:
+    """One HTTP exchange with 127.0.0.1:`port` on a connection of its own. Raises OSError."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=60)
+    try:
+        connection.request(method, path, body=body, headers=dict(headers or {}))
+        answer = connection.getresponse()
+        names = {name.lower(): value for name, value in answer.getheaders()}
+        return Reply(answer.status, names, answer.read())
+    except http.client.HTTPException as error:
+        raise OSError(f"{method} {path}: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def until(condition: Callable[[], bool], what: str, *, patience: float = 60.0) -> None:
+    """Polls every 20 ms until `condition` holds; raises PartFailed after `patience` seconds."""
+    end = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > end:
+            raise PartFailed(f"still waiting for {what} after {patience:.0f} s")
+        time.sleep(0.02)
+
+
+def await_http(part: Part, port: int, path: str, *, ready: Callable[[int], bool]) -> None:
+    """Waits until `path` on `port` answers with a status that `ready` accepts."""
+
+    def answers() -> bool:
+        part.check()
+        try:
+            return ready(request(port, path).status)
+        except OSError:
+            return False
+
+    try:
+        until(answers, f"{part.name} to answer {path}")
+    except PartFailed as error:
+        raise PartFailed(f"{error}\n{part.tail()}") from error
+
+
+def resident_bytes(pid: int) -> int:
+    """VmRSS of a process and all its descendants, in bytes (shared pages count once for each)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:
+        return 0
+    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    total = int(found[1]) * 1024 if found else 0
+    for thread in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = (thread / "children").read_text().split()
+            total += sum(resident_bytes(int(child)) for child in children)
+    return total
+
+
+def open_sockets(table: bytes, port: int) -> int:
+    """Sockets of a /proc/net/tcp table that lead to `port`, not yet closed by whoever dialled."""
+    wanted = b":%04X" % port
+    count = 0
+    for line in table.splitlines()[1:]:
+        fields = line.split(None, 4)
+        count += fields[2].endswith(wanted) and fields[3] in OPEN_STATES
+    return count
+
+
+@dataclass(slots=True)
+class SocketSampler:
+    """Watches how many sockets lead to a port, from a thread of its own, while its block runs.
+
+    One look costs about 5 ms of a core (the kernel walks its whole connection hash), so rounds that
+    are timed look seldom and a round that is not looks all the time.
+    """
+
+    port: int
+    interval: float
+    peak: int = 0
+    looks: int = 0
+    _end: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> SocketSampler:
+        self._thread = threading.Thread(target=self._watch, name="socket-sampler")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        table = Path("/proc/net/tcp")
+        while not self._end.wait(self.interval):
+            self.peak = max(self.peak, open_sockets(table.read_bytes(), self.port))
+            self.looks += 1
+
+
+def prime_pages(directory: Path, size: int = PRIMED_BYTES) -> None:
+    """Writes `size` bytes and unlinks them.
+
+    A virtual machine hands free pages back to its host; whoever touches them first pays several
+    times the price of the write. Done before every round, so that nobody's round pays it.
+    """
+    chunk = os.urandom(MIB) * 4
+    path = directory / "primer"
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // len(chunk)):
+            file.write(chunk)
+    path.unlink()
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit, so that the blocks that stop processes run to their end."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _first_line(command: Sequence[str]) -> str:
+    """The first line that a program says, on either stream; "-" when it is not installed."""
+    if shutil.which(command[0]) is None:
+        return "-"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    return said[0] if said else "-"
+
+
+def _package(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """What a figure needs beside it to mean anything: machine, versions, date, load before."""
+    nginx = _first_line(["nginx", "-v"])
+    registry = _first_line(["docker-registry", "--version"])
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cores": f"{os.cpu_count()} {TIMES} {_processor()}",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "pullpool": _package("pullpool"),
+        "aiohttp": _package("aiohttp"),
+        "uvloop": _package("uvloop"),
+        "nginx": nginx.rpartition("/")[2],
+        "docker-registry": registry.split()[-1],
+        "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
+    }

@@ -1,0 +1,44 @@
+"""`pullpool check-config` and `pullpool config schema`: look at a configuration without serving."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command("check-config")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.pass_context
+def check_config(context: click.Context, file: Path) -> None:
+    """Report every fault in FILE at its key.
+
+    PULLPOOL_ variables count as they would for `serve`, and files that the settings name must be
+    there. The exit code is 0 when `serve` would start with it, else 1.
+    """
+    from proxy.config import ConfigError, load_settings, unknown_variables
+
+    try:
+        settings = load_settings(file, {}, os.environ)
+        if missing := settings.missing(os.environ):
+            raise ConfigError(missing)
+    except ConfigError as error:
+        for fault in error.faults:
+            click.echo(fault, err=True)
+        context.exit(1)
+    for text in (*settings.warnings(), *unknown_variables(os.environ)):
+        click.echo(f"warning: {text}", err=True)
+    click.echo("ok")
+
+
+@click.group("config")
+def config_group() -> None:
+    """About the configuration file."""
+
+
+@config_group.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration file, for editors."""
+    from proxy.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

@@ -1,0 +1,71 @@
+"""The command `pullpool`.
+
+A command imports what it runs inside its function: `pullpool healthcheck`, which a container runs
+every few seconds, must not pay for the server, nor `--help` for the settings.
+"""
+
+import click
+
+from proxy import __version__
+from proxy.cli.check import check_config, config_group
+from proxy.cli.health import healthcheck
+from proxy.cli.serve import serve
+from proxy.settings.values import parse_size
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="pullpool")
+def cli() -> None:
+    """Many pulls, few connections: a caching pull-through proxy for container registries."""
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if not size:
+        raise click.BadParameter("must be above zero")
+    return size
+
+
+@click.command()
+@click.option(
+    "--clients",
+    type=click.IntRange(1, 1000),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Clients that pull at the same moment.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Connections that the registry allows; beyond them it answers 401.",
+)
+@click.option(
+    "--layer-size",
+    callback=_size,
+    default="16MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Size of each layer.",
+)
+@click.pass_context
+def demo(context: click.Context, clients: int, limit: int, layer_size: int) -> None:
+    """Overrun a registry's limit, with and without pullpool."""
+    from proxy.cli.demo import run_demo
+
+    context.exit(run_demo(clients=clients, limit=limit, layer_size=layer_size))
+
+
+for _command in (serve, demo, check_config, config_group, healthcheck):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; ends the process with the command's exit code."""
+    cli(prog_name="pullpool")

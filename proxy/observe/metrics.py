@@ -1,0 +1,238 @@
+"""The metrics of one proxy, on a registry of its own, so that two proxies can share a process.
+
+Events are counted where they happen. What has a state (connections, queues, the store) is read from
+the live objects at scrape time instead: a gauge that is moved up and down drifts from the truth at
+the first forgotten path, a callback cannot.
+
+No label holds a repository, a digest or a client: their number has no bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+# From a hit out of memory to a large blob over a slow line.
+_DURATION = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 900)
+# Waiting is what this proxy is for: fine steps up to the usual header deadlines (20 s, 30 s).
+_WAIT = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 180, 300)
+
+
+@dataclass(frozen=True, slots=True)
+class GateState:
+    """One gate at one moment. Connections and waiters are counts; `depth` is by class."""
+
+    upstream: str
+    active: int
+    idle: int
+    limit: int
+    depth: Mapping[str, int]
+    queue_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """The store at one moment: bytes held, bytes it may hold, blobs held."""
+
+    bytes: int
+    limit: int
+    blobs: int
+
+
+class Metrics:
+    """Every metric, all with the prefix `pullpool_`.
+
+    `registry` is where they are registered; a registry takes one `Metrics` only.
+    """
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self._live = _LiveState()
+        self.registry.register(self._live)
+        self._make_http()
+        self._make_queue()
+        self._make_upstream()
+        self._make_flow()
+        self._make_process()
+
+    def observe_gates(self, gates: Callable[[], Iterable[GateState]]) -> None:
+        """Read the gates with this callback at every scrape."""
+        self._live.gates = gates
+
+    def observe_store(self, store: Callable[[], StoreState]) -> None:
+        """Read the store with this callback at every scrape."""
+        self._live.store = store
+
+    def observe_flights(self, flights: Callable[[], int]) -> None:
+        """Read the number of flights with this callback at every scrape."""
+        self._live.flights = flights
+
+    def render(self) -> bytes:
+        """The text exposition; `content_type` is its media type."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(f"pullpool_{name}", text, tuple(labels), registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Iterable[str], buckets: tuple[float, ...]
+    ) -> Histogram:
+        return Histogram(
+            f"pullpool_{name}", text, tuple(labels), registry=self.registry, buckets=buckets
+        )
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"pullpool_{name}", text, registry=self.registry)
+
+    def _make_http(self) -> None:
+        labels = ("kind", "cache")
+        self.http_requests = self._counter(
+            "http_requests_total", "Requests answered", ("kind", "method", "code", "cache")
+        )
+        self.http_duration = self._histogram(
+            "http_request_duration_seconds", "Arrival to last byte", labels, _DURATION
+        )
+        self.http_first_byte = self._histogram(
+            "http_time_to_first_byte_seconds", "Arrival to first body byte", labels, _DURATION
+        )
+        self.http_bytes = self._counter(
+            "http_response_bytes_total", "Body bytes sent to clients", ("cache",)
+        )
+        self.http_inflight = self._gauge("http_requests_inflight", "Requests being answered")
+
+    def _make_queue(self) -> None:
+        labels = ("upstream", "class")
+        self.queue_wait = self._histogram(
+            "queue_wait_seconds", "Wait for a slot of the upstream", labels, _WAIT
+        )
+        self.queue_timeouts = self._counter(
+            "queue_timeouts_total", "Waiters whose deadline came before their turn", labels
+        )
+        self.queue_abandoned = self._counter(
+            "queue_abandoned_total", "Waiters that left before their turn", labels
+        )
+
+    def _make_upstream(self) -> None:
+        labels = ("upstream",)
+        self.upstream_requests = self._counter(
+            "upstream_requests_total", "Requests to upstreams by status", ("upstream", "code")
+        )
+        self.upstream_duration = self._histogram(
+            "upstream_request_duration_seconds", "Request to last byte", labels, _DURATION
+        )
+        self.upstream_bytes = self._counter(
+            "upstream_bytes_total", "Body bytes received from upstreams", labels
+        )
+        self.upstream_errors = self._counter(
+            "upstream_errors_total", "Failed requests to upstreams", ("upstream", "kind")
+        )
+        self.upstream_resumes = self._counter(
+            "upstream_resumes_total", "Broken bodies continued at their byte", labels
+        )
+        self.upstream_without_range = self._counter(
+            "upstream_without_range_total", "Ranges answered with the whole body", labels
+        )
+        self.token_refresh = self._counter(
+            "token_refresh_total", "Token requests by outcome", ("upstream", "result")
+        )
+
+    def _make_flow(self) -> None:
+        self.coalesced = self._counter(
+            "coalesced_requests_total", "Requests that joined a flight", ("kind",)
+        )
+        self.fill_failures = self._counter(
+            "fill_failures_total", "Fills that ended without a stored blob", ("reason",)
+        )
+        self.fills_abandoned = self._counter(
+            "fills_abandoned_total", "Fills that lost their last reader", ("action",)
+        )
+        self.digest_mismatch = self._counter(
+            "digest_mismatch_total", "Content that was not what its digest says", ("source",)
+        )
+        self.evictions = self._counter("evictions_total", "Blobs evicted", ("reason",))
+        self.store_errors = self._counter(
+            "store_errors_total", "Failed operations of the store", ("op", "errno")
+        )
+        self.recovered = self._counter(
+            "store_recovered_temp_total", "Unfinished files removed at start"
+        )
+
+    def _make_process(self) -> None:
+        self.loop_lag = self._gauge("event_loop_lag_seconds", "How late the event loop runs")
+        self.draining = self._gauge("draining", "1 while no new work is taken")
+        self.build_info = Info("pullpool_build", "Versions of this build", registry=self.registry)
+
+
+class _LiveState(Collector):
+    """Asks the live objects for their state once per scrape; what nobody set is not shown."""
+
+    def __init__(self) -> None:
+        self.gates: Callable[[], Iterable[GateState]] | None = None
+        self.store: Callable[[], StoreState] | None = None
+        self.flights: Callable[[], int] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.gates is not None:
+            yield from _gate_families(self.gates())
+        if self.store is not None:
+            yield from _store_families(self.store())
+        if self.flights is not None:
+            yield GaugeMetricFamily(
+                "pullpool_flights", "Fetches that readers share", value=self.flights()
+            )
+
+
+class _Sums:
+    """A gauge family whose equal label sets are added up.
+
+    Two gates may carry the same upstream name (two content hosts behind one registry), and an
+    exposition with the same series twice is refused as a whole.
+    """
+
+    def __init__(self, name: str, text: str, *labels: str) -> None:
+        self._family = GaugeMetricFamily(f"pullpool_{name}", text, labels=labels)
+        self._sums: dict[tuple[str, ...], float] = {}
+
+    def add(self, value: float, *labels: str) -> None:
+        self._sums[labels] = self._sums.get(labels, 0) + value
+
+    def family(self) -> Metric:
+        for labels, value in self._sums.items():
+            self._family.add_metric(labels, value)
+        return self._family
+
+
+def _gate_families(gates: Iterable[GateState]) -> Iterator[Metric]:
+    connections = _Sums("upstream_connections", "Open sockets to the upstream", "upstream", "state")
+    limit = _Sums("upstream_connections_limit", "Sockets allowed to the upstream", "upstream")
+    depth = _Sums("queue_depth", "Waiters for a slot of the upstream", "upstream", "class")
+    queue_limit = _Sums("queue_limit", "Waiters allowed for the upstream", "upstream")
+    for gate in gates:
+        connections.add(gate.active, gate.upstream, "active")
+        connections.add(gate.idle, gate.upstream, "idle")
+        limit.add(gate.limit, gate.upstream)
+        queue_limit.add(gate.queue_limit, gate.upstream)
+        for name, waiting in gate.depth.items():
+            depth.add(waiting, gate.upstream, name)
+    for sums in (connections, limit, depth, queue_limit):
+        yield sums.family()
+
+
+def _store_families(store: StoreState) -> Iterator[Metric]:
+    yield GaugeMetricFamily("pullpool_store_bytes", "Bytes held", value=store.bytes)
+    yield GaugeMetricFamily("pullpool_store_limit_bytes", "Bytes allowed", value=store.limit)
+    yield GaugeMetricFamily("pullpool_store_blobs", "Blobs held", value=store.blobs)

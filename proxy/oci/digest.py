@@ -1,0 +1,88 @@
+"""Digests: the names of bytes, and the running hash that proves bytes deserve their name.
+
+Only sha256 and sha512 exist here: they are the algorithms the OCI image-spec registers and clients
+use, and each further one would widen what a client may make us hash and store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from proxy.oci.errors import DigestInvalid
+
+# image-spec, "Digests": encoded is lower-case hex, and its length belongs to the algorithm.
+_HEX = {
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "sha512": re.compile(r"[0-9a-f]{128}"),
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Digest:
+    """A content digest. `str()` gives the wire form `sha256:<64 hex>`.
+
+    Raises DigestInvalid for anything that is not a sha256 or sha512 digest in lower-case hex.
+    """
+
+    algorithm: str
+    hex: str
+
+    def __post_init__(self) -> None:
+        grammar = _HEX.get(self.algorithm)
+        if grammar is None or not grammar.fullmatch(self.hex):
+            raise DigestInvalid(detail={"digest": f"{self.algorithm}:{self.hex}"[:200]})
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the wire form. Raises DigestInvalid."""
+        algorithm, _, encoded = text.partition(":")
+        return cls(algorithm, encoded)
+
+    @classmethod
+    def of(cls, data: bytes | bytearray | memoryview, algorithm: str = "sha256") -> Self:
+        """The digest of bytes at hand. Raises DigestInvalid for an unknown algorithm."""
+        if algorithm not in _HEX:
+            raise DigestInvalid(detail={"algorithm": algorithm[:200]})
+        return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
+
+    def verifier(self) -> Verifier:
+        """A fresh running hash that expects this digest."""
+        return Verifier(self)
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+class Verifier:
+    """A running hash and length over bytes that arrive in order.
+
+    It may be handed from thread to thread (hashlib releases the interpreter lock for large
+    buffers), but two threads must not update it at the same time: the order of bytes is the
+    caller's promise. `actual` and `matches` may be asked at any point and do not end it.
+    """
+
+    __slots__ = ("_hash", "count", "expected")
+
+    def __init__(self, expected: Digest) -> None:
+        self.expected = expected
+        self.count = 0  # bytes hashed
+        self._hash = hashlib.new(expected.algorithm)
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Hash the next bytes."""
+        self._hash.update(data)
+        self.count += data.nbytes if isinstance(data, memoryview) else len(data)
+
+    def actual(self) -> Digest:
+        """The digest of all bytes so far."""
+        return Digest(self.expected.algorithm, self._hash.hexdigest())
+
+    def matches(self) -> bool:
+        """Whether the bytes so far are the expected content."""
+        return self.actual() == self.expected
+
+    def __repr__(self) -> str:
+        return f"<Verifier {self.expected} after {self.count} bytes>"

@@ -1,0 +1,87 @@
+"""Who may have what: permission and denial by (upstream, repository), bytes by digest (DESIGN D12).
+
+A digest may be served through a repository that is known to have it: the upstream answered 200
+through it, or a manifest fetched through it names the digest. Bytes that are held because another
+repository brought them must first be *proved* through this one. Denials and "not found" are kept
+for a few seconds, so that a client that insists does not become the upstream's problem; never for a
+digest that a manifest names, because then the blob is only late (eventual consistency).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from cachetools import TTLCache
+
+from proxy.oci.digest import Digest
+from proxy.oci.errors import Denied, NotFound, PullError
+from proxy.pull.asks import Ask
+from proxy.pull.shared import SharedWork
+from proxy.store.store import Link, Store
+from proxy.upstream.client import Head, UpstreamClient
+from proxy.upstream.turns import Ticket
+
+#: Denials kept at most.
+MAX_DENIALS = 16_384
+
+Key = tuple[str, str, str]  # upstream, repository, reference
+
+
+class Permissions:
+    """Links that are known, proofs under way, refusals that are remembered."""
+
+    def __init__(self, store: Store, *, negative_ttl: float, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._refusals: TTLCache[Key, PullError] = TTLCache(MAX_DENIALS, negative_ttl, timer=clock)
+        self._proofs: SharedWork[Key, Head] = SharedWork()
+
+    async def link(self, ask: Ask, digest: Digest) -> Link | None:
+        """The repository's link to ``digest``, if it is known to have it."""
+        return await self._store.linked(ask.upstream, ask.repository, digest)
+
+    async def grant(self, ask: Ask, digest: Digest, size: int | None) -> None:
+        """The repository has been seen to have ``digest``."""
+        await self._store.link(ask.upstream, ask.repository, [(digest, size)])
+
+    def check(self, ask: Ask, reference: str) -> None:
+        """Raise the refusal that is remembered for this reference, if there is one."""
+        error = self._refusals.get((ask.upstream, ask.repository, reference))
+        if error is not None:
+            raise error.with_traceback(None)
+
+    def remember(self, ask: Ask, reference: str, error: PullError) -> None:
+        """Keep a refusal for a while, if it is one."""
+        if isinstance(error, Denied | NotFound):
+            self._refusals[ask.upstream, ask.repository, reference] = error
+
+    async def prove_blob(self, ask: Ask, digest: Digest, client: UpstreamClient) -> Link:
+        """Ask the upstream whether this repository has the blob. Raises its refusal."""
+
+        async def head(ticket: Ticket) -> Head:
+            return await client.head_blob(ask.repository, digest, ticket)
+
+        return await self._prove(ask, digest, head)
+
+    async def prove_manifest(self, ask: Ask, digest: Digest, client: UpstreamClient) -> Link:
+        """The same for a manifest: a HEAD, which Docker Hub does not count."""
+
+        async def head(ticket: Ticket) -> Head:
+            return await client.head_manifest(ask.repository, str(digest), ticket)
+
+        return await self._prove(ask, digest, head)
+
+    async def _prove(
+        self, ask: Ask, digest: Digest, head: Callable[[Ticket], Awaitable[Head]]
+    ) -> Link:
+        key = (ask.upstream, ask.repository, str(digest))
+        self.check(ask, str(digest))
+        try:
+            found, _ = await self._proofs.do(key, ask.client, head)
+        except PullError as error:
+            self.remember(ask, str(digest), error)
+            raise
+        await self.grant(ask, digest, found.size)
+        return Link(found.size)
+
+    async def close(self) -> None:
+        await self._proofs.close()

@@ -1,0 +1,125 @@
+"""Freshness: how long a tag may be believed (DESIGN D13). A digest never expires.
+
+The decision is one pure function over what is known of the tag; ``TagBook`` remembers tags, in
+memory with the monotonic clock and in the index with the wall clock, so that a proxy that starts
+while its upstream is down can still say what a tag was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from cachetools import LRUCache
+
+from proxy.oci.digest import Digest
+from proxy.store.store import Store
+
+TagKey = tuple[str, str, str]  # upstream, repository, tag
+
+#: Tags kept in memory; the index has them all.
+MAX_TAGS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class TagPolicy:
+    """D13's settings, in seconds."""
+
+    ttl: float = 30.0
+    stale_while_revalidate: float = 0.0
+    stale_if_error: float = 24 * 3600.0
+    negative_ttl: float = 10.0
+    upstream_timeout: float = 2.0
+    immutable: Sequence[re.Pattern[str]] = ()
+
+    def is_immutable(self, tag: str) -> bool:
+        return any(pattern.fullmatch(tag) for pattern in self.immutable)
+
+
+@dataclass(frozen=True, slots=True)
+class TagEntry:
+    """What a tag was when the upstream last confirmed it.
+
+    ``checked`` and ``failed`` are monotonic (``None``: not in this process), ``checked_wall`` is
+    wall-clock time; seconds.
+    """
+
+    digest: Digest
+    checked_wall: float
+    checked: float | None = None
+    failed: float | None = None
+
+
+class Verdict(StrEnum):
+    """What to do with a tag that is asked for."""
+
+    FETCH = "fetch"  # nothing is known
+    FRESH = "fresh"  # serve it
+    BACKGROUND = "background"  # serve it, and ask meanwhile
+    CHECK = "check"  # ask first
+    STALE = "stale"  # asking failed a moment ago: serve it with a warning
+
+
+def judge(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -> Verdict:
+    """Decide by the monotonic time ``now``."""
+    if entry is None:
+        return Verdict.FETCH
+    if policy.is_immutable(tag):
+        return Verdict.FRESH
+    age = None if entry.checked is None else now - entry.checked
+    if age is not None and age < policy.ttl:
+        return Verdict.FRESH
+    if age is not None and age < policy.ttl + policy.stale_while_revalidate:
+        return Verdict.BACKGROUND
+    if entry.failed is not None and now - entry.failed < policy.ttl:
+        return Verdict.STALE
+    return Verdict.CHECK
+
+
+def may_be_stale(entry: TagEntry, wall: float, policy: TagPolicy) -> bool:
+    """May the entry still stand in for an upstream that fails? By wall clock: it outlives us."""
+    return wall - entry.checked_wall <= policy.stale_if_error
+
+
+class TagBook:
+    """Remembers tags."""
+
+    def __init__(
+        self, store: Store, *, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._wall = wall
+        self._memory: LRUCache[TagKey, TagEntry] = LRUCache(MAX_TAGS)
+
+    async def get(self, key: TagKey) -> TagEntry | None:
+        entry = self._memory.get(key)
+        if entry is not None:
+            return entry
+        row = await self._store.tag(*key)
+        if row is None:
+            return None
+        # Another request may have put a newer one meanwhile.
+        return self._memory.setdefault(key, TagEntry(row.digest, row.checked_at))
+
+    async def confirm(self, key: TagKey, digest: Digest) -> None:
+        """The upstream has just said that the tag is ``digest``."""
+        wall = self._wall()
+        self._memory[key] = TagEntry(digest, wall, checked=self._clock())
+        await self._store.put_tag(*key, digest, wall)
+
+    def failed(self, key: TagKey) -> None:
+        """The upstream could not be asked: do not ask again for a while."""
+        entry = self._memory.get(key)
+        if entry is not None:
+            self._memory[key] = replace(entry, failed=self._clock())
+
+    async def drop(self, key: TagKey) -> None:
+        """The upstream has no such tag (any more)."""
+        self._memory.pop(key, None)
+        await self._store.drop_tag(*key)
+
+    def is_usable(self, entry: TagEntry, policy: TagPolicy) -> bool:
+        return may_be_stale(entry, self._wall(), policy)

@@ -1,0 +1,45 @@
+"""A bounded window of a body in memory, for blobs that the disk has no room for (DESIGN D14).
+
+The fill appends at its end, readers follow inside it. Its front is given up as it grows past
+``capacity``, so memory stays flat whatever the blob's size; a reader whose place was given up has
+*fallen out* and goes on with turns of its own. Pure: whoever fills it waits for readers outside.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class Window:
+    """Bytes ``start`` … ``end`` of a body, as the pieces they came in."""
+
+    def __init__(self, start: int, capacity: int) -> None:
+        if capacity < 2:
+            raise ValueError(f"a window needs at least two bytes, not {capacity}")
+        self.start = start
+        self.end = start
+        self.capacity = capacity
+        self._pieces: deque[bytes] = deque()
+
+    def append(self, data: bytes) -> None:
+        """Add ``data`` at the end; give up whole pieces in front to stay within capacity."""
+        self._pieces.append(data)
+        self.end += len(data)
+        while self.end - self.start > self.capacity and len(self._pieces) > 1:
+            self.start += len(self._pieces.popleft())
+
+    def holds(self, position: int) -> bool:
+        """May a reader at ``position`` follow this window (maybe waiting at its end)?"""
+        return self.start <= position <= self.end
+
+    def piece(self, position: int) -> bytes:
+        """The bytes from ``position`` to the end of the piece it lies in."""
+        at = self.start
+        for data in self._pieces:
+            if position < at + len(data):
+                return data[position - at :] if position > at else data
+            at += len(data)
+        raise ValueError(f"byte {position} is not in {self!r}")
+
+    def __repr__(self) -> str:
+        return f"<Window {self.start}-{self.end}, at most {self.capacity}>"

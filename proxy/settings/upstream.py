@@ -1,0 +1,250 @@
+"""[upstreams.NAME]: a registry to pull from, the public ones that are known, and their rules."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, SecretStr
+
+from proxy.settings.faults import Conflict, Fault, key_path
+from proxy.settings.types import (
+    NAME,
+    Access,
+    Duration,
+    FilePath,
+    Helper,
+    Limit,
+    MaybeRate,
+    Name,
+    Overload,
+    Prefix,
+    Section,
+    Shown,
+    Url,
+    Variable,
+)
+from proxy.settings.values import origin, parse_registry_url, registry_name
+
+# What `pullpool serve` offers when it is told of no upstream, and what an upstream of one of these
+# names starts from.
+KNOWN_REGISTRIES: Mapping[str, Mapping[str, Any]] = {
+    "docker.io": {
+        "url": "https://registry-1.docker.io",
+        "aliases": ("index.docker.io", "registry-1.docker.io"),
+        "library": True,
+        "auth_realms": ("auth.docker.io",),
+    },
+    **{
+        name: {"url": f"https://{name}"}
+        for name in (
+            "quay.io",
+            "ghcr.io",
+            "registry.k8s.io",
+            "gcr.io",
+            "public.ecr.aws",
+            "mcr.microsoft.com",
+        )
+    },
+}
+_ROOT_REGISTRY = "docker.io"
+
+
+class Upstream(Section):
+    """[upstreams.NAME]: a registry to pull from."""
+
+    url: Annotated[Url, Shown("URL", "https://NAME")] = Field(
+        default="", description="Base URL of the registry."
+    )
+    aliases: tuple[Name, ...] = Field(
+        default=(), description="Other names by which clients ask for this registry."
+    )
+    library: bool = Field(
+        default=False,
+        description="Put library/ before names of one component, as Docker Hub wants.",
+    )
+    max_connections: Annotated[Limit, Shown("number", "the top level's max_connections")] = Field(
+        default_factory=lambda: 16, description="Most sockets that are ever open to this registry."
+    )
+    max_redirect_connections: Annotated[Limit, Shown("number", "4 times max_connections")] = Field(
+        default_factory=lambda: 64,
+        description="Most sockets to each other origin it redirects to, such as a CDN.",
+    )
+    rate: MaybeRate = Field(
+        default=None, description="Most requests in a time, such as 100/s, 600/m or 100/6h."
+    )
+    connect_timeout: Duration = Field(
+        default=10.0, gt=0, description="Longest time for a connection to be made."
+    )
+    read_timeout: Duration = Field(
+        default=60.0, gt=0, description="Longest silence of the upstream within an answer."
+    )
+    username: str | None = Field(
+        default=None, min_length=1, description="Account to pull with; needs one password key."
+    )
+    password: SecretStr | None = Field(
+        default=None, min_length=1, description="The account's password."
+    )
+    password_env: Variable | None = Field(
+        default=None, description="Environment variable that holds the password."
+    )
+    password_file: FilePath | None = Field(
+        default=None, description="File that holds the password; read again when it changes."
+    )
+    docker_config: FilePath | None = Field(
+        default=None, description="A docker config.json to take credentials from."
+    )
+    credential_helper: Helper | None = Field(
+        default=None, description="NAME of a docker-credential-NAME program to ask."
+    )
+    auth_realms: tuple[Name, ...] = Field(
+        default=(), description="Hosts of token services outside the registry's own domain."
+    )
+    repository_prefix: Prefix = Field(
+        default="", description="Put before every repository name: 'dockerhub-proxy/'."
+    )
+    ca_file: FilePath | None = Field(
+        default=None, description="PEM file of the authorities to trust for this registry."
+    )
+    access: Annotated[Access, Shown("", "shared with credentials, else public")] = Field(
+        default_factory=lambda: "public",
+        description="Who may read what was pulled: 'public' needs no credentials, 'shared' gives"
+        " every client what the credentials may pull.",
+    )
+    overload: Overload = Field(
+        default="wait",
+        description="When the queue is long: 'wait' keeps a pull's place, 'spill' sends it on to"
+        " the client's next mirror.",
+    )
+
+    @property
+    def credential_keys(self) -> tuple[str, ...]:
+        """The keys that say where the credentials come from; more than one is a fault."""
+        password = ("password", "password_env", "password_file")
+        kinds = (*password, "docker_config", "credential_helper")
+        return tuple(kind for kind in kinds if getattr(self, kind) is not None)
+
+    def settled(self, name: str, max_connections: int) -> Self:
+        """With everything that was left out filled in from the name and the limit of the whole."""
+        given = self.model_fields_set
+        limit = self.max_connections if "max_connections" in given else max_connections
+        update: dict[str, Any] = {"url": self.url or f"https://{name}", "max_connections": limit}
+        if "max_redirect_connections" not in given:
+            update["max_redirect_connections"] = 4 * limit
+        if "access" not in given:
+            update["access"] = "shared" if self.credential_keys else "public"
+        return self.model_copy(update=update)
+
+    def conflicts(self, name: str) -> Iterator[Conflict]:
+        """Rules between the keys of this table."""
+        here = ("upstreams", name)
+        kinds = self.credential_keys
+        about = tuple((*here, key) for key in (*kinds, "username"))
+        if not NAME.fullmatch(name):
+            yield Conflict(here, "the name must be host or host:port, in lower case")
+        elif _origin(self) is None:
+            yield Conflict(here, "needs url, as its name is not the address of a host")
+        if len(kinds) > 1:
+            message = f"only one kind of credential can be used, and {' and '.join(kinds)} are set"
+            yield Conflict((*here, kinds[1]), message, about)
+        elif not kinds and self.username is not None:
+            message = "needs password, password_env or password_file beside it"
+            wanted = ("password", "password_env", "password_file")
+            yield Conflict((*here, "username"), message, tuple((*here, key) for key in wanted))
+        elif kinds and kinds[0].startswith("password") and self.username is None:
+            yield Conflict((*here, kinds[0]), "needs username beside it", about)
+        elif kinds and not kinds[0].startswith("password") and self.username is not None:
+            yield Conflict((*here, "username"), f"comes from {kinds[0]}: leave it out", about)
+        if self.access == "passthrough":
+            yield Conflict((*here, "access"), "'passthrough' is not available yet: use 'shared'")
+
+    def missing(self, name: str, environ: Mapping[str, str]) -> Iterator[Fault]:
+        """Files and variables that these keys name and that cannot be read."""
+        for key in ("ca_file", "password_file", "docker_config"):
+            path: Path | None = getattr(self, key)
+            if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+                reason = "is not a file that can be read"
+                yield Fault(key_path(("upstreams", name, key)), reason, repr(str(path)))
+        if self.password_env is not None and not environ.get(self.password_env):
+            reason = "names an environment variable that is not set"
+            yield Fault(key_path(("upstreams", name, "password_env")), reason)
+
+
+def chosen_upstreams(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The upstreams and the default that follow from what was given."""
+    given = dict(data.get("upstreams", {}))
+    default = data.get("default_upstream")
+    if data.get("upstream_url") is not None:
+        try:
+            url = parse_registry_url(data["upstream_url"])
+        except ValueError:
+            return {}  # its own field says what is wrong with it
+        default = _known_by(url, given) or registry_name(url)
+        if default not in given:
+            given[default] = {"url": url}
+    elif not given:
+        given = {name: {} for name in KNOWN_REGISTRIES}
+        default = default or _ROOT_REGISTRY
+    elif len(given) == 1 and default is None:
+        default = next(iter(given))
+    return {
+        "upstreams": {name: _from_known(name, one) for name, one in given.items()},
+        "default_upstream": default,
+    }
+
+
+def _known_by(url: str, upstreams: Mapping[str, Any]) -> str | None:
+    """The upstream that already has this URL: its credentials and limits are meant, then."""
+    for name, one in upstreams.items():
+        known = _from_known(name, one)
+        theirs = known.get("url", f"https://{name}") if isinstance(known, Mapping) else None
+        try:
+            if theirs is not None and parse_registry_url(theirs) == url:
+                return name
+        except ValueError:
+            continue
+    return None
+
+
+def _from_known(name: str, given: Any) -> Any:
+    """What is known of a registry by this name, under what was given for it."""
+    known = KNOWN_REGISTRIES.get(name)
+    if known is None or not isinstance(given, dict):
+        return given
+    if "url" in given:
+        # Somebody's own mirror of it: its names hold, but not where its tokens come from.
+        known = {key: value for key, value in known.items() if key != "auth_realms"}
+    return {**known, **given}
+
+
+def clashing_names(upstreams: Mapping[str, Upstream]) -> Iterator[Conflict]:
+    owners: dict[str, str] = dict(zip(upstreams, upstreams, strict=True))
+    for name, upstream in upstreams.items():
+        for alias in upstream.aliases:
+            if owners.setdefault(alias, name) != name:
+                message = f"'{alias}' already names the upstream '{owners[alias]}'"
+                yield Conflict(("upstreams", name, "aliases"), message)
+
+
+def clashing_caps(upstreams: Mapping[str, Upstream]) -> Iterator[Conflict]:
+    """A cap belongs to an origin, so upstreams that share one cannot differ in it."""
+    first: dict[str, str] = {}
+    for name, upstream in upstreams.items():
+        address = _origin(upstream)
+        if address is None:
+            continue
+        other = first.setdefault(address, name)
+        theirs = upstreams[other].max_connections
+        if upstream.max_connections != theirs:
+            at = ("upstreams", name, "max_connections")
+            message = f"must be {theirs}, as '{other}' is at the same address"
+            about = (("upstreams", other, "max_connections"), ("upstreams", name, "url"))
+            yield Conflict(at, message, (*about, ("upstreams", other, "url")))
+
+
+def _origin(upstream: Upstream) -> str | None:
+    """Where its sockets go; None while its URL, made of its name, is no URL."""
+    try:
+        return origin(parse_registry_url(upstream.url))
+    except ValueError:
+        return None

@@ -1,0 +1,389 @@
+"""Bytes on disk: how a fill is written, how it gets its name, and what readers hold.
+
+Theory of operation. A fill writes into a staging file of its own, never shared and never seen by
+the next process. Its life:
+
+    filling --append*--> filling --commit--> stored
+       |                    |
+       +------discard-------+--------------> dropped
+
+* append: pwrite at the mark, then hash, then move the mark, in one hop to a thread. A write that
+  fails leaves mark and hash where they were; what it wrote beyond the mark is overwritten by the
+  next one, so nothing is hashed twice.
+* commit: fsync the file, rename it to blobs/<algorithm>/<2 hex>/<hex>, fsync the directory, enter
+  it. The fsync comes before the rename, so nothing carries a final name whose bytes are not on
+  the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
+  never tried again (the kernel may have dropped the very pages that failed).
+* discard: unlink. A process that dies before it leaves its staging files to the next start,
+  which removes them.
+
+Append, commit and discard of one fill exclude one another. Cancelled, each one first ends the step
+that a thread is doing, so that the mark always says what is written and hashed, and a commit that
+has begun goes to its end.
+
+Readers lease: an open descriptor with a pin against eviction. It stays readable whatever happens to
+the name.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self, TypeVar
+
+from proxy.oci.digest import Digest, Verifier
+from proxy.oci.errors import StoreFailed
+from proxy.store.work import finish
+
+T = TypeVar("T")
+
+# The kernel takes so many buffers in one call (IOV_MAX).
+_BUFFERS = 1024
+_HASH_STEP = 1 << 20
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class StoreFull(Exception):
+    """The disk did not take the bytes. They go to the readers, but not into the store."""
+
+
+class NoRoom(StoreFull):
+    """The store has no room for a blob of this size, even after evicting all it may."""
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write to the file system of `directory`."""
+    figures = os.statvfs(directory)
+    return figures.f_bavail * figures.f_frsize
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The calls that a full or dying disk fails, in the order of the write protocol."""
+
+    free: Callable[[Path], int] = free_bytes
+    write: Callable[[int, Sequence[memoryview], int], int] = os.pwritev
+    sync: Callable[[int], None] = os.fsync
+    rename: Callable[[Path, Path], None] = os.replace
+    sync_directory: Callable[[Path], None] = sync_directory
+    unlink: Callable[[Path], None] = os.unlink
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in a cache directory."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "LOCK"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.db"
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
+    def blobs(self) -> Path:
+        return self.root / "blobs"
+
+    def blob(self, digest: Digest) -> Path:
+        """Two hex digits of fan-out keep directories short; the name is the digest itself."""
+        return self.blobs / digest.algorithm / digest.hex[:2] / digest.hex
+
+
+class FileLease:
+    """An open file that will not be evicted while this is open.
+
+    `size` in bytes: of a stored blob its whole size; of a fill the bytes that were written and
+    hashed when the lease was taken (the fill's mark says how far it has come since). Read with
+    pread or sendfile and an offset of your own: leases of one fill share a file position. Close
+    it on the event loop, after whatever reads the descriptor has ended.
+    """
+
+    __slots__ = ("_release", "file", "size")
+
+    def __init__(self, file: BinaryIO, size: int, release: Callable[[], None]) -> None:
+        self.file = file
+        self.size = size
+        self._release: Callable[[], None] | None = release
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        """Give file and pin back; a second call does nothing."""
+        if self._release is not None:
+            release, self._release = self._release, None
+            self.file.close()
+            release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<FileLease {'closed' if self._release is None else self.size}>"
+
+
+@dataclass(frozen=True, slots=True)
+class StagingFile:
+    """The open descriptors of a fill: one that writes, one that readers duplicate."""
+
+    path: Path
+    writer: int
+    reader: int
+
+    @classmethod
+    def create(cls, path: Path) -> "StagingFile":
+        """Make the file, which must not exist. Raises OSError and leaves nothing then."""
+        writer = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(writer)
+            os.unlink(path)
+            raise
+        return cls(path, writer, reader)
+
+    def close(self) -> None:
+        os.close(self.writer)
+        os.close(self.reader)
+
+
+class _State(StrEnum):
+    FILLING = "filling"
+    BROKEN = "broken"  # a commit failed: only discard is left
+    STORED = "stored"
+    DROPPED = "dropped"
+
+
+class Shelf(Protocol):
+    """What a fill asks of the store that it belongs to."""
+
+    async def make_room(self, fill: "Staging", upto: int) -> None:
+        """Room for the fill's first `upto` bytes. Raises NoRoom."""
+
+    async def reclaim(self, count: int) -> bool:
+        """The disk is full: evict about `count` bytes; whether anything went."""
+
+    async def off_loop(self, call: Callable[[], T]) -> T:
+        """Run `call` in a thread; a cancellation is raised after it has ended."""
+
+    async def keep(self, fill: "Staging") -> None:
+        """Give the file its name and enter the blob. Raises StoreFailed."""
+
+    async def drop(self, fill: "Staging") -> None:
+        """Remove the staging file and give its room back. Never fails."""
+
+    def spawn(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        """Run work that goes to its end whatever becomes of its caller."""
+
+    def pinned(self, digest: Digest) -> Callable[[], None]:
+        """Pin a digest; call the result once to unpin."""
+
+    def failed(self, operation: str, error: OSError) -> None:
+        """Count and log what the disk refused."""
+
+
+class Staging:
+    """One fill: a file that grows, the hash of what is in it, and the room it was promised.
+
+    `size` is the expected size in bytes or None; `mark` counts the bytes that are written and
+    hashed, and only ever grows; `reserved` is the room the store has promised so far.
+    """
+
+    def __init__(
+        self, *, digest: Digest, size: int | None, file: StagingFile, shelf: Shelf, disk: Disk
+    ) -> None:
+        self.digest = digest
+        self.size = size
+        self.mark = 0
+        self.reserved = size or 0
+        self.verifier: Verifier = digest.verifier()
+        self.file = file
+        self._shelf = shelf
+        self._disk = disk
+        self._turn = asyncio.Lock()
+        self._state = _State.FILLING
+
+    def __repr__(self) -> str:
+        size = "?" if self.size is None else self.size
+        return f"<Staging {self.digest.hex[:12]} {self.mark}/{size} {self._state}>"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the file is still this fill's own: neither stored nor dropped."""
+        return self._state in (_State.FILLING, _State.BROKEN)
+
+    async def append(self, chunks: Sequence[bytes]) -> None:
+        """Write and hash the next bytes.
+
+        Raises StoreFull when they cannot be written; then none of them counts and the mark is
+        where it was. Cancelled, either all of them count or none: the mark tells.
+        """
+        async with self._turn:
+            self._require(_State.FILLING)
+            count = sum(map(len, chunks))
+            await self._shelf.make_room(self, self.mark + count)
+            try:
+                await self._shelf.off_loop(lambda: self._write(chunks, count))
+            except OSError as error:
+                self._shelf.failed("write", error)
+                # Others share the disk, so it can be full while the ledger sees room.
+                is_full = error.errno in DISK_FULL
+                if not (is_full and await self._shelf.reclaim(count)):
+                    raise StoreFull(f"cannot write: {error.strerror}") from error
+                await self._write_again(chunks, count)
+
+    async def _write_again(self, chunks: Sequence[bytes], count: int) -> None:
+        try:
+            await self._shelf.off_loop(lambda: self._write(chunks, count))
+        except OSError as error:
+            self._shelf.failed("write", error)
+            raise StoreFull(f"cannot write: {error.strerror}") from error
+
+    def _write(self, chunks: Sequence[bytes], count: int) -> None:
+        # In a thread. The hash and the mark move only when every byte is in the file.
+        write_at(self._disk.write, self.file.writer, chunks, self.mark)
+        for chunk in chunks:
+            self.verifier.update(chunk)
+        self.mark += count
+
+    def lease(self) -> FileLease:
+        """Open the growing file for one more reader, who must not read beyond the mark.
+
+        The lease outlives commit and discard; raises StoreFailed when one of them has been.
+        """
+        if not self.is_open:
+            raise StoreFailed("the fill has ended")
+        file = open(os.dup(self.file.reader), "rb", buffering=0)  # noqa: SIM115 -- leased out
+        return FileLease(file, self.mark, self._shelf.pinned(self.digest))
+
+    def verified(self) -> bool:
+        """Whether what is in the file is the blob: size and digest."""
+        return self.size in (None, self.mark) and self.verifier.matches()
+
+    async def commit(self) -> None:
+        """Store the blob under its name; a second call does nothing.
+
+        Raises StoreFailed when it is not verified or the disk refuses; then call `discard`.
+        Cancelled, it still goes to its end, and the cancellation is raised after that.
+        """
+        async with self._turn:
+            if self._state is _State.STORED:
+                return
+            self._require(_State.FILLING)
+            if not self.verified():
+                raise StoreFailed(f"{self.digest} is not complete or not right")
+            await finish(self._shelf.spawn(self._store()))
+
+    async def _store(self) -> None:
+        self._state = _State.BROKEN  # until it is known to have worked
+        await self._shelf.keep(self)
+        self._state = _State.STORED
+        self.file.close()
+
+    async def discard(self) -> None:
+        """Remove the file and give its room back; does nothing after a commit or a discard."""
+        async with self._turn:
+            if self.is_open:
+                await finish(self._shelf.spawn(self._drop()))
+
+    async def _drop(self) -> None:
+        self._state = _State.DROPPED
+        self.file.close()
+        await self._shelf.drop(self)
+
+    def _require(self, state: _State) -> None:
+        if self._state is not state:
+            raise StoreFailed(f"the fill of {self.digest} is {self._state}")
+
+
+# In a thread
+
+
+def write_at(
+    write: Callable[[int, Sequence[memoryview], int], int],
+    fd: int,
+    chunks: Sequence[bytes],
+    offset: int,
+) -> None:
+    """Write all chunks from `offset` on, however little the kernel takes at a time."""
+    left = [memoryview(chunk) for chunk in chunks if chunk]
+    while left:
+        taken = write(fd, left[:_BUFFERS], offset)
+        if taken <= 0:
+            raise OSError(errno.EIO, "the file takes no bytes")
+        offset += taken
+        while left and taken >= len(left[0]):
+            taken -= len(left.pop(0))
+        if taken:
+            left[0] = left[0][taken:]
+
+
+def store_file(disk: Disk, file: StagingFile, target: Path) -> OSError | None:
+    """The steps that make a staging file a blob. Raises OSError when it is not one afterwards.
+
+    Returns the error of the last step, which does no harm: a name that a power cut takes away is
+    a blob to be fetched again, never a short one.
+    """
+    disk.sync(file.writer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    disk.rename(file.path, target)
+    try:
+        disk.sync_directory(target.parent)
+    except OSError as error:
+        return error
+    return None
+
+
+def open_blob(path: Path, size: int) -> BinaryIO | None:
+    """Open a stored blob; None when the file does not have the size that it should."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 -- handed to a lease
+    if os.fstat(file.fileno()).st_size == size:
+        return file
+    file.close()
+    return None
+
+
+def read_blob(path: Path, digest: Digest) -> bytes | None:
+    """All bytes of a small blob; None when they are not (any more) what the name says."""
+    data = path.read_bytes()
+    return data if Digest.of(data, digest.algorithm) == digest else None
+
+
+def hash_file(path: Path, digest: Digest, stopped: Callable[[], bool]) -> bool | None:
+    """Whether a file is what its name says; None when stopped before the end."""
+    running = hashlib.new(digest.algorithm)
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_HASH_STEP):
+            if stopped():
+                return None
+            running.update(chunk)
+    return running.hexdigest() == digest.hex

@@ -1,0 +1,141 @@
+"""What a start finds in the cache directory, and what to do about it.
+
+The files are right and the index is a memory of them. There are five cases:
+
+1. A staging file: its fill died with its process. Removed; nobody ever saw it under a name.
+2. A row whose file has the row's size: the usual case, taken as it is. No marker of a clean
+   shutdown is needed for that: the fsync comes before the rename, so a file that has its name had
+   all its bytes on the disk.
+3. A row without a file (removed by hand, or evicted just before a kill): dropped.
+4. A row whose file has another size (somebody else's work): both are dropped.
+5. A file without a row (killed between rename and row, or the index was lost): counted at once,
+   so that it can be evicted, and served when its hash has been found right.
+
+Anything whose name is not a digest in its place is not ours and is left alone.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.oci.digest import Digest
+from proxy.oci.errors import DigestInvalid
+from proxy.store.blobs import Layout, StagingFile
+from proxy.store.index import Contents
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A blob's file: size in bytes, modification in microseconds since the epoch."""
+
+    digest: Digest
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with what was found."""
+
+    entries: Sequence[tuple[Digest, int, int]]  # digest, size, last use; the oldest first
+    unverified: Sequence[Digest]  # those entries that have no row; the youngest first
+    wrong: Sequence[Digest]  # file and row contradict one another
+    missing: Sequence[str]  # rows to be dropped
+    manifests: Mapping[Digest, tuple[str, tuple[Digest, ...]]]  # media type, children
+
+
+def make_directories(layout: Layout) -> None:
+    """Make the cache directory. Raises OSError."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+
+
+def prepare(layout: Layout) -> int:
+    """Make the directories, try to write, and remove what is in staging; returns how many.
+
+    Raises OSError when the directory cannot be written.
+    """
+    for directory in (layout.staging, layout.blobs):
+        directory.mkdir(exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.unlink(missing_ok=True)
+        StagingFile.create(probe).close()
+        probe.unlink()
+    removed = 0
+    with os.scandir(layout.staging) as files:
+        for file in files:
+            if not file.is_dir(follow_symlinks=False):
+                os.unlink(file.path)
+                removed += 1
+    return removed
+
+
+def scan(layout: Layout) -> dict[str, Found]:
+    """All files that carry a digest's name, by that digest. Raises OSError."""
+    found: dict[str, Found] = {}
+    for algorithm in _directories(layout.blobs):
+        for prefix in _directories(Path(algorithm.path)):
+            with os.scandir(prefix.path) as files:
+                for file in files:
+                    blob = _found(algorithm.name, prefix.name, file)
+                    if blob is not None:
+                        found[str(blob.digest)] = blob
+    return found
+
+
+def _directories(parent: Path) -> Iterator["os.DirEntry[str]"]:
+    with os.scandir(parent) as entries:
+        yield from [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _found(algorithm: str, prefix: str, file: "os.DirEntry[str]") -> Found | None:
+    if not file.name.startswith(prefix) or not file.is_file(follow_symlinks=False):
+        return None
+    try:
+        digest = Digest(algorithm, file.name)
+    except DigestInvalid:
+        return None
+    status = file.stat(follow_symlinks=False)
+    return Found(digest, status.st_size, status.st_mtime_ns // 1000)
+
+
+def reconcile(contents: Contents, found: dict[str, Found]) -> Plan:
+    """Compare rows with files (cases 2 to 5 above). Takes out of `found` what has a row."""
+    entries: list[tuple[Digest, int, int]] = []
+    wrong: list[Digest] = []
+    missing: list[str] = []
+    for name, size, used in contents.blobs:
+        file = found.pop(name, None)
+        if file is None:
+            missing.append(name)
+        elif file.size != size:
+            wrong.append(file.digest)
+            missing.append(name)
+        else:
+            entries.append((file.digest, size, used))
+    orphans = sorted(found.values(), key=lambda file: file.modified)
+    known = {str(digest): digest for digest, _, _ in entries}
+    entries.extend((file.digest, file.size, file.modified) for file in orphans)
+    entries.sort(key=lambda entry: entry[2])
+    return Plan(
+        entries=entries,
+        unverified=[file.digest for file in reversed(orphans)],
+        wrong=wrong,
+        missing=missing,
+        manifests=_manifests(contents, known),
+    )
+
+
+def _manifests(
+    contents: Contents, known: dict[str, Digest]
+) -> dict[Digest, tuple[str, tuple[Digest, ...]]]:
+    manifests: dict[Digest, tuple[str, tuple[Digest, ...]]] = {}
+    names = dict(known)  # a layer that many images share is one object
+    for name, media_type, children in contents.manifests:
+        if name not in known:
+            continue
+        for child in children.split():
+            if child not in names:
+                names[child] = Digest.parse(child)
+        manifests[known[name]] = (media_type, tuple(names[child] for child in children.split()))
+    return manifests

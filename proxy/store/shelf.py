@@ -1,0 +1,300 @@
+"""Where ledger, disk and index meet: room is promised, blobs are entered, and removed.
+
+The ledger decides and this acts. What the ledger says holds from that moment on: a victim is gone
+for every reader before its file is. Files follow in a thread, and a name can change hands in the
+meantime (a victim is fetched again while its file is still being removed), so every change of what
+is under a name is made with that name held, and looks at the ledger first:
+
+    evict A: ledger drops A  ........................  hold A: A is in the ledger again -> leave it
+    fill A:                   hold A: rename, ledger adds A
+
+Rows follow files: entered after the rename, deleted after the unlink. A crash between leaves one
+of the cases that recovery.py lists. An index that fails costs memory of the past and no pull, so
+its failures are counted and logged and go no further.
+"""
+
+import asyncio
+import errno
+import secrets
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from proxy.observe.logs import Logger
+from proxy.observe.metrics import Metrics
+from proxy.oci.digest import Digest
+from proxy.oci.errors import StoreFailed
+from proxy.store.blobs import (
+    Disk,
+    Layout,
+    NoRoom,
+    Staging,
+    StagingFile,
+    hash_file,
+    store_file,
+)
+from proxy.store.eviction import Ledger
+from proxy.store.index import Index, IndexFailed
+from proxy.store.work import Threads, finish
+
+T = TypeVar("T")
+
+
+class Shelf:
+    """Everything that changes which blobs are held."""
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        ledger: Ledger,
+        index: Index,
+        threads: Threads,
+        disk: Disk,
+        min_free: int,
+        metrics: Metrics,
+        log: Logger,
+        wall: Callable[[], float],
+    ) -> None:
+        self.layout = layout
+        self.ledger = ledger
+        self.index = index
+        self.threads = threads
+        self.fills: set[Staging] = set()
+        self.types: dict[Digest, str] = {}  # media types of the manifests that are held
+        self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
+        self.is_closing = False
+        self._disk = disk
+        self._min_free = min_free
+        self._metrics = metrics
+        self._log = log
+        self._wall = wall
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._names: weakref.WeakValueDictionary[Digest, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def now(self) -> int:
+        """Microseconds since the epoch."""
+        return int(self._wall() * 1_000_000)
+
+    # Room
+
+    async def reserve(self, size: int) -> None:
+        """Promise room for `size` bytes, evicting for it. Raises NoRoom, promising nothing."""
+        free = await self._free()
+        # No await between here and the promise: two fills must not count the same room.
+        unwritten = sum(max(0, fill.reserved - fill.mark) for fill in self.fills)
+        spare = None if free is None else free - self._min_free - unwritten
+        victims = self.ledger.admit(size, spare)
+        if victims is None:
+            raise NoRoom(f"no room for {size} bytes: {self.ledger}, {free} bytes free on disk")
+        try:
+            await self.evict(victims, "room")
+        except BaseException:
+            self.ledger.release(size)
+            raise
+
+    async def make_room(self, fill: Staging, upto: int) -> None:
+        """Let a fill of unknown size grow. Raises NoRoom."""
+        more = upto - fill.reserved
+        if more > 0:
+            await self.reserve(more)
+            fill.reserved = upto
+
+    async def reclaim(self, count: int) -> bool:
+        """Evict about `count` bytes because the disk is full; whether there was anything."""
+        victims = self.ledger.shed(count)
+        await self.evict(victims, "disk_full")
+        return bool(victims)
+
+    async def _free(self) -> int | None:
+        try:
+            return await self.threads.quick(partial(self._disk.free, self.layout.root))
+        except OSError as error:
+            self.failed("free", error)
+            return None
+
+    # Fills
+
+    async def begin(self, digest: Digest, size: int | None) -> Staging:
+        """A new staging file with room promised for `size` bytes. Raises NoRoom."""
+        promised = size or 0
+        await self.reserve(promised)
+        # Two fills of one digest (or one after a crash) must never share a file.
+        path = self.layout.staging / f"{digest.hex[:16]}-{secrets.token_hex(8)}"
+        try:
+            file = await self.off_loop(partial(StagingFile.create, path), self._scrap)
+        except OSError as error:
+            self.ledger.release(promised)
+            self.failed("create", error)
+            raise NoRoom(f"cannot make a staging file: {error.strerror}") from error
+        except BaseException:
+            self.ledger.release(promised)
+            raise
+        fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
+        self.fills.add(fill)  # in the same turn of the loop, so that `settle` misses none
+        return fill
+
+    def _scrap(self, file: StagingFile) -> None:
+        file.close()
+        _ = self.spawn(self._unlink_staging(file))
+
+    async def keep(self, fill: Staging) -> None:
+        """Give a fill's file its name and enter the blob. Raises StoreFailed."""
+        digest = fill.digest
+        target = self.layout.blob(digest)
+        async with self._hold(digest):
+            try:
+                late = await self.threads.slow(partial(store_file, self._disk, fill.file, target))
+            except OSError as error:
+                self.failed("commit", error)
+                raise StoreFailed("the cache could not store the blob") from error
+            if late is not None:
+                self.failed("sync_directory", late)
+            # No await until the ledger agrees with the disk.
+            self._end(fill)
+            self.unverified.discard(digest)
+            entry = self.ledger.add(digest, fill.mark, self.now())
+            await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
+
+    async def drop(self, fill: Staging) -> None:
+        """Remove a fill's file and give its room back."""
+        await self._unlink_staging(fill.file)
+        self._end(fill)
+
+    def _end(self, fill: Staging) -> None:
+        self.fills.discard(fill)
+        self.ledger.release(fill.reserved)
+
+    async def _unlink_staging(self, file: StagingFile) -> None:
+        try:
+            await self.threads.slow(partial(self._disk.unlink, file.path))
+        except OSError as error:  # the next start removes it
+            self.failed("unlink", error)
+
+    async def off_loop(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """Run a short call in a thread; a cancellation is raised after it has ended."""
+        return await self.threads.quick(call, undo)
+
+    # Removal
+
+    async def evict(self, victims: Sequence[Digest], reason: str) -> None:
+        """Remove the files and rows of blobs that have left the ledger."""
+        if not victims:
+            return
+        for digest in victims:
+            self._forget(digest)
+        self._metrics.evictions.labels(reason).inc(len(victims))
+        await finish(self.spawn(self._remove(victims)))
+
+    async def _remove(self, victims: Iterable[Digest]) -> None:
+        gone: list[Digest] = []
+        for digest in victims:
+            async with self._hold(digest):
+                if digest not in self.ledger and await self._unlink_blob(digest):
+                    gone.append(digest)
+        # What was stored anew since has a row that is on its way, or newer than this.
+        await self.record(self.index.drop_blobs(str(d) for d in gone if d not in self.ledger))
+
+    async def _unlink_blob(self, digest: Digest) -> bool:
+        try:
+            await self.threads.slow(partial(self._disk.unlink, self.layout.blob(digest)))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                self.failed("unlink", error)  # its row stays: the next start counts it again
+                return False
+        return True
+
+    def _forget(self, digest: Digest) -> None:
+        self.types.pop(digest, None)
+        self.unverified.discard(digest)
+
+    async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
+        """Look again at a blob that somebody could not use, and drop it if it really is bad.
+
+        Again, and with the name held: it may have been stored anew in the meantime. `is_right`
+        runs in a thread; an OSError other than "no such file" leaves the blob as it is.
+        """
+        async with self._hold(digest):
+            try:
+                if digest not in self.ledger or await self.threads.slow(is_right):
+                    return
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self.failed("read", error)
+                return
+            self.ledger.remove(digest)
+            self._forget(digest)
+            self._log.warning("stored blob dropped", digest=str(digest), reason=why)
+            if await self._unlink_blob(digest):
+                await self.record(self.index.drop_blobs([str(digest)]))
+
+    async def adopt(self, digest: Digest) -> None:
+        """Hash a file that has no row; enter it if it is what its name says, else remove it."""
+        path = self.layout.blob(digest)
+        check = partial(hash_file, path, digest, lambda: self.is_closing)
+        async with self._hold(digest):
+            if digest not in self.unverified:
+                return
+            try:
+                is_right = await self.threads.slow(check)
+            except OSError as error:
+                self.failed("adopt", error)
+                return
+            entry = self.ledger.get(digest)
+            if is_right is None or entry is None:  # closing, or evicted in the meantime
+                return
+            self.unverified.discard(digest)
+            if is_right:
+                await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
+                return
+            self._metrics.digest_mismatch.labels("store").inc()
+            self._log.warning("unknown file is not what its name says", digest=str(digest))
+            self.ledger.remove(digest)
+            await self._unlink_blob(digest)
+
+    # Small parts
+
+    def pinned(self, digest: Digest) -> Callable[[], None]:
+        """Pin a digest; the result, called once, unpins it."""
+        self.ledger.pin(digest)
+        return partial(self.ledger.unpin, digest)
+
+    def failed(self, operation: str, error: OSError) -> None:
+        """Count and log what the disk refused."""
+        name = errno.errorcode.get(error.errno or 0, "unknown")
+        self._metrics.store_errors.labels(operation, name).inc()
+        self._log.warning("store operation failed", op=operation, errno=name, error=str(error))
+
+    async def record(self, job: Coroutine[object, object, T]) -> T | None:
+        """Run a job of the index; None when the index could not do it."""
+        try:
+            return await job
+        except IndexFailed as error:
+            self._metrics.store_errors.labels("index", "sqlite").inc()
+            self._log.warning("index operation failed", error=str(error))
+            return None
+
+    def spawn(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        """Run work that outlives its caller; `settle` waits for it."""
+        task = asyncio.create_task(work, name="store")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def settle(self) -> None:
+        """Drop all fills and wait for everything that is under way."""
+        while self.fills or self._tasks or self.threads.running:
+            for fill in list(self.fills):
+                await fill.discard()
+            if pending := {*self._tasks, *self.threads.running}:
+                await asyncio.wait(pending)
+
+    def _hold(self, digest: Digest) -> asyncio.Lock:
+        lock = self._names.get(digest)
+        if lock is None:
+            lock = self._names[digest] = asyncio.Lock()
+        return lock

@@ -1,0 +1,407 @@
+"""The store: bytes by digest in files, everything else in an index, one object to ask.
+
+What is held is known from memory alone: `size_of` is a lookup, and a request that finds nothing
+costs no system call. The parts: blobs.py writes and names files, eviction.py decides what has to
+go, shelf.py carries that out, index.py remembers across restarts, recovery.py compares the two at
+the start, lock.py keeps other processes out.
+
+Nothing here decides who may have a blob: links say which repositories have it, and whoever serves
+asks for them.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from cachetools import LRUCache
+
+from proxy.observe.logs import Logger
+from proxy.observe.metrics import Metrics, StoreState
+from proxy.oci.digest import Digest
+from proxy.oci.errors import DigestMismatch, StoreFailed
+from proxy.oci.manifest import Manifest
+from proxy.store.blobs import (
+    Disk,
+    FileLease,
+    Layout,
+    NoRoom,
+    Staging,
+    StoreFull,
+    open_blob,
+    read_blob,
+)
+from proxy.store.eviction import Ledger
+from proxy.store.index import Index, IndexFailed, IndexUnusable
+from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable, DirectoryLock
+from proxy.store.recovery import Plan, make_directories, prepare, reconcile, scan
+from proxy.store.shelf import Shelf
+from proxy.store.work import Threads, finish
+
+__all__ = [
+    "CacheDirBusy",
+    "CacheDirError",
+    "CacheDirUnusable",
+    "Disk",
+    "FileLease",
+    "Link",
+    "NoRoom",
+    "Staging",
+    "Store",
+    "StoreFull",
+    "TagRow",
+]
+
+# About 300 bytes each.
+_LINKS_IN_MEMORY = 16_384
+# Times of use are worth little: a crash loses this much of them, in seconds.
+_WRITE_BACK = 5.0
+# A link of which nobody has heard for so long, and whose bytes are gone, is proved anew by the
+# upstream; seconds.
+_LINK_LIFE = 30 * 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A repository has a blob; its size in bytes, where a descriptor or the upstream told it."""
+
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TagRow:
+    """What a tag stood for when the upstream was last asked; seconds since the epoch."""
+
+    digest: Digest
+    checked_at: float
+
+
+class Store:
+    """All bytes and all that is known of them. Belongs to one event loop and one directory."""
+
+    def __init__(self, shelf: Shelf, plan: Plan, resources: AsyncExitStack) -> None:
+        """For `open`, which is the way to get one."""
+        self._shelf = shelf
+        self._ledger = shelf.ledger
+        self._index = shelf.index
+        self._threads = shelf.threads
+        self._resources = resources
+        self._loop = asyncio.get_running_loop()
+        self._links: LRUCache[tuple[str, str, Digest], Link] = LRUCache(_LINKS_IN_MEMORY)
+        self._unlinks = 0
+        self._used: dict[Digest, int] = {}
+        self._writing_back: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._recovery = asyncio.create_task(self._recover(plan), name="store recovery")
+
+    @classmethod
+    async def open(
+        cls,
+        directory: Path,
+        *,
+        max_size: int,
+        min_free: int = 0,
+        high_water: float = 0.95,
+        low_water: float = 0.85,
+        metrics: Metrics,
+        log: Logger,
+        wall: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+    ) -> "Store":
+        """Take the directory, which is made if missing, and know what is in it.
+
+        `max_size` and `min_free` are bytes, the water marks parts of `max_size`. Raises
+        CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be written
+        or belongs to a newer version. Files that the index does not know are hashed afterwards,
+        in the background.
+        """
+        layout = Layout(directory)
+        ledger = Ledger(max_size=max_size, high_water=high_water, low_water=low_water)
+        try:
+            async with AsyncExitStack() as undo:
+                threads = Threads()
+                undo.push_async_callback(threads.close)
+                await threads.slow(partial(make_directories, layout))
+                lock = await threads.slow(
+                    partial(DirectoryLock.acquire, layout.lock), DirectoryLock.release
+                )
+                undo.callback(lock.release)
+                unfinished = await threads.slow(partial(prepare, layout))
+                index = await Index.open(layout.index)
+                undo.push_async_callback(index.close)
+                contents = await index.load()
+                plan = await threads.slow(lambda: reconcile(contents, scan(layout)))
+                shelf = Shelf(
+                    layout=layout,
+                    ledger=ledger,
+                    index=index,
+                    threads=threads,
+                    disk=disk or Disk(),
+                    min_free=min_free,
+                    metrics=metrics,
+                    log=log,
+                    wall=wall,
+                )
+                _fill_ledger(shelf, plan)
+                store = cls(shelf, plan, undo.pop_all())
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise CacheDirUnusable(directory, f"{error.strerror}{where}") from error
+        except (IndexUnusable, IndexFailed) as error:
+            raise CacheDirUnusable(directory, str(error)) from error
+        metrics.recovered.inc(unfinished)
+        if index.was_lost:
+            log.warning("index was corrupt and is rebuilt from the files", directory=str(directory))
+        log.info(
+            "store opened",
+            directory=str(directory),
+            blobs=len(ledger),
+            bytes=ledger.held,
+            unfinished=unfinished,
+            unverified=len(plan.unverified),
+            lost=len(plan.missing),
+        )
+        return store
+
+    async def close(self) -> None:
+        """Drop unfinished fills, write back what is known, and let everything go.
+
+        Leases that readers still hold stay theirs. A second call waits for the first.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="store close")
+        await finish(self._closing)
+
+    async def _close(self) -> None:
+        self._shelf.is_closing = True
+        if self._writing_back is not None:
+            self._writing_back.cancel()
+        await asyncio.wait([self._recovery])
+        await self._shelf.settle()
+        await self._write_back()
+        await self._resources.aclose()
+
+    async def recovered(self) -> None:
+        """Wait until every file that was found without a row has been judged."""
+        await asyncio.wait([self._recovery])
+
+    def __repr__(self) -> str:
+        state = " closed" if self._shelf.is_closing else ""
+        return f"<Store{state} {self._ledger} {len(self._shelf.fills)} fills>"
+
+    def state(self) -> StoreState:
+        """Bytes and blobs held, and the bytes that may be."""
+        blobs = len(self._ledger) - len(self._shelf.unverified)
+        return StoreState(bytes=self._ledger.held, limit=self._ledger.max_size, blobs=blobs)
+
+    # Blobs
+
+    def size_of(self, digest: Digest) -> int | None:
+        """The size in bytes of a blob that is held, from memory; None when it is not."""
+        entry = self._ledger.get(digest)
+        if entry is None or digest in self._shelf.unverified:
+            return None
+        return entry.size
+
+    async def lease(self, digest: Digest) -> FileLease | None:
+        """Open a blob and keep it from eviction; None when it is not held.
+
+        A blob whose file has vanished or has another size is dropped; one that the disk cannot
+        open is reported and counts as not held this time.
+        """
+        size = self.size_of(digest)
+        if size is None:
+            return None
+        self._require_open()
+        path = self._shelf.layout.blob(digest)
+        unpin = self._shelf.pinned(digest)  # before the first await: from here on it stays
+        try:
+            file = await self._threads.quick(partial(open_blob, path, size), _close_file)
+        except FileNotFoundError:
+            file = None
+        except OSError as error:
+            unpin()
+            self._shelf.failed("open", error)
+            return None
+        except BaseException:
+            unpin()
+            raise
+        if file is None:
+            unpin()
+            await self._shelf.examine(
+                digest, lambda: path.stat().st_size == size, "file missing or of another size"
+            )
+            return None
+        return FileLease(file, size, unpin)
+
+    async def read(self, digest: Digest) -> bytes | None:
+        """All bytes of a small blob, checked against the digest; None when it is not held."""
+        if self.size_of(digest) is None:
+            return None
+        self._require_open()
+        path = self._shelf.layout.blob(digest)
+        unpin = self._shelf.pinned(digest)
+        try:
+            data = await self._threads.quick(partial(read_blob, path, digest))
+        except FileNotFoundError:
+            data = None
+        except OSError as error:
+            self._shelf.failed("read", error)
+            return None
+        finally:
+            unpin()
+        if data is None:
+            await self._shelf.examine(
+                digest, lambda: read_blob(path, digest) is not None, "content is not the digest's"
+            )
+        return data
+
+    async def create(self, digest: Digest, size: int | None) -> Staging:
+        """Begin a fill; `size` in bytes or None. End it by `commit` or `discard`.
+
+        Raises NoRoom when the blob does not fit, even after evicting all that may go.
+        """
+        self._require_open()
+        return await self._shelf.begin(digest, size)
+
+    async def put(self, digest: Digest, data: bytes) -> None:
+        """Store a small blob. Raises DigestMismatch, NoRoom, StoreFull, StoreFailed."""
+        if self.size_of(digest) == len(data):
+            self.touch(digest)
+            return
+        fill = await self.create(digest, len(data))
+        try:
+            await fill.append([data])
+            if not fill.verified():
+                raise DigestMismatch(digest, fill.verifier.actual())
+            await fill.commit()
+        except BaseException:
+            await fill.discard()
+            raise
+
+    def touch(self, digest: Digest) -> None:
+        """A use: the blob, and with a manifest all that it names, becomes the youngest."""
+        self._used.update(self._ledger.touch(digest, self._shelf.now()))
+        if self._used and self._writing_back is None and not self._shelf.is_closing:
+            self._writing_back = self._loop.call_later(_WRITE_BACK, self._start_write_back)
+
+    def _start_write_back(self) -> None:
+        self._writing_back = None
+        _ = self._shelf.spawn(self._write_back())
+
+    async def _write_back(self) -> None:
+        used, self._used = self._used, {}
+        rows = [(when, str(digest)) for digest, when in used.items()]
+        await self._shelf.record(self._index.touch(rows))
+
+    # Manifests
+
+    async def put_manifest(self, manifest: Manifest) -> None:
+        """Store a manifest's bytes, its media type, and what it names. Raises as `put` does."""
+        digest = manifest.digest
+        await self.put(digest, manifest.raw)
+        children = tuple(child.digest for child in manifest.children)
+        if digest not in self._ledger or self._shelf.types.get(digest) == manifest.media_type:
+            return  # evicted at once, or known already: the children follow from type and bytes
+        self._shelf.types[digest] = manifest.media_type
+        self._ledger.set_children(digest, children)
+        await self._shelf.record(
+            self._index.put_manifest(str(digest), manifest.media_type, map(str, children))
+        )
+
+    async def manifest_type(self, digest: Digest) -> str | None:
+        """The media type of a manifest that is held; None when it is not, or not as one."""
+        return self._shelf.types.get(digest)
+
+    # Links
+
+    async def link(
+        self, upstream: str, repository: str, digests: Iterable[tuple[Digest, int | None]]
+    ) -> None:
+        """Note that a repository has these digests, with their sizes in bytes where known."""
+        rows: list[tuple[str, int | None]] = []
+        for digest, size in digests:
+            key = (upstream, repository, digest)
+            known = self._links.get(key)
+            if size is not None or known is None:
+                self._links[key] = Link(size)
+            rows.append((str(digest), size))
+        seen = self._shelf.now() / 1_000_000
+        await self._shelf.record(self._index.link(upstream, repository, rows, seen))
+
+    async def linked(self, upstream: str, repository: str, digest: Digest) -> Link | None:
+        """Whether this repository is known to have it; None says nothing about the contrary."""
+        key = (upstream, repository, digest)
+        known = self._links.get(key)
+        if known is not None:
+            return known
+        before = self._unlinks
+        row = await self._shelf.record(self._index.linked(upstream, repository, str(digest)))
+        if row is None:
+            return None
+        link = Link(row[0])
+        if before == self._unlinks:  # else the row may have been deleted after it was read
+            self._links.setdefault(key, link)
+        return link
+
+    async def unlink(self, upstream: str, repository: str, digest: Digest) -> None:
+        """Forget that this repository has it: the upstream says no."""
+        self._unlinks += 1
+        self._links.pop((upstream, repository, digest), None)
+        await self._shelf.record(self._index.unlink(upstream, repository, str(digest)))
+
+    # Tags
+
+    async def put_tag(
+        self, upstream: str, repository: str, tag: str, digest: Digest, checked_at: float
+    ) -> None:
+        """Note what a tag stands for; `checked_at` in seconds since the epoch."""
+        await self._shelf.record(
+            self._index.put_tag(upstream, repository, tag, str(digest), checked_at)
+        )
+
+    async def tag(self, upstream: str, repository: str, tag: str) -> TagRow | None:
+        """What a tag stood for when it was last checked."""
+        row = await self._shelf.record(self._index.tag(upstream, repository, tag))
+        return None if row is None else TagRow(Digest.parse(row[0]), row[1])
+
+    async def drop_tag(self, upstream: str, repository: str, tag: str) -> None:
+        """Forget a tag: the upstream does not have it."""
+        await self._shelf.record(self._index.drop_tag(upstream, repository, tag))
+
+    # The start
+
+    async def _recover(self, plan: Plan) -> None:
+        """Carry out what the comparison of files and rows has found; see recovery.py."""
+        shelf = self._shelf
+        await shelf.record(self._index.drop_blobs(plan.missing))
+        wrong = [digest for digest in plan.wrong if digest not in self._ledger]
+        await shelf.evict(wrong, "wrong_size")
+        await shelf.evict(self._ledger.shrink(), "room")
+        await shelf.record(self._index.prune_links(shelf.now() / 1_000_000 - _LINK_LIFE))
+        for digest in plan.unverified:
+            if shelf.is_closing:
+                return
+            await shelf.adopt(digest)
+
+    def _require_open(self) -> None:
+        if self._shelf.is_closing:
+            raise StoreFailed("the store is closed")
+
+
+def _fill_ledger(shelf: Shelf, plan: Plan) -> None:
+    for digest, size, used in plan.entries:
+        shelf.ledger.add(digest, size, used)
+    for digest, (media_type, children) in plan.manifests.items():
+        shelf.types[digest] = media_type
+        shelf.ledger.set_children(digest, children)
+    shelf.unverified.update(plan.unverified)
+
+
+def _close_file(file: BinaryIO | None) -> None:
+    if file is not None:
+        file.close()

@@ -1,0 +1,58 @@
+"""A registry that misbehaves on request.
+
+It ships with the package because three readers need the same one: the unit tests, the benchmarks,
+and `pullpool demo`. Nothing here is imported by the serving path.
+"""
+
+from __future__ import annotations
+
+from proxy.testing.clock import FakeClock
+from proxy.testing.counters import Counters, Seen
+from proxy.testing.faults import (
+    Answer,
+    Corrupt,
+    Cut,
+    Disconnect,
+    EmptyAccess,
+    Fault,
+    Hang,
+    IgnoreRange,
+    Oversize,
+    Reset,
+    ShortLength,
+    Stall,
+    WrongContentRange,
+    WrongDigestHeader,
+)
+from proxy.testing.holds import Hold
+from proxy.testing.images import FakeBlob, FakeImage, FakeIndex, make_image, make_index
+from proxy.testing.registry import FakeRegistry
+from proxy.testing.wire import Kind
+
+__all__ = [
+    "Answer",
+    "Corrupt",
+    "Counters",
+    "Cut",
+    "Disconnect",
+    "EmptyAccess",
+    "FakeBlob",
+    "FakeClock",
+    "FakeImage",
+    "FakeIndex",
+    "FakeRegistry",
+    "Fault",
+    "Hang",
+    "Hold",
+    "IgnoreRange",
+    "Kind",
+    "Oversize",
+    "Reset",
+    "Seen",
+    "ShortLength",
+    "Stall",
+    "WrongContentRange",
+    "WrongDigestHeader",
+    "make_image",
+    "make_index",
+]

@@ -1,0 +1,352 @@
+"""One upstream: requests with its credentials, over its origin's gate (DESIGN D1, D4, D8, D20).
+
+A request is one turn: the gate grants a slot, the token is fetched inside that turn if one is
+needed (on the same socket when the token service is on the same origin, so there is no deadlock at
+a cap of one), the answer is read under it. Redirects are followed by hand: each hop takes a turn of
+the origin it leads to, after the previous turn has ended; Authorization never crosses an origin,
+and https never leads to http.
+
+What reaches the layers above are value types and ``PullError``s, never aiohttp's objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+import aiohttp
+from yarl import URL
+
+from proxy.observe.metrics import Metrics
+from proxy.oci.digest import Digest
+from proxy.oci.errors import (
+    DigestInvalid,
+    RedirectRefused,
+    TooLarge,
+    UpstreamUnavailable,
+)
+from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
+from proxy.oci.paths import Kind
+from proxy.upstream.errors import refusal, translated
+from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
+from proxy.upstream.routing import Upstream
+from proxy.upstream.tokens import Authenticator
+from proxy.upstream.turns import Ticket, TurnClass
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MAX_REDIRECTS = 5
+#: Bytes read of an answer that is only read to keep its connection, or for its error text.
+MAX_ERROR_BODY = 64 << 10
+MAX_TOKEN_BODY = 64 << 10
+MAX_LISTING = 8 << 20
+#: ECR answers an expired token with 403 and one of these in the body.
+_EXPIRED = (b"token has expired", b"token expired", b"expired token")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an upstream says of a manifest or blob without its bytes."""
+
+    digest: Digest | None
+    media_type: str | None
+    size: int | None
+    not_modified: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A listing's page: its bytes as they came, and the headers that matter."""
+
+    body: bytes
+    media_type: str
+    link: str | None
+    filters: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer whose body has not been read, inside its turn."""
+
+    response: aiohttp.ClientResponse
+    turn: Turn
+    url: URL
+    metrics: Metrics
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``."""
+        with translated(self.origin.key.label, self.metrics):
+            data = await self.response.content.readany()
+        self.origin.count_bytes(len(data))
+        return data
+
+    @property
+    def status(self) -> int:
+        return self.response.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.response.headers
+
+    @property
+    def origin(self) -> Origin:
+        return self.turn.origin
+
+
+class UpstreamClient:
+    """Asks one upstream. Shared by all requests to it."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        origin: Origin,
+        origins: Origins,
+        redirect_settings: OriginSettings,
+        authenticator: Authenticator,
+        metrics: Metrics,
+    ) -> None:
+        self.upstream = upstream
+        self.origin = origin
+        self.metrics = metrics
+        self._origins = origins
+        self._redirect_settings = redirect_settings
+        self._authenticator = authenticator
+        self._base = URL(upstream.url.rstrip("/"), encoded=True)
+
+    @property
+    def name(self) -> str:
+        return self.upstream.name
+
+    def url(self, repository: str, tail: str, query: str = "") -> URL:
+        """The upstream's URL of ``tail`` (``blobs/sha256:…``) in ``repository``."""
+        text = f"{self._base}/v2/{repository}/{tail}"
+        return URL(f"{text}?{query}" if query else text, encoded=True)
+
+    async def manifest(
+        self, repository: str, reference: str, ticket: Ticket
+    ) -> tuple[bytes, str, Digest | None]:
+        """GET a manifest: its bytes, media type and the digest the upstream claims for it."""
+        url = self.url(repository, f"manifests/{reference}")
+        headers = {"Accept": MANIFEST_ACCEPT}
+        async with self.exchange("GET", url, repository, ticket, headers) as reply:
+            self._expect(reply, 200, Kind.MANIFEST, f"manifest {repository}:{reference}")
+            body = await read_bounded(reply, MAX_MANIFEST, "a manifest")
+            media_type = _media_type(reply.headers)
+            return body, media_type, claimed_digest(reply.headers)
+
+    async def head_manifest(
+        self, repository: str, reference: str, ticket: Ticket, *, known: Digest | None = None
+    ) -> Head:
+        """HEAD a manifest; with ``known`` the upstream may answer that nothing has changed."""
+        url = self.url(repository, f"manifests/{reference}")
+        headers = {"Accept": MANIFEST_ACCEPT}
+        if known is not None:
+            headers["If-None-Match"] = f'"{known}"'
+        async with self.exchange("HEAD", url, repository, ticket, headers) as reply:
+            if reply.status == 304 and known is not None:
+                return Head(known, None, None, not_modified=True)
+            self._expect(reply, 200, Kind.MANIFEST, f"manifest {repository}:{reference}")
+            return _head(reply)
+
+    async def head_blob(self, repository: str, digest: Digest, ticket: Ticket) -> Head:
+        """Does the upstream have this blob through this repository, and how large is it?
+
+        ECR Public answers 401 to a HEAD whose GET it grants, so a refusal that is not a plain 404
+        is asked again as a GET of one byte (distribution#4383).
+        """
+        url = self.url(repository, f"blobs/{digest}")
+        async with self.exchange("HEAD", url, repository, ticket, {}, strict=False) as reply:
+            if reply.status == 200:
+                return _head(reply)
+            if reply.status == 404:
+                self._expect(reply, 200, Kind.BLOB, f"blob {digest} in {repository}")
+        headers = {"Range": "bytes=0-0"}
+        async with self.exchange("GET", url, repository, ticket, headers) as reply:
+            if reply.status == 416:  # an empty blob has no first byte
+                return Head(digest, None, 0)
+            if reply.status == 206:
+                total = reply.headers.get("Content-Range", "").rpartition("/")[2]
+                return Head(digest, None, int(total) if total.isdigit() else None)
+            self._expect(reply, 200, Kind.BLOB, f"blob {digest} in {repository}")
+            return _head(reply)
+
+    async def page(
+        self,
+        kind: Kind,
+        repository: str,
+        tail: str,
+        query: Sequence[tuple[str, str]],
+        ticket: Ticket,
+    ) -> Page:
+        """GET a listing (tags, referrers)."""
+        url = self.url(repository, tail, urlencode(query))
+        async with self.exchange("GET", url, repository, ticket, {}) as reply:
+            self._expect(reply, 200, kind, f"{tail} of {repository}")
+            body = await read_bounded(reply, MAX_LISTING, "a listing")
+            headers = reply.headers
+            return Page(
+                body,
+                headers.get("Content-Type", "application/json"),
+                headers.get("Link"),
+                headers.get("OCI-Filters-Applied"),
+            )
+
+    @contextlib.asynccontextmanager
+    async def exchange(
+        self,
+        method: str,
+        url: URL,
+        repository: str,
+        ticket: Ticket,
+        headers: Mapping[str, str],
+        *,
+        strict: bool = True,
+    ) -> AsyncIterator[Reply]:
+        """Ask, with authorisation and redirects; the reply's turn lasts as long as the block.
+
+        With ``strict`` a body with a Content-Encoding is refused: identity was asked for, and the
+        digest is over the bytes as they are.
+        """
+        for _ in range(MAX_REDIRECTS + 1):
+            origin = await self._origin_of(url)
+            async with origin.turn(ticket) as turn:
+                with translated(origin.key.label, self.metrics):
+                    response = await self._send(turn, method, url, repository, headers)
+                    if response.status in REDIRECTS:
+                        await drain(response)
+                if response.status not in REDIRECTS:
+                    if strict:
+                        _expect_identity(origin, response.headers)
+                    yield Reply(response, turn, url, self.metrics)
+                    return
+            url = next_hop(url, response.headers.get("Location", ""))
+        raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
+
+    async def _origin_of(self, url: URL) -> Origin:
+        if OriginKey.of(url) == self.origin.key:
+            return self.origin
+        return await self._origins.foreign(url, self._redirect_settings)
+
+    async def _send(
+        self, turn: Turn, method: str, url: URL, repository: str, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        if turn.origin is not self.origin:
+            return await turn.request(method, url, headers)  # never with Authorization
+        fetch = self._token_fetch(turn)
+        auth = await self._authenticator.headers(repository, fetch)
+        response = await turn.request(method, url, {**headers, **auth})
+        expired = response.status == 403 and await _says_expired(response)
+        if response.status != 401 and not expired:
+            return response
+        challenges = response.headers.getall("WWW-Authenticate", [])
+        await drain(response)
+        sent = auth.get("Authorization")
+        auth = await self._authenticator.challenged(
+            repository, challenges, sent, fetch, expired=expired
+        )
+        return await turn.request(method, url, {**headers, **auth})
+
+    def _token_fetch(
+        self, turn: Turn
+    ) -> Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]:
+        """How to GET a token inside ``turn``: on its own socket, or by a turn elsewhere."""
+
+        async def fetch(text: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+            url = URL(text, encoded=True)
+            origin = await self._origin_of(url)
+            with translated(origin.key.label, self.metrics):
+                if origin is turn.origin:
+                    return await _fetch_small(turn, url, headers)
+                async with origin.turn(Ticket(TurnClass.METADATA)) as other:
+                    return await _fetch_small(other, url, headers)
+
+        return fetch
+
+    def _expect(self, reply: Reply, status: int, kind: Kind, name: str) -> None:
+        if reply.status != status:
+            raise refusal(self.name, reply.status, reply.headers, kind, name)
+
+    def __repr__(self) -> str:
+        return f"<UpstreamClient {self.name} {self.origin!r}>"
+
+
+def next_hop(url: URL, location: str) -> URL:
+    """Where a redirect from ``url`` leads. Raises ``RedirectRefused`` (D8)."""
+    if not location:
+        raise RedirectRefused(f"{url.host}: a redirect without Location")
+    try:
+        target = url.join(URL(location, encoded=True))
+        OriginKey.of(target)
+    except ValueError as error:
+        raise RedirectRefused(f"{url.host}: cannot follow its redirect: {error}") from error
+    if url.scheme == "https" and target.scheme != "https":
+        raise RedirectRefused(f"{url.host}: a redirect from https to {target.scheme} is refused")
+    return target
+
+
+def claimed_digest(headers: Mapping[str, str]) -> Digest | None:
+    """The upstream's ``Docker-Content-Digest``, if it is one that can be checked."""
+    try:
+        return Digest.parse(headers.get("Docker-Content-Digest", ""))
+    except DigestInvalid:
+        return None
+
+
+async def read_bounded(reply: Reply, limit: int, what: str) -> bytes:
+    """The whole body, at most ``limit`` bytes. Raises ``TooLarge``."""
+    length = reply.response.content_length
+    if length is not None and length > limit:
+        raise TooLarge(limit, f"{reply.origin.key.label}: {what} of {length} bytes")
+    body = bytearray()
+    while data := await reply.read():
+        body += data
+        if len(body) > limit:
+            raise TooLarge(limit, f"{reply.origin.key.label}: {what} of more than {limit} bytes")
+    return bytes(body)
+
+
+async def drain(response: aiohttp.ClientResponse) -> bytes:
+    """Read what is left, so that the socket stays usable; a long rest is left to be aborted."""
+    body = bytearray()
+    while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
+        body += data
+    return bytes(body)
+
+
+async def _says_expired(response: aiohttp.ClientResponse) -> bool:
+    """Is this the 403 by which ECR says that a token has expired (aws-ecr-proxy#7)?"""
+    body = (await drain(response)).lower()
+    return any(text in body for text in _EXPIRED)
+
+
+async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    response = await turn.request("GET", url, headers)
+    body = bytearray()
+    while data := await response.content.readany():
+        body += data
+        if len(body) > MAX_TOKEN_BODY:
+            raise TooLarge(MAX_TOKEN_BODY, f"{url.host}: a token answer larger than that")
+    return response.status, bytes(body)
+
+
+def _head(reply: Reply) -> Head:
+    length = reply.headers.get("Content-Length", "")
+    return Head(
+        claimed_digest(reply.headers),
+        _media_type(reply.headers),
+        int(length) if length.isascii() and length.isdigit() else None,
+    )
+
+
+def _media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("Content-Type", "").partition(";")[0].strip()
+
+
+def _expect_identity(origin: Origin, headers: Mapping[str, str]) -> None:
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UpstreamUnavailable(
+            f"{origin.key.label}: identity was asked for, the body came as {encoding[:40]}"
+        )

@@ -1,0 +1,231 @@
+"""The gate of an origin: a hard cap on slots, and a fair queue in front of them (D1-D3).
+
+Theory of operation
+-------------------
+A *slot* is the right to hold one socket to the origin. There are ``capacity`` slots, numbered; slot
+``n`` always belongs to lane ``n``, which owns at most one socket, so that counting slots is
+counting sockets, idle ones included. Of the free slots the one given back last is granted first:
+its socket is the most likely to be alive.
+
+``limit`` (1 … capacity) is how many may be in use at the moment; lowering it takes effect as turns
+end. With a limit of four or more one slot is kept for metadata.
+
+States of a waiter, and who moves it:
+
+* *queued*   by ``acquire``, in the ``TurnQueue``
+* *granted*  by ``_grant``, which runs whenever a slot comes free, the limit rises or a ticket
+  arrives: the future gets the slot
+* *gone*     by cancellation of ``acquire``. If the slot had been granted in the same loop turn the
+  cancellation arrives after the future was resolved: the slot is given back there, which grants it
+  to the next in line. Nothing is lost, whichever comes first.
+
+``acquire`` never suspends between taking a free slot and returning it, so its caller's ``finally``
+is the only owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.observe.metrics import GateState, Metrics
+from proxy.oci.errors import QueueFull
+from proxy.upstream.turns import Ticket, TurnClass, TurnQueue
+
+#: From this limit on one slot is kept for metadata (D3).
+RESERVE_FROM = 4
+
+#: Seconds after which a client that found the queue full may ask again.
+QUEUE_FULL_RETRY = 5.0
+
+_ALL = frozenset(TurnClass)
+_METADATA_ONLY = frozenset({TurnClass.METADATA})
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A granted slot: which lane it opens, for what, and since when (monotonic seconds)."""
+
+    number: int
+    turn_class: TurnClass
+    since: float
+
+
+class Slots(Protocol):
+    """May I open a socket to this origin? In-process it is a ``Gate``."""
+
+    @property
+    def limit(self) -> int: ...
+
+    async def acquire(self, ticket: Ticket) -> Slot:
+        """Wait for the ticket's turn. Raises ``QueueFull``; cancelling it leaves no trace."""
+        ...
+
+    def release(self, slot: Slot) -> None:
+        """Give the slot back; its socket is idle and clean, or closed, or will be before use."""
+        ...
+
+    def has_rival(self, slot: Slot) -> bool:
+        """Does anybody wait whom the holder of ``slot`` should let pass at its turn's end?"""
+        ...
+
+    def ahead_of(self, ticket: Ticket) -> int:
+        """At most this many turns are granted before the ticket's."""
+        ...
+
+    def state(self) -> GateState: ...
+
+
+class RateLimit(Protocol):
+    """What the gate asks of aiolimiter's ``AsyncLimiter``; only ever with an amount of one,
+    because its queue lets small amounts overtake large ones."""
+
+    async def acquire(self, amount: float = 1) -> None: ...
+
+
+class Gate:
+    """The in-process ``Slots``."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        capacity: int,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        max_waiting: int = 10_000,
+        rate: RateLimit | None = None,
+        is_open: Callable[[int], bool] = lambda _number: False,
+    ) -> None:
+        """``is_open(number)`` tells whether a free slot's lane still holds an idle socket."""
+        if capacity < 1:
+            raise ValueError(f"a gate needs at least one slot, not {capacity}")
+        self.name = name
+        self.capacity = capacity
+        self.max_waiting = max_waiting
+        self._metrics = metrics
+        self._clock = clock
+        self._rate = rate
+        self._is_open = is_open
+        self._limit = capacity
+        self._queue = TurnQueue()
+        self._futures: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
+        self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
+        self._active = 0
+        self._bulk = 0  # active turns that are not metadata
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = max(1, min(limit, self.capacity))
+        self._grant()
+
+    async def acquire(self, ticket: Ticket) -> Slot:
+        """Wait for a turn; see ``Slots.acquire``."""
+        slot = await self._slot(ticket)
+        if self._rate is None:
+            return slot
+        # The slot comes first: the limiter lets newcomers overtake, the queue does not.
+        try:
+            await self._rate.acquire(1)
+        except BaseException:
+            self.release(slot)
+            raise
+        return slot
+
+    async def _slot(self, ticket: Ticket) -> Slot:
+        if len(self._queue) >= self.max_waiting:
+            raise QueueFull(
+                QUEUE_FULL_RETRY,
+                message=f"{len(self._queue)} requests wait for {self.name}, the most that may",
+            )
+        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self._futures[ticket] = (future, self._clock())
+        self._queue.add(ticket)
+        self._grant()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._withdraw(ticket, future)
+            raise
+
+    def _withdraw(self, ticket: Ticket, future: asyncio.Future[Slot]) -> None:
+        """The waiter was cancelled: give back what it was granted, or leave the queue."""
+        if future.done() and not future.cancelled():
+            self.release(future.result())
+            return
+        self._futures.pop(ticket, None)
+        self._queue.discard(ticket)
+        self._metrics.queue_abandoned.labels(self.name, ticket.turn_class).inc()
+
+    def release(self, slot: Slot) -> None:
+        """Take the slot back and grant it to whoever is next."""
+        self._free.append(slot.number)
+        self._active -= 1
+        if slot.turn_class is not TurnClass.METADATA:
+            self._bulk -= 1
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._active < self._limit and len(self._queue):
+            ticket = self._queue.take(self._allowed())
+            if ticket is None:
+                return
+            future, since = self._futures.pop(ticket)
+            if future.done():  # cancelled, but its task has not run yet
+                continue
+            now = self._clock()
+            slot = Slot(self._free.pop(), ticket.turn_class, now)
+            ticket.waited += now - since
+            self._active += 1
+            if slot.turn_class is not TurnClass.METADATA:
+                self._bulk += 1
+            self._metrics.queue_wait.labels(self.name, slot.turn_class).observe(now - since)
+            future.set_result(slot)
+
+    def _allowed(self) -> frozenset[TurnClass]:
+        reserved = self._limit >= RESERVE_FROM and self._bulk >= self._limit - 1
+        return _METADATA_ONLY if reserved else _ALL
+
+    def has_rival(self, slot: Slot) -> bool:
+        return self._queue.has_rival(slot.turn_class)
+
+    def ahead_of(self, ticket: Ticket) -> int:
+        return self._queue.ahead_of(ticket)
+
+    def state(self) -> GateState:
+        """What metrics and the status page show."""
+        idle = sum(1 for number in self._free if self._is_open(number))
+        return GateState(
+            upstream=self.name,
+            active=self._active,
+            idle=idle,
+            limit=self._limit,
+            depth=self._queue.depths(),
+            queue_limit=self.max_waiting,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Gate {self.name} {self._active}/{self._limit} active, {self._queue!r}>"
+
+
+class HoldsSlot:
+    """``async with HoldsSlot(slots, ticket) as slot``: a slot that always goes back."""
+
+    def __init__(self, slots: Slots, ticket: Ticket) -> None:
+        self._slots, self._ticket = slots, ticket
+        self._slot: Slot | None = None
+
+    async def __aenter__(self) -> Slot:
+        self._slot = await self._slots.acquire(self._ticket)
+        return self._slot
+
+    async def __aexit__(self, *_exc: object) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            self._slots.release(slot)

@@ -1,0 +1,231 @@
+"""Who goes next: the order in which waiting tickets get their turns (DESIGN D2, D3).
+
+Pure bookkeeping, no clock and no loop, so that fairness can be tested by calling it.
+
+Theory of operation
+-------------------
+A *ticket* asks for one turn on behalf of one or more *clients*: a flight belongs to everybody who
+waits on it. Tickets stand in four classes:
+
+1. ``metadata``   manifests, tokens, HEADs: short, and everything else waits on them
+2. ``small``      blobs of at most 1 MiB
+3. ``blob``       the rest
+4. ``abandoned``  flights that nobody waits for any more
+
+Between classes the better one goes first, but a class takes at most three grants of four while a
+lower one waits; ``abandoned`` goes only when nobody else does. Inside a class it is round robin
+over clients and first come, first served inside a client: per class a ring of clients, per client
+a line of tickets. A ticket stands in the line of each of its clients and goes at the earliest of
+their turns; granting it takes it out of all of them. An *urgent* ticket (a broken body that goes
+on, D8) stands before the ring of its class.
+
+Every entry is removed at once when its ticket leaves, so an abandoned waiter costs nothing later.
+A grant costs one step per client of the granted ticket, whatever the number of tickets waiting.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from enum import StrEnum
+
+
+class TurnClass(StrEnum):
+    """What kind of request a turn is for; better classes come first."""
+
+    METADATA = "metadata"
+    SMALL = "small"
+    BLOB = "blob"
+    ABANDONED = "abandoned"
+
+
+#: The client of a ticket that nobody waits for.
+NOBODY = ""
+
+#: Grants in a row a class may take while a lower class waits: three of four (D3).
+STREAK = 3
+
+#: A blob up to this many bytes is ``small``.
+SMALL_BLOB = 1 << 20
+
+
+def class_for_blob(size: int | None) -> TurnClass:
+    """The class of a blob of ``size`` bytes; an unknown size counts as large."""
+    return TurnClass.SMALL if size is not None and size <= SMALL_BLOB else TurnClass.BLOB
+
+
+class Ticket:
+    """One party's standing request for turns; reusable, queued in at most one queue at a time."""
+
+    __slots__ = ("_clients", "_queue", "turn_class", "urgent", "waited")
+
+    def __init__(self, turn_class: TurnClass, clients: Iterable[str] = ()) -> None:
+        self.turn_class = turn_class
+        self.urgent = False
+        self.waited = 0.0  # seconds in queues so far
+        self._clients: set[str] = set(clients)
+        self._queue: TurnQueue | None = None
+
+    @property
+    def clients(self) -> Collection[str]:
+        """Everybody whose turn may be used; ``NOBODY`` stands in when there is none."""
+        return self._clients or (NOBODY,)
+
+    @property
+    def is_queued(self) -> bool:
+        return self._queue is not None
+
+    def join(self, client: str) -> None:
+        """``client`` waits for this ticket too."""
+        self._change(self._clients | {client}, self.turn_class)
+
+    def leave(self, client: str) -> None:
+        """``client`` does not wait for it any more."""
+        self._change(self._clients - {client}, self.turn_class)
+
+    def move(self, turn_class: TurnClass) -> None:
+        """Stand in another class from now on."""
+        self._change(self._clients, turn_class)
+
+    def _change(self, clients: set[str], turn_class: TurnClass) -> None:
+        if clients == self._clients and turn_class == self.turn_class:
+            return
+        queue = self._queue
+        if queue is not None and turn_class == self.turn_class and self._clients and clients:
+            for client in clients - self._clients:
+                queue._line_up(self, client)
+            for client in self._clients - clients:
+                queue._drop(self, client)
+            self._clients = clients
+            return
+        if queue is not None:
+            queue.discard(self)
+        self._clients, self.turn_class = clients, turn_class
+        if queue is not None:
+            queue.add(self)
+
+    def __repr__(self) -> str:
+        where = "queued" if self.is_queued else "not queued"
+        return f"<Ticket {self.turn_class} of {len(self._clients)} clients, {where}>"
+
+
+class _Ring:
+    """One class: urgent tickets first, then the clients in turn."""
+
+    __slots__ = ("count", "lines", "streak", "urgent")
+
+    def __init__(self) -> None:
+        self.urgent: OrderedDict[Ticket, None] = OrderedDict()
+        self.lines: OrderedDict[str, OrderedDict[Ticket, None]] = OrderedDict()
+        self.count = 0
+        self.streak = 0
+
+    def first(self) -> Ticket:
+        """The ticket whose turn it is; its client goes to the end of the ring."""
+        if self.urgent:
+            return next(iter(self.urgent))
+        client, line = next(iter(self.lines.items()))
+        self.lines.move_to_end(client)
+        return next(iter(line))
+
+
+class TurnQueue:
+    """Tickets that wait, and the order they leave in."""
+
+    def __init__(self) -> None:
+        self._rings = {turn_class: _Ring() for turn_class in TurnClass}
+
+    def __len__(self) -> int:
+        return sum(ring.count for ring in self._rings.values())
+
+    def depth(self, turn_class: TurnClass) -> int:
+        """Tickets waiting in one class."""
+        return self._rings[turn_class].count
+
+    def depths(self) -> dict[str, int]:
+        """Tickets waiting, by the class's name."""
+        return {turn_class.value: ring.count for turn_class, ring in self._rings.items()}
+
+    def ahead_of(self, ticket: Ticket) -> int:
+        """How many tickets stand in the same or a better class: an upper bound, told to users."""
+        total = 0
+        for turn_class, ring in self._rings.items():
+            total += ring.count
+            if turn_class is ticket.turn_class:
+                break
+        return max(0, total - (1 if ticket.is_queued else 0))
+
+    def has_rival(self, turn_class: TurnClass) -> bool:
+        """Does anybody wait whom a holder of ``turn_class`` should let pass?"""
+        for other, ring in self._rings.items():
+            if ring.count:
+                return True
+            if other is turn_class:
+                return False
+        return False
+
+    def add(self, ticket: Ticket) -> None:
+        """Let ``ticket`` wait. It must not wait anywhere already."""
+        if ticket._queue is not None:
+            raise ValueError(f"{ticket!r} waits already")
+        ticket._queue = self
+        ring = self._rings[ticket.turn_class]
+        ring.count += 1
+        if ticket.urgent:
+            ring.urgent[ticket] = None
+        for client in ticket.clients:
+            self._line_up(ticket, client)
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget ``ticket``; nothing happens when it does not wait here."""
+        if ticket._queue is not self:
+            return
+        ticket._queue = None
+        ring = self._rings[ticket.turn_class]
+        ring.count -= 1
+        ring.urgent.pop(ticket, None)
+        for client in ticket.clients:
+            self._drop(ticket, client)
+
+    def take(self, allowed: Collection[TurnClass]) -> Ticket | None:
+        """Remove and return the ticket that goes next among the ``allowed`` classes."""
+        chosen = self._choose(allowed)
+        if chosen is None:
+            return None
+        ticket = self._rings[chosen].first()
+        self.discard(ticket)
+        return ticket
+
+    def _choose(self, allowed: Collection[TurnClass]) -> TurnClass | None:
+        waiting = [c for c in TurnClass if c in allowed and self._rings[c].count]
+        for place, turn_class in enumerate(waiting):
+            ring = self._rings[turn_class]
+            rivals = [c for c in waiting[place + 1 :] if c is not TurnClass.ABANDONED]
+            if not rivals:
+                ring.streak = 0
+                return turn_class
+            if ring.streak < STREAK:
+                ring.streak += 1
+                return turn_class
+            ring.streak = 0
+        return None
+
+    def _line_up(self, ticket: Ticket, client: str) -> None:
+        lines = self._rings[ticket.turn_class].lines
+        line = lines.get(client)
+        if line is None:
+            line = lines[client] = OrderedDict()
+        line[ticket] = None
+
+    def _drop(self, ticket: Ticket, client: str) -> None:
+        lines = self._rings[ticket.turn_class].lines
+        line = lines.get(client)
+        if line is None:
+            return
+        line.pop(ticket, None)
+        if not line:
+            del lines[client]
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{count} {name}" for name, count in self.depths().items() if count)
+        return f"<TurnQueue {parts or 'empty'}>"

@@ -1,0 +1,65 @@
+"""The admin listener: health, metrics, status (DESIGN §6); loopback by default.
+
+``/livez`` says that the process and its loop work, and never depends on an upstream: a restart
+would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 while draining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from proxy.observe.metrics import Metrics
+
+#: Seconds the loop may lag before the process counts as dead.
+MAX_LAG = 30.0
+
+
+class Admin:
+    """The routes of the admin listener."""
+
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        is_ready: Callable[[], bool],
+        loop_lag: Callable[[], float],
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._metrics = metrics
+        self._is_ready = is_ready
+        self._loop_lag = loop_lag
+        self._status = status
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/livez", self._livez),
+                web.get("/readyz", self._readyz),
+                web.get("/startupz", self._readyz),
+                web.get("/metrics", self._render_metrics),
+                web.get("/api/v1/status", self._render_status),
+            ]
+        )
+        return app
+
+    async def _livez(self, _request: web.Request) -> web.Response:
+        lag = self._loop_lag()
+        if lag > MAX_LAG:
+            return web.Response(status=503, text=f"the event loop lags {lag:.1f} s\n")
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        if not self._is_ready():
+            return web.Response(status=503, text="draining\n")
+        return web.Response(text="ok\n")
+
+    async def _render_metrics(self, _request: web.Request) -> web.Response:
+        headers = {"Content-Type": self._metrics.content_type}
+        return web.Response(body=self._metrics.render(), headers=headers)
+
+    async def _render_status(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._status())

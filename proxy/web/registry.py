@@ -1,0 +1,283 @@
+"""The registry listener: ``/v2/`` and nothing else (DESIGN §6).
+
+Parses a request into value types, asks the pull layer, and writes the answer with the headers of
+the contract. No policy lives here. Every request ends in exactly one access-log line, whichever way
+it ends; every error is OCI JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from aiohttp import web
+
+from proxy.observe.metrics import Metrics
+from proxy.oci.answers import etag, etag_matches, overload_status, warning
+from proxy.oci.digest import Digest
+from proxy.oci.errors import (
+    DigestMismatch,
+    InternalError,
+    MethodNotAllowed,
+    NotAcceptable,
+    Overloaded,
+    PullError,
+    RequestInvalid,
+    ShuttingDown,
+)
+from proxy.oci.links import rewrite_next
+from proxy.oci.manifest import acceptable
+from proxy.oci.paths import Kind, Target, parse_path
+from proxy.oci.ranges import ByteRange
+from proxy.oci.reference import Reference
+from proxy.pull.asks import Ask, BlobAnswer
+from proxy.pull.serve import Puller
+from proxy.upstream.routing import Routes
+from proxy.web.access import AccessLog, Visit
+from proxy.web.sending import BodyResponse, Sender, break_off
+
+API_VERSION = {"Docker-Distribution-Api-Version": "registry/2.0"}
+#: Query parameters of a request, at most.
+MAX_PARAMETERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A request, validated."""
+
+    target: Target
+    ns: str | None
+    query: tuple[tuple[str, str], ...]
+
+
+class Registry:
+    """Handles every request of the registry listener."""
+
+    def __init__(
+        self,
+        *,
+        puller: Puller,
+        routes: Routes,
+        metrics: Metrics,
+        access_log: AccessLog,
+        clock: Callable[[], float],
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._puller = puller
+        self._routes = routes
+        self._metrics = metrics
+        self._access_log = access_log
+        self._clock = clock
+        self._is_draining = is_draining
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; the handler of aiohttp's low-level server."""
+        visit = Visit(request, secrets.token_hex(8), self._clock)
+        self._metrics.http_inflight.inc()
+        try:
+            return await self._answer(request, visit)
+        except PullError as error:
+            return await self._refuse(request, visit, error)
+        except (asyncio.CancelledError, ConnectionError):
+            visit.client_left()
+            raise
+        except Exception as error:  # a defect of ours: the client gets OCI JSON, the log the trace
+            visit.defect = error
+            return await self._refuse(request, visit, InternalError())
+        finally:
+            self._metrics.http_inflight.dec()
+            self._access_log.write(visit)
+
+    async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed
+        parsed = parse_request(request)
+        visit.kind = parsed.target.kind
+        if self._is_draining():
+            raise ShuttingDown
+        if parsed.target.repository is None:
+            return await self._ping(request, visit)
+        route = self._routes.route(parsed.target.repository, parsed.ns)
+        arrived = asyncio.get_running_loop().time()
+        visit.ask = Ask(route, visit.client, arrived, request.headers.get("User-Agent"))
+        handlers = {
+            Kind.MANIFEST: self._manifest,
+            Kind.BLOB: self._blob,
+            Kind.TAGS: self._listing,
+            Kind.REFERRERS: self._listing,
+        }
+        return await handlers[parsed.target.kind](request, visit, visit.ask, parsed)
+
+    # -- the kinds -------------------------------------------------------------------------
+
+    async def _ping(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
+        headers = {"Content-Type": "application/json"}
+        return await self._send_bytes(request, visit, 200, headers, b"{}")
+
+    async def _manifest(
+        self, request: web.BaseRequest, visit: Visit, ask: Ask, parsed: Parsed
+    ) -> web.StreamResponse:
+        reference = _reference(parsed.target)
+        head = request.method == "HEAD"
+        answer = await self._puller.manifest(ask, reference, head=head)
+        visit.cache = answer.cache
+        if not acceptable(answer.media_type, request.headers.getall("Accept", [])):
+            raise NotAcceptable(detail={"media_type": answer.media_type})
+        headers = _content_headers(answer.digest, answer.media_type, answer.warning)
+        if etag_matches(request.headers.get("If-None-Match"), answer.digest):
+            return await self._send_bytes(request, visit, 304, headers, b"")
+        body = answer.manifest.raw if answer.manifest is not None and not head else b""
+        return await self._send_bytes(request, visit, 200, headers, body, size=answer.size)
+
+    async def _blob(
+        self, request: web.BaseRequest, visit: Visit, ask: Ask, parsed: Parsed
+    ) -> web.StreamResponse:
+        digest = _reference(parsed.target)
+        if not isinstance(digest, Digest):
+            raise RequestInvalid("a blob is named by its digest")
+        unchanged = etag_matches(request.headers.get("If-None-Match"), digest)
+        head = request.method == "HEAD" or unchanged
+        answer = await self._puller.blob(ask, digest, _range(request, digest), head=head)
+        try:
+            visit.cache = answer.cache
+            return await self._send_blob(request, visit, answer, unchanged=unchanged)
+        finally:
+            # After the body, or after its transport was aborted: never under a sendfile.
+            if answer.pieces is not None:
+                await answer.pieces.aclose()
+            answer.close()
+
+    async def _send_blob(
+        self, request: web.BaseRequest, visit: Visit, answer: BlobAnswer, *, unchanged: bool
+    ) -> web.StreamResponse:
+        headers = _content_headers(answer.digest, "application/octet-stream", answer.warning)
+        headers["Accept-Ranges"] = "bytes"
+        if unchanged:
+            return await self._send_bytes(request, visit, 304, headers, b"")
+        if answer.pieces is None:
+            size = answer.size
+            return await self._send_bytes(request, visit, 200, headers, b"", size=size)
+        if answer.span is not None:
+            headers["Content-Range"] = answer.span.content_range
+        status = 200 if answer.span is None else 206
+        response = BodyResponse(status=status, headers=self._headers(visit, headers))
+        response.content_length = answer.span.length if answer.span else answer.size
+        visit.answered(status)
+        await response.prepare(request)
+        sender = Sender(request, response)
+        try:
+            await sender.send_all(answer.pieces)
+            await response.write_eof()
+        except PullError as error:
+            # The status is gone: only the connection can say that this did not work.
+            visit.failed(error)
+            break_off(request, response, reset=isinstance(error, DigestMismatch))
+        except BaseException:
+            break_off(request, response, reset=True)
+            raise
+        finally:
+            visit.sent = sender.sent
+        return response
+
+    async def _listing(
+        self, request: web.BaseRequest, visit: Visit, ask: Ask, parsed: Parsed
+    ) -> web.StreamResponse:
+        target = parsed.target
+        tail = "tags/list" if target.kind is Kind.TAGS else f"referrers/{target.reference}"
+        page = await self._puller.listing(ask, target.kind, tail, parsed.query)
+        headers = {"Content-Type": page.media_type}
+        link = rewrite_next(page.link, f"/v2/{target.repository}/{tail}", parsed.ns)
+        if link is not None:
+            headers["Link"] = link
+        if page.filters is not None:
+            headers["OCI-Filters-Applied"] = page.filters
+        return await self._send_bytes(request, visit, 200, headers, page.body)
+
+    # -- answers ---------------------------------------------------------------------------
+
+    def _headers(self, visit: Visit, headers: Mapping[str, str]) -> dict[str, str]:
+        return {
+            **API_VERSION,
+            "X-Request-Id": visit.request_id,
+            **visit.contract_headers(),
+            **headers,
+        }
+
+    async def _send_bytes(
+        self,
+        request: web.BaseRequest,
+        visit: Visit,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        size: int | None = None,
+    ) -> web.StreamResponse:
+        """A whole answer. A HEAD gets ``size`` (default: the body's) as its Content-Length."""
+        response = BodyResponse(status=status, headers=self._headers(visit, headers))
+        head = request.method == "HEAD"
+        if status != 304 and not (head and size is None and not body):
+            response.content_length = len(body) if size is None else size
+        visit.answered(status)
+        await response.prepare(request)
+        if not head and status != 304:
+            await response.write_eof(body)
+            visit.sent = len(body)
+        else:
+            await response.write_eof()
+        return response
+
+    async def _refuse(
+        self, request: web.BaseRequest, visit: Visit, error: PullError
+    ) -> web.StreamResponse:
+        """The error as OCI JSON; "later" in the words this client understands (D7)."""
+        visit.failed(error)
+        status = error.status
+        if isinstance(error, Overloaded):
+            status = overload_status(request.headers.get("User-Agent"))
+        headers = {**error.headers, "Content-Type": "application/json"}
+        if request.method not in ("GET", "HEAD") or isinstance(error, ShuttingDown):
+            headers["Connection"] = "close"  # an unread body must not become the next request
+        body = error.body(visit.request_id)
+        return await self._send_bytes(request, visit, status, headers, body)
+
+
+def parse_request(request: web.BaseRequest) -> Parsed:
+    """Validate path and query before anything else happens. Raises ``ClientError``."""
+    path, _, query = request.raw_path.partition("?")
+    target = parse_path(path)
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
+    except ValueError as error:
+        raise RequestInvalid(f"the query cannot be read: {error}") from error
+    named = [value for key, value in pairs if key == "ns"]
+    others = tuple((key, value) for key, value in pairs if key != "ns")
+    return Parsed(target, named[0] if named else None, others)
+
+
+def _reference(target: Target) -> Reference:
+    if target.reference is None:
+        raise RequestInvalid("the path names no reference")
+    return target.reference
+
+
+def _range(request: web.BaseRequest, digest: Digest) -> ByteRange | None:
+    """The range to serve. If-Range with another tag means: all of it (RFC 9110 §13.1.5)."""
+    condition = request.headers.get("If-Range")
+    if condition is not None and condition.strip() != etag(digest):
+        return None
+    return ByteRange.parse(request.headers.get("Range"))
+
+
+def _content_headers(digest: Digest, media_type: str, warned: str | None) -> dict[str, str]:
+    headers = {
+        "Content-Type": media_type,
+        "Docker-Content-Digest": str(digest),
+        "ETag": etag(digest),
+    }
+    if warned is not None:
+        headers["Warning"] = warning(warned)
+    return headers
