@@ -87,6 +87,12 @@ class Ledger:
             self._pinned += size
         return entry
 
+    def restore(self, entries: Iterable[tuple[Digest, int, int]]) -> None:
+        """Enter what was held before a restart, each digest once, from the oldest use on."""
+        for digest, size, used in entries:
+            self._entries[digest] = Entry(size, self._stamp(used))
+            self.held += size
+
     def remove(self, digest: Digest) -> bool:
         """Forget a blob, pinned or not, and what it names as children. Pins stay."""
         self._children.pop(digest, None)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
-from proxy.store.work import finish
+from proxy.store.work import end_threads, finish
 
 T = TypeVar("T")
 Row = tuple[str, int, int]
@@ -108,7 +108,7 @@ class Index:
         try:
             connection, was_lost = await finish(opening, lambda got: got[0].close())
         except BaseException:
-            thread.shutdown()  # idle: `finish` waited for it
+            await end_threads(thread)
             raise
         return cls(path, was_lost, connection, thread)
 
@@ -121,7 +121,7 @@ class Index:
             await asyncio.shield(self._runner)
         loop = asyncio.get_running_loop()
         await finish(loop.run_in_executor(self._thread, self._connection.close))
-        self._thread.shutdown()  # idle: its only thread has nothing left to do
+        await end_threads(self._thread)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._waiting)} waiting"

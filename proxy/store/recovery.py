@@ -24,14 +24,8 @@ from proxy.oci.errors import DigestInvalid
 from proxy.store.blobs import Layout, StagingFile
 from proxy.store.index import Contents
 
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A blob's file: size in bytes, modification in microseconds since the epoch."""
-
-    digest: Digest
-    size: int
-    modified: int
+# By the name that a digest would have; size in bytes, modification in microseconds since the epoch.
+Found = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +64,17 @@ def prepare(layout: Layout) -> int:
     return removed
 
 
-def scan(layout: Layout) -> dict[str, Found]:
-    """All files that carry a digest's name, by that digest. Raises OSError."""
-    found: dict[str, Found] = {}
+def scan(layout: Layout) -> Found:
+    """All files that lie where a blob would, whatever they are called. Raises OSError."""
+    found: Found = {}
     for algorithm in _directories(layout.blobs):
         for prefix in _directories(Path(algorithm.path)):
             with os.scandir(prefix.path) as files:
                 for file in files:
-                    blob = _found(algorithm.name, prefix.name, file)
-                    if blob is not None:
-                        found[str(blob.digest)] = blob
+                    if file.name.startswith(prefix.name) and file.is_file(follow_symlinks=False):
+                        status = file.stat(follow_symlinks=False)
+                        when = status.st_mtime_ns // 1000
+                        found[f"{algorithm.name}:{file.name}"] = (status.st_size, when)
     return found
 
 
@@ -88,42 +83,49 @@ def _directories(parent: Path) -> Iterator["os.DirEntry[str]"]:
         yield from [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
-def _found(algorithm: str, prefix: str, file: "os.DirEntry[str]") -> Found | None:
-    if not file.name.startswith(prefix) or not file.is_file(follow_symlinks=False):
-        return None
-    try:
-        digest = Digest(algorithm, file.name)
-    except DigestInvalid:
-        return None
-    status = file.stat(follow_symlinks=False)
-    return Found(digest, status.st_size, status.st_mtime_ns // 1000)
-
-
-def reconcile(contents: Contents, found: dict[str, Found]) -> Plan:
+def reconcile(contents: Contents, found: Found) -> Plan:
     """Compare rows with files (cases 2 to 5 above). Takes out of `found` what has a row."""
+    known: dict[str, Digest] = {}
     entries: list[tuple[Digest, int, int]] = []
     wrong: list[Digest] = []
     missing: list[str] = []
     for name, size, used in contents.blobs:
         file = found.pop(name, None)
-        if file is None:
+        digest = None if file is None else _digest(name)
+        if file is None or digest is None:
             missing.append(name)
-        elif file.size != size:
-            wrong.append(file.digest)
+        elif file[0] != size:
+            wrong.append(digest)
             missing.append(name)
         else:
-            entries.append((file.digest, size, used))
-    orphans = sorted(found.values(), key=lambda file: file.modified)
-    known = {str(digest): digest for digest, _, _ in entries}
-    entries.extend((file.digest, file.size, file.modified) for file in orphans)
-    entries.sort(key=lambda entry: entry[2])
+            known[name] = digest
+            entries.append((digest, size, used))
+    orphans = [
+        (digest, size, when)
+        for name, (size, when) in found.items()
+        if (digest := _digest(name)) is not None
+    ]
+    orphans.sort(key=_when)
+    if orphans:
+        entries = sorted([*entries, *orphans], key=_when)
     return Plan(
         entries=entries,
-        unverified=[file.digest for file in reversed(orphans)],
+        unverified=[digest for digest, _, _ in reversed(orphans)],
         wrong=wrong,
         missing=missing,
         manifests=_manifests(contents, known),
     )
+
+
+def _when(entry: tuple[Digest, int, int]) -> int:
+    return entry[2]
+
+
+def _digest(name: str) -> Digest | None:
+    try:
+        return Digest.parse(name)
+    except DigestInvalid:
+        return None
 
 
 def _manifests(
@@ -134,8 +136,11 @@ def _manifests(
     for name, media_type, children in contents.manifests:
         if name not in known:
             continue
+        digests: list[Digest] = []
         for child in children.split():
-            if child not in names:
-                names[child] = Digest.parse(child)
-        manifests[known[name]] = (media_type, tuple(names[child] for child in children.split()))
+            digest = names.get(child)
+            if digest is None:
+                digest = names[child] = Digest.parse(child)
+            digests.append(digest)
+        manifests[known[name]] = (media_type, tuple(digests))
     return manifests

@@ -146,7 +146,7 @@ class Store:
                     log=log,
                     wall=wall,
                 )
-                _fill_ledger(shelf, plan)
+                await threads.slow(partial(_fill_ledger, shelf, plan))
                 store = cls(shelf, plan, undo.pop_all())
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -394,8 +394,8 @@ class Store:
 
 
 def _fill_ledger(shelf: Shelf, plan: Plan) -> None:
-    for digest, size, used in plan.entries:
-        shelf.ledger.add(digest, size, used)
+    # In a thread, before anybody else has the shelf: it takes a while with many blobs.
+    shelf.ledger.restore(plan.entries)
     for digest, (media_type, children) in plan.manifests.items():
         shelf.types[digest] = media_type
         shelf.ledger.set_children(digest, children)

@@ -6,6 +6,7 @@ a consistent state, and only then lets its cancellation go on.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -38,6 +39,24 @@ async def finish(work: "asyncio.Future[T]", undo: Callable[[T], object] | None =
     raise cancelled
 
 
+async def end_threads(*pools: ThreadPoolExecutor) -> None:
+    """End all threads of some pools, after what they still do, without blocking the loop."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def join() -> None:
+        for pool in pools:
+            pool.shutdown()
+        loop.call_soon_threadsafe(ended.set_result, None)
+
+    joiner = threading.Thread(target=join, name="pullpool-end")
+    joiner.start()
+    await finish(ended)
+    # For the few instructions between its last call and its end, which nothing can signal.
+    while joiner.is_alive():  # noqa: ASYNC110 -- see above
+        await asyncio.sleep(0)
+
+
 class Threads:
     """The store's own threads, in two pools, so that a slow disk does not delay a hit."""
 
@@ -62,5 +81,4 @@ class Threads:
 
     async def close(self) -> None:
         """End all threads, after what they still do."""
-        await self.quick(self._slow.shutdown)
-        self._quick.shutdown()  # its threads are idle
+        await end_threads(self._slow, self._quick)

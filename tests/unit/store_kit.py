@@ -1,5 +1,6 @@
 """What the tests of the store share: stores in a directory, blobs, and disks that misbehave."""
 
+import asyncio
 import errno
 import io
 import os
@@ -93,6 +94,12 @@ class Gate:
             return call(*arguments)
 
         return held
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Let the loop run until a thread has come somewhere; threads cannot set the loop's events."""
+    while not condition():  # noqa: ASYNC110 -- see above
+        await asyncio.sleep(0)
 
 
 def files_under(directory: Path) -> list[Path]:

@@ -160,6 +160,14 @@ def test_a_blob_entered_twice_counts_once() -> None:
     assert (ledger.held, len(ledger)) == (25, 1)
 
 
+def test_what_was_held_before_a_restart_keeps_its_order() -> None:
+    ledger = ledger_of()
+    ledger.restore([(name(7), 10, 3), (name(2), 20, 3), (name(5), 30, 9)])
+    assert list(ledger) == [name(7), name(2), name(5)]
+    assert ledger.held == 60
+    assert ledger.admit(50) == (name(7),)
+
+
 def test_a_removed_manifest_is_forgotten_with_its_children() -> None:
     ledger = ledger_of(10, 10)
     ledger.set_children(name(0), [name(1)])
