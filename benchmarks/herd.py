@@ -30,7 +30,7 @@ from benchmarks.parts import MIB, TIMES, PartFailed, ended_by_signals, environme
 from benchmarks.rounds import Crowd, Round, play, rounds_in_turn
 from benchmarks.subjects import SUBJECTS, Subject
 from benchmarks.tables import Row, crowd_table, environment_table, herd_table, ratio_to_rival
-from benchmarks.upstreams import fake_registry, limited_registry
+from benchmarks.upstreams import Upstream, fake_registry, limited_registry
 
 CAP = 8
 RATE = 100_000_000  # bytes a second for each connection
@@ -75,9 +75,15 @@ def open_herd(directory: Path, size: Size) -> Iterator[Crowd]:
 @contextlib.contextmanager
 def open_crowd(directory: Path, size: Size) -> Iterator[Crowd]:
     """Everybody pulls one of the images by tag from the registry that counts at accept."""
-    images = _images(size)
-    with fake_registry(directory, images, limit=CAP, rate=RATE) as upstream:
-        yield Crowd(upstream, CAP, _pulls(images, size), *_expected(images, size))
+    with fake_registry(
+        directory,
+        images=size.images,
+        layers=size.layers,
+        layer_size=size.layer_size,
+        limit=CAP,
+        rate=RATE,
+    ) as upstream:
+        yield _pulling(upstream, upstream.pulls, upstream.unique_size, size)
 
 
 @contextlib.contextmanager
@@ -85,7 +91,8 @@ def open_crowd_real(directory: Path, size: Size) -> Iterator[Crowd]:
     """Everybody pulls one of the images by tag from a real registry at its limit."""
     images = _images(size)
     with limited_registry(directory, images, limit=CAP, rate=RATE) as upstream:
-        yield Crowd(upstream, CAP, _pulls(images, size), *_expected(images, size))
+        pulls = [image.wanted() for image in images]
+        yield _pulling(upstream, pulls, sum(image.size for image in images), size)
 
 
 def _images(size: Size) -> list[Image]:
@@ -95,13 +102,10 @@ def _images(size: Size) -> list[Image]:
     ]
 
 
-def _pulls(images: Sequence[Image], size: Size) -> tuple[Want, ...]:
-    return tuple(images[number % len(images)].wanted() for number in range(size.clients))
-
-
-def _expected(images: Sequence[Image], size: Size) -> tuple[int, int]:
-    """Answers of a crowd in which nothing fails, and bytes of everything once."""
-    return size.clients * (2 + size.layers), sum(image.size for image in images)
+def _pulling(upstream: Upstream, pulls: Sequence[Want], unique: int, size: Size) -> Crowd:
+    """A crowd spread over the images; each client gets a manifest, a config and the layers."""
+    wants = tuple(pulls[number % len(pulls)] for number in range(size.clients))
+    return Crowd(upstream, CAP, wants, size.clients * (2 + size.layers), unique)
 
 
 HERD_FULL, HERD_FAST = Size(64, 1, 1, 64 * MIB), Size(24, 1, 1, 4 * MIB)

@@ -58,9 +58,13 @@ class Part:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
     def check(self) -> None:
         """Raises PartFailed when the program has ended."""
-        if self.process.poll() is not None:
+        if not self.is_running:
             raise PartFailed(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
 
     def tail(self) -> str:
@@ -68,7 +72,7 @@ class Part:
 
     def stop(self, patience: float = 15.0) -> None:
         """Asks it to end; after `patience` seconds insists, children included (its own session)."""
-        if self.process.poll() is None:
+        if self.is_running:
             self.process.terminate()
             try:
                 self.process.wait(patience)
@@ -147,17 +151,17 @@ def until(condition: Callable[[], bool], what: str, *, patience: float = 60.0) -
 def await_http(part: Part, port: int, path: str, *, ready: Callable[[int], bool]) -> None:
     """Waits until `path` on `port` answers with a status that `ready` accepts."""
 
-    def answers() -> bool:
-        part.check()
+    def has_settled() -> bool:
         try:
-            return ready(request(port, path).status)
+            return not part.is_running or ready(request(port, path).status)
         except OSError:
             return False
 
     try:
-        until(answers, f"{part.name} to answer {path}")
+        until(has_settled, f"{part.name} to answer {path}")
     except PartFailed as error:
         raise PartFailed(f"{error}\n{part.tail()}") from error
+    part.check()
 
 
 def resident_bytes(pid: int) -> int:

@@ -135,7 +135,7 @@ def crowd_table(title: str, rows: Sequence[Row]) -> Table:
         table.add_row(
             row.title,
             f"{len(row.worst.answers)} of {row.expected}",
-            f"{failed.total()} ({_failures(failed)})" if failed else "0",
+            _failures(failed) if failed else "0",
             str(row.refusals),
             row.peak,
             f"{row.upstream_ratio:.2f}",
@@ -169,7 +169,10 @@ def _row(rows: Sequence[Row], subject: str) -> Row | None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    caption = (
+        "peak: most sockets to the upstream, as accepted by it (as sampled) where it counts them"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
     table.add_column("in front", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")

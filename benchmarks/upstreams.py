@@ -9,16 +9,22 @@ that not even a short one goes unseen.
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from benchmarks.images import Image, push
+from benchmarks.images import MANIFEST_TYPE, Image, digest_of, push
+from benchmarks.load import Want
 from benchmarks.nginx import running_nginx
-from benchmarks.parts import LOOPBACK, await_http, free_port, request, running, until
+from benchmarks.parts import LOOPBACK, Part, await_http, free_port, request, running, until
 
 QUIET_LOOKS = 5
+QUIET_STEP = 0.05  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +173,89 @@ server {{
     location / {{ stub_status; }}
 }}
 """
+
+
+@dataclass(slots=True)
+class FakeUpstream:
+    """The bundled registry in a process of its own; `control` is the port that tells its counters.
+
+    `pulls` holds one want for each of its images, `unique_size` the bytes of all of them once.
+    """
+
+    port: int
+    control: int
+    pulls: tuple[Want, ...]
+    unique_size: int
+
+    def begin(self) -> None:
+        request(self.control, "/_reset", method="POST")
+
+    def settle(self) -> None:
+        # It does not say whether it is answering; one that sends nothing for a while is not.
+        sent, quiet = -1, 0
+        while quiet < QUIET_LOOKS:
+            before, sent = sent, int(self._counters()["bytes_sent"])
+            quiet = quiet + 1 if sent == before else 0
+            time.sleep(QUIET_STEP)
+
+    def tally(self) -> Tally:
+        counted = self._counters()
+        return Tally(
+            requests=sum(counted["requests"].values()),
+            refused=counted["refused"],
+            size=counted["bytes_sent"],
+            peak=counted["peak_sockets"],
+        )
+
+    def _counters(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(request(self.control, "/_counters").body)
+        return found
+
+
+@contextlib.contextmanager
+def fake_registry(
+    directory: Path, *, images: int, layers: int, layer_size: int, limit: int, rate: int
+) -> Iterator[FakeUpstream]:
+    """The bundled registry with images of its own; allows `limit` sockets, `rate` bytes/s each."""
+    command = (
+        *(sys.executable, "-m", "proxy.testing", "registry", f"--limit={limit}", f"--rate={rate}"),
+        *(f"--images={images}", f"--layers={layers}", f"--layer-size={layer_size}"),
+    )
+    with running("fake", command, directory) as part:
+        ready = _announced(part)
+        port, control = (_port(ready[name]) for name in ("url", "control"))
+        found = [_pull(port, image["name"], image["tag"]) for image in ready["images"]]
+        pulls, sizes = zip(*found, strict=True)
+        yield FakeUpstream(port, control, pulls, sum(sizes))
+
+
+def _announced(part: Part) -> dict[str, Any]:
+    """The line of JSON that the registry writes once it has made its images and listens."""
+
+    def lines() -> list[str]:
+        # Complete ones only: what follows the last line end may still grow.
+        return [line for line in part.output.read_text().split("\n")[:-1] if line.startswith("{")]
+
+    def has_spoken() -> bool:
+        part.check()
+        return bool(lines())
+
+    until(has_spoken, "the bundled registry")
+    said: dict[str, Any] = json.loads(lines()[0])
+    return said
+
+
+def _port(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None  # it listens on a free one, which no scheme implies
+    return port
+
+
+def _pull(port: int, repository: str, tag: str) -> tuple[Want, int]:
+    """What a client wants that pulls this image, and the bytes of all that it gets."""
+    path = f"/v2/{repository}/manifests/{tag}"
+    manifest = request(port, path, headers={"Accept": MANIFEST_TYPE}).body
+    document = json.loads(manifest)
+    blobs = (document["config"], *document["layers"])
+    want = Want("manifest", repository, tag, digest_of(manifest), len(manifest))
+    return want, len(manifest) + sum(blob["size"] for blob in blobs)

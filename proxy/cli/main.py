@@ -47,19 +47,39 @@ def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     help="Connections that the registry allows; beyond them it answers 401.",
 )
 @click.option(
+    "--images",
+    type=click.IntRange(1, 1000),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Images that the clients share.",
+)
+@click.option(
     "--layer-size",
     callback=_size,
-    default="16MiB",
+    default="2MiB",
     show_default=True,
     metavar="SIZE",
-    help="Size of each layer.",
+    help="Size of each of an image's four layers.",
+)
+@click.option(
+    "--rate",
+    callback=_size,
+    default="4MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="What the registry sends each second on one connection.",
 )
 @click.pass_context
-def demo(context: click.Context, clients: int, limit: int, layer_size: int) -> None:
-    """Overrun a registry's limit, with and without pullpool."""
-    from proxy.cli.demo import run_demo
+def demo(context: click.Context, /, **options: int) -> None:
+    """Overrun a registry's limit, with and without pullpool.
 
-    context.exit(run_demo(clients=clients, limit=limit, layer_size=layer_size))
+    Starts a registry that allows few connections, and lets a crowd of clients pull from it: first
+    directly, then through pullpool. Everything runs on this machine.
+    """
+    from proxy.cli.demo import LAYERS, Plan, run_demo
+
+    context.exit(run_demo(Plan(layers=LAYERS, **options)))
 
 
 for _command in (serve, demo, check_config, config_group, healthcheck):
