@@ -1,7 +1,11 @@
-"""The composition root: the only place that knows the settings and every part.
+"""The composition root: with wiring.py the only place that knows the settings and every part.
 
 ``Proxy`` is one running pullpool; two of them live side by side in one process. ``run`` is one for
 the command line: loop, signals, exit code.
+
+The end of a proxy, in this order: new work is refused (``drain``), what is under way may end
+(``finish``), then everything is closed in the reverse order of its opening: sockets of clients,
+flights, sockets to upstreams, the store.
 """
 
 from __future__ import annotations
@@ -9,23 +13,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 from aiohttp import web
-from aiolimiter import AsyncLimiter
-from yarl import URL
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
-from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
+from proxy.pull.asking import Pause, Questions, short_pause
 from proxy.pull.blobs import Blobs, Deadlines
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
@@ -35,34 +38,47 @@ from proxy.pull.tags import TagBook, TagPolicy
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.credentials import (
-    Credentials,
-    CredentialSource,
-    DockerConfigCredentials,
-    EnvCredentials,
-    FileCredentials,
-    HelperCredentials,
-    StaticCredentials,
-)
-from proxy.upstream.origin import Origins, OriginSettings
-from proxy.upstream.routing import Routes, Upstream
-from proxy.upstream.tokens import Authenticator
+from proxy.upstream.origin import Origins
+from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
 from proxy.web.registry import Registry
+from proxy.web.server import RegistryServer
 from proxy.web.watch import LoopWatch
+from proxy.wiring import CannotTrust, make_clients
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
-#: Request heads larger than this are refused.
+#: Lines of a request's head longer than this are refused, in bytes.
 MAX_HEAD = 16 << 10
+#: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
+CANCEL_PATIENCE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a proxy takes from the world around it, so that tests can bring their own.
+
+    ``clock`` is monotonic, ``wall`` since the epoch, both in seconds; the pauses give the seconds
+    to wait before try ``n`` of a short question and of a fill.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    short_pause: Pause = short_pause
+    fill_pause: Pause = FlightSettings().pause
 
 
 class Proxy:
     """One pullpool: ``async with Proxy(settings) as proxy`` serves until the block ends."""
 
     def __init__(
-        self, settings: Settings, *, log: Logger | None = None, metrics: Metrics | None = None
+        self,
+        settings: Settings,
+        *,
+        log: Logger | None = None,
+        metrics: Metrics | None = None,
+        around: Surroundings | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -70,6 +86,8 @@ class Proxy:
         self.address: HostPort = settings.listen
         self.admin_address: HostPort = settings.admin
         self.is_draining = False
+        self._is_started = False
+        self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
 
     @property
@@ -82,7 +100,8 @@ class Proxy:
         return f"http://{self.admin_address}"
 
     async def __aenter__(self) -> Proxy:
-        """Open everything. Raises ``CacheDirError`` and ``OSError``; then nothing stays open."""
+        """Open everything. Raises ``CacheDirError``, ``CannotTrust`` and ``OSError``; then nothing
+        stays open."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -91,30 +110,34 @@ class Proxy:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
+    def drain(self) -> None:
+        """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
+        self.is_draining = True
+        self.metrics.draining.set(1)
+
+    async def finish(self, grace: float) -> bool:
+        """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
+        try:
+            async with asyncio.timeout(grace):
+                await self.registry.idle()
+        except TimeoutError:
+            return False
+        return True
+
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        settings, clock = self.settings, time.monotonic
+        settings, clock = self.settings, self._around.clock
         self.metrics.build_info.info({"version": __version__})
         self.store = await self._open_store(stack)
         self.origins = Origins(metrics=self.metrics, clock=clock)
         stack.push_async_callback(self.origins.close)
-        clients = await self._clients(clock)
-        self.puller = self._puller(clients, clock)
+        clients = await make_clients(settings, self.origins, self.metrics, clock)
+        self.puller = self._puller(clients)
         stack.push_async_callback(self.puller.close)
-        self.metrics.observe_gates(self.origins.states)
-        self.metrics.observe_store(self.store.state)
-        self.metrics.observe_flights(lambda: len(self.puller.flights))
+        self._observe()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        admin = Admin(
-            metrics=self.metrics,
-            is_ready=lambda: not self.is_draining,
-            loop_lag=watch.lag,
-            status=self.status,
-        )
-        runner: web.BaseRunner = web.AppRunner(
-            admin.application(), access_log=None, keepalive_timeout=KEEPALIVE
-        )
-        self.admin_address = await _listen(stack, runner, settings.admin)
-        self.address = await self._serve_registry(stack, clients, clock)
+        self.admin_address = await self._serve_admin(stack, watch)
+        self.address = await self._serve_registry(stack, clients)
+        self._is_started = True
         self.log.info(
             "serving",
             listen=str(self.address),
@@ -122,6 +145,11 @@ class Proxy:
             upstreams=sorted(clients),
             cache=str(settings.cache.dir),
         )
+
+    def _observe(self) -> None:
+        self.metrics.observe_gates(self.origins.states)
+        self.metrics.observe_store(self.store.state)
+        self.metrics.observe_flights(lambda: len(self.puller.flights))
 
     async def _open_store(self, stack: contextlib.AsyncExitStack) -> Store:
         cache = self.settings.cache
@@ -133,92 +161,58 @@ class Proxy:
             low_water=cache.low_water,
             metrics=self.metrics,
             log=self.log,
+            wall=self._around.wall,
         )
         stack.push_async_callback(store.close)
         return store
 
-    async def _serve_registry(
-        self,
-        stack: contextlib.AsyncExitStack,
-        clients: Mapping[str, UpstreamClient],
-        clock: Callable[[], float],
-    ) -> HostPort:
-        routes = Routes(
-            [client.upstream for client in clients.values()], self.settings.default_upstream
+    async def _serve_admin(self, stack: contextlib.AsyncExitStack, watch: LoopWatch) -> HostPort:
+        admin = Admin(
+            metrics=self.metrics,
+            is_started=lambda: self._is_started,
+            is_draining=lambda: self.is_draining,
+            loop_lag=watch.lag,
+            status=self.status,
         )
-        registry = Registry(
+        runner = web.AppRunner(
+            admin.application(),
+            access_log=None,
+            keepalive_timeout=KEEPALIVE,
+            shutdown_timeout=CANCEL_PATIENCE,
+        )
+        return await _listen(stack, runner, self.settings.admin)
+
+    async def _serve_registry(
+        self, stack: contextlib.AsyncExitStack, clients: Mapping[str, UpstreamClient]
+    ) -> HostPort:
+        clock = self._around.clock
+        upstreams = [client.upstream for client in clients.values()]
+        self.registry = Registry(
             puller=self.puller,
-            routes=routes,
+            routes=Routes(upstreams, self.settings.default_upstream),
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
             is_draining=lambda: self.is_draining,
         )
-        server = web.Server(
-            registry,
+        # After the sockets are closed: cancelled handlers give back what they hold.
+        stack.push_async_callback(self.registry.idle)
+        server = RegistryServer(
+            self.registry,
+            self.registry.malformed,
             access_log=None,
             keepalive_timeout=KEEPALIVE,
             handler_cancellation=True,
             max_line_size=MAX_HEAD,
             max_field_size=MAX_HEAD,
+            auto_decompress=False,  # no body is read, only skipped
         )
-        runner = web.ServerRunner(server, shutdown_timeout=self.settings.shutdown_grace)
+        runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await _listen(stack, runner, self.settings.listen)
 
-    async def _clients(self, clock: Callable[[], float]) -> dict[str, UpstreamClient]:
-        clients = {}
-        for name, upstream in self.settings.upstreams.items():
-            clients[name] = await self._client(name, upstream, clock)
-        return clients
-
-    async def _client(
-        self, name: str, upstream: UpstreamSettings, clock: Callable[[], float]
-    ) -> UpstreamClient:
-        url = URL(upstream.url)
-        # Reading the system's authorities takes milliseconds of file work.
-        tls = await asyncio.to_thread(_tls_context, upstream.ca_file)
-        limits = OriginSettings(
-            max_connections=upstream.max_connections,
-            max_waiting=self.settings.queue.max_waiting,
-            connect_timeout=upstream.connect_timeout,
-            read_timeout=upstream.read_timeout,
-            tls=tls,
-        )
-        redirects = OriginSettings(
-            max_connections=upstream.max_redirect_connections,
-            max_waiting=self.settings.queue.max_waiting,
-            connect_timeout=upstream.connect_timeout,
-            read_timeout=upstream.read_timeout,
-            tls=tls,
-        )
-        rate = None
-        if upstream.rate is not None:
-            rate = AsyncLimiter(upstream.rate.count, upstream.rate.seconds)
-        refreshed = self.metrics.token_refresh
-        return UpstreamClient(
-            Upstream(
-                name,
-                upstream.url,
-                tuple(upstream.aliases),
-                upstream.repository_prefix,
-                upstream.library,
-            ),
-            origin=self.origins.add(url, limits, rate),
-            origins=self.origins,
-            redirect_settings=redirects,
-            authenticator=Authenticator(
-                name=name,
-                url=upstream.url,
-                credentials=_credentials(name, upstream, clock),
-                auth_realms=upstream.auth_realms,
-                clock=clock,
-                on_refresh=lambda result: refreshed.labels(name, result).inc(),
-            ),
-            metrics=self.metrics,
-        )
-
-    def _puller(self, clients: Mapping[str, UpstreamClient], clock: Callable[[], float]) -> Puller:
+    def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
         settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
+        around = self._around
         policy = TagPolicy(
             ttl=tags.ttl,
             stale_while_revalidate=tags.stale_while_revalidate,
@@ -234,10 +228,15 @@ class Proxy:
             manifest=queue.manifest_deadline,
             spill=frozenset(name for name, up in upstreams if up.overload == "spill"),
         )
-        permissions = Permissions(self.store, negative_ttl=tags.negative_ttl, clock=clock)
+        permissions = Permissions(
+            self.store,
+            proofs=Questions(log=self.log, pause=around.short_pause),
+            negative_ttl=tags.negative_ttl,
+            clock=around.clock,
+        )
         flights = Flights(
             store=self.store,
-            settings=FlightSettings(on_abandon=settings.cache.on_abandon),
+            settings=FlightSettings(on_abandon=settings.cache.on_abandon, pause=around.fill_pause),
             metrics=self.metrics,
             log=self.log,
         )
@@ -245,12 +244,13 @@ class Proxy:
             store=self.store,
             clients=clients,
             permissions=permissions,
-            book=TagBook(self.store, clock=clock, wall=time.time),
+            book=TagBook(self.store, clock=around.clock, wall=around.wall),
             policy=policy,
             memory=settings.cache.manifest_memory,
             metrics=self.metrics,
             log=self.log,
-            clock=clock,
+            clock=around.clock,
+            pause=around.short_pause,
         )
         blobs = Blobs(
             store=self.store,
@@ -265,6 +265,7 @@ class Proxy:
             blobs=blobs,
             flights=flights,
             permissions=permissions,
+            listings=Questions(log=self.log, pause=around.short_pause),
             deadlines=deadlines,
         )
 
@@ -297,11 +298,6 @@ class Proxy:
             "fleet": None,
         }
 
-    def drain(self) -> None:
-        """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
-        self.is_draining = True
-        self.metrics.draining.set(1)
-
 
 async def _listen(
     stack: contextlib.AsyncExitStack, runner: web.BaseRunner, address: HostPort
@@ -312,35 +308,6 @@ async def _listen(
     site = web.TCPSite(runner, address.host, address.port, backlog=4096)
     await site.start()
     return HostPort(address.host, int(runner.addresses[0][1]))
-
-
-def _tls_context(ca_file: os.PathLike[str] | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if ca_file is not None:
-        context.load_verify_locations(ca_file)
-    return context
-
-
-def _credentials(
-    name: str, upstream: UpstreamSettings, clock: Callable[[], float]
-) -> CredentialSource | None:
-    """Where the upstream's credentials come from; the settings hold one kind at most."""
-    host = URL(upstream.url).authority
-    if upstream.docker_config is not None:
-        known = "docker.io" if upstream.library else host
-        return DockerConfigCredentials(known, upstream.docker_config, clock=clock)
-    if upstream.credential_helper is not None:
-        return HelperCredentials(upstream.credential_helper, host, clock=clock)
-    if upstream.username is None:
-        return None
-    if upstream.password_file is not None:
-        return FileCredentials(upstream.username, upstream.password_file)
-    if upstream.password_env is not None:
-        return EnvCredentials(upstream.username, upstream.password_env)
-    if upstream.password is not None:
-        secret = upstream.password.get_secret_value()
-        return StaticCredentials(Credentials(upstream.username, secret))
-    return None
 
 
 def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -377,23 +344,42 @@ async def _signals() -> AsyncIterator[asyncio.Event]:
 async def serve(settings: Settings) -> int:
     """Serve until a signal; drain; the exit code."""
     proxy = Proxy(settings)
+    asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
     try:
         async with _signals() as stop, proxy:
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
-    except CacheDirError as error:
+            is_done = await proxy.finish(settings.shutdown_grace)
+    except (CacheDirError, CannotTrust, OSError) as error:
         proxy.log.error("cannot_start", error=str(error))
         return 1
-    except OSError as error:
-        proxy.log.error("cannot_start", error=str(error))
-        return 1
-    proxy.log.info("stopped")
+    proxy.log.info("stopped", pulls_cut_off=not is_done)
     return 0
+
+
+def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the loop would print about errors that nobody waits for goes to the log."""
+
+    def handler(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        log.error(
+            "unheard_error", message=context.get("message"), exc_info=context.get("exception")
+        )
+
+    return handler
+
+
+def raise_file_limit() -> None:
+    """As many descriptors as we may have: each client is a socket, and often an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # then the soft limit has to do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run(settings: Settings) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
+    raise_file_limit()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(serve(settings))

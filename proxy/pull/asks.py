@@ -27,10 +27,15 @@ class CacheWord(StrEnum):
 
 @dataclass(slots=True)
 class Timing:
-    """Seconds spent before the answer's headers, as far as known then."""
+    """Seconds spent before the answer's headers, as far as known then.
+
+    ``is_queued`` says that the question last given up was still waiting for its turn then: whether
+    we or the upstream kept the client waiting decides how it is told.
+    """
 
     queue: float = 0.0
     upstream: float = 0.0
+    is_queued: bool = False
 
 
 @dataclass(frozen=True, slots=True)

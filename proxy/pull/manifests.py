@@ -2,13 +2,13 @@
 
 The bytes of a manifest are kept by digest, like any blob; a tag is only a name that led to one. A
 pull by tag is therefore two questions: what is the tag now (``tags.judge``), and do we hold that
-manifest (if not, one GET for everybody who waits).
+manifest (if not, one GET for everybody who waits). HEADs, checks and GETs of one reference are each
+asked once, whatever the number of clients.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,44 +22,31 @@ from proxy.oci.errors import (
     NotFound,
     PullError,
     StoreFailed,
-    Throttled,
-    TokenServiceFailed,
     UpstreamError,
-    UpstreamTimeout,
-    UpstreamUnavailable,
 )
 from proxy.oci.manifest import Manifest, parse_manifest
 from proxy.oci.reference import Reference, Tag
+from proxy.pull.asking import PASSING, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
 from proxy.pull.permissions import Permissions
-from proxy.pull.shared import SharedWork
 from proxy.pull.tags import TagBook, TagEntry, TagKey, TagPolicy, Verdict, judge
 from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
 from proxy.upstream.client import Head, UpstreamClient
-from proxy.upstream.turns import Ticket, TurnClass
+from proxy.upstream.turns import Ticket
 
-#: Tries for one manifest while its deadline lasts.
-TRIES = 3
-PASSING = (UpstreamUnavailable, UpstreamTimeout, Throttled, TokenServiceFailed)
 #: Manifests below an index that are looked at to see whether any of them can be served.
 MAX_CHILDREN = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Fetched:
-    """A manifest that has just come, and how long its request waited."""
-
-    manifest: Manifest
+#: Manifests up to this many bytes are parsed on the loop.
+SMALL = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """What a freshness check found: the digest, and what else the upstream said."""
+    """What a freshness check found."""
 
     digest: Digest
     changed: bool
-    head: Head
 
 
 class Manifests:
@@ -77,6 +64,7 @@ class Manifests:
         metrics: Metrics,
         log: Logger,
         clock: Callable[[], float],
+        pause: Pause = short_pause,
     ) -> None:
         """``memory`` is how many bytes of manifests are kept in memory."""
         self._store = store
@@ -90,8 +78,9 @@ class Manifests:
         self._memory: LRUCache[Digest, Manifest] = LRUCache(
             memory, getsizeof=lambda manifest: len(manifest.raw)
         )
-        self._fetches: SharedWork[tuple[str, str, str], _Fetched] = SharedWork()
-        self._checks: SharedWork[TagKey, _Checked] = SharedWork()
+        self._fetches: Questions[Manifest] = Questions(log=log, pause=pause)
+        self._heads: Questions[Head] = Questions(log=log, pause=pause)
+        self._checks: Questions[_Checked] = Questions(log=log, pause=pause)
         self._background: set[asyncio.Task[None]] = set()
 
     # -- asking ----------------------------------------------------------------------------
@@ -116,11 +105,12 @@ class Manifests:
             return _answer(manifest, word, warning)
         if linked is None:
             self._permissions.check(ask, str(digest))
+        named = linked is not None
         if head:
-            known = await self._head(ask, str(digest))
+            known = await self._head(ask, str(digest), digest, named=named)
             if known is not None:
                 return known
-        manifest, word = await self._fetch(ask, str(digest), digest, named=linked is not None)
+        manifest, word = await self._fetch(ask, str(digest), digest, named=named)
         return _answer(manifest, word, warning)
 
     async def _by_tag(self, ask: Ask, tag: Tag, *, head: bool) -> ManifestAnswer:
@@ -141,7 +131,7 @@ class Manifests:
     async def _unknown_tag(self, ask: Ask, tag: Tag, key: TagKey, *, head: bool) -> ManifestAnswer:
         self._permissions.check(ask, str(tag))
         if head:
-            known = await self._head(ask, str(tag))
+            known = await self._head(ask, str(tag), None, named=False)
             if known is not None:
                 await self._book.confirm(key, known.digest)
                 return known
@@ -154,6 +144,7 @@ class Manifests:
         self, ask: Ask, key: TagKey, entry: TagEntry, *, head: bool
     ) -> ManifestAnswer:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
+        self._permissions.check(ask, key[2])
         stands_in = await self._can_stand_in(ask, entry)
         patience = self._policy.upstream_timeout if stands_in else None
         try:
@@ -172,23 +163,22 @@ class Manifests:
         return await self._by_digest(ask, checked.digest, word, head=head)
 
     async def _check(self, ask: Ask, key: TagKey, entry: TagEntry) -> _Checked:
+        client = self._clients[ask.upstream]
+
         async def check(ticket: Ticket) -> _Checked:
-            client = self._clients[ask.upstream]
-            try:
-                found = await client.head_manifest(
-                    ask.repository, key[2], ticket, known=entry.digest
-                )
-            except PullError as error:
-                await self._refused(ask, key, error)
-                raise
+            found = await client.head_manifest(ask.repository, key[2], ticket, known=entry.digest)
             if found.digest is None:  # an upstream that does not say it: ask for the bytes
-                manifest = await self._get(ask, key[2], None, ticket, named=False)
-                return _Checked(manifest.digest, manifest.digest != entry.digest, found)
+                manifest = await self._get(ask, key[2], None, ticket)
+                return _Checked(manifest.digest, manifest.digest != entry.digest)
             await self._permissions.grant(ask, found.digest, found.size)
             await self._book.confirm(key, found.digest)
-            return _Checked(found.digest, found.digest != entry.digest, found)
+            return _Checked(found.digest, found.digest != entry.digest)
 
-        checked, _ = await self._checks.do(key, ask.client, check, linger=True)
+        try:
+            checked, _ = await self._checks.ask(ask, key, check, linger=True)
+        except PullError as error:
+            await self._refused(ask, key, error)
+            raise
         return checked
 
     async def _refused(self, ask: Ask, key: TagKey, error: PullError) -> None:
@@ -203,8 +193,10 @@ class Manifests:
             except PullError as error:
                 self._book.failed(key)
                 self._log.info("tag_check_failed", tag=":".join(key[1:]), cause=str(error))
+            except Exception:  # a defect of ours, which nobody waits for
+                self._log.exception("tag_check_defect", tag=":".join(key[1:]))
 
-        task = asyncio.create_task(check())
+        task = asyncio.create_task(check(), name=f"check {':'.join(key)}")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -246,7 +238,7 @@ class Manifests:
         raw, media_type = await self._store.read(digest), await self._store.manifest_type(digest)
         if raw is None or media_type is None:
             return None
-        manifest = parse_manifest(raw, media_type, digest)
+        manifest = await _read(raw, media_type, digest)
         self._keep(manifest)
         return manifest
 
@@ -254,68 +246,66 @@ class Manifests:
         if len(manifest.raw) <= self._memory.maxsize:
             self._memory[manifest.digest] = manifest
 
-    async def _head(self, ask: Ask, reference: str) -> ManifestAnswer | None:
+    async def _head(
+        self, ask: Ask, reference: str, expected: Digest | None, *, named: bool
+    ) -> ManifestAnswer | None:
         """What a HEAD says, if it says enough; ``None`` if the bytes are needed for that."""
-        ticket = Ticket(TurnClass.METADATA, [ask.client])
+        client = self._clients[ask.upstream]
+
+        async def head(ticket: Ticket) -> Head:
+            return await client.head_manifest(ask.repository, reference, ticket)
+
+        key = (ask.upstream, ask.repository, reference)
         try:
-            found = await self._clients[ask.upstream].head_manifest(
-                ask.repository, reference, ticket
-            )
+            found, joined = await self._heads.ask(ask, key, head, named=named)
         except PullError as error:
-            self._permissions.remember(ask, reference, error)
+            if not named:
+                self._permissions.remember(ask, reference, error)
             raise
         if found.digest is None or found.size is None or not found.media_type:
             return None
+        if expected is not None and found.digest != expected:
+            return None  # another algorithm's name for it, or a lie: the bytes will tell
         await self._permissions.grant(ask, found.digest, found.size)
-        return ManifestAnswer(found.digest, found.media_type, found.size, CacheWord.MISS)
+        word = self._word(joined)
+        return ManifestAnswer(found.digest, found.media_type, found.size, word)
 
     async def _fetch(
         self, ask: Ask, reference: str, expected: Digest | None, *, named: bool
     ) -> tuple[Manifest, CacheWord]:
         """GET it, once for everybody who waits."""
 
-        async def fetch(ticket: Ticket) -> _Fetched:
-            return _Fetched(await self._get(ask, reference, expected, ticket, named=named))
+        async def fetch(ticket: Ticket) -> Manifest:
+            return await self._get(ask, reference, expected, ticket)
 
         key = (ask.upstream, ask.repository, reference)
         try:
-            fetched, joined = await self._fetches.do(key, ask.client, fetch)
+            manifest, joined = await self._fetches.ask(ask, key, fetch, named=named)
         except PullError as error:
             if not named:
                 self._permissions.remember(ask, reference, error)
             raise
-        if joined:
-            self._metrics.coalesced.labels("manifest").inc()
-        return fetched.manifest, CacheWord.JOINED if joined else CacheWord.MISS
+        return manifest, self._word(joined)
+
+    def _word(self, joined: bool) -> CacheWord:
+        if not joined:
+            return CacheWord.MISS
+        self._metrics.coalesced.labels("manifest").inc()
+        return CacheWord.JOINED
 
     async def _get(
-        self, ask: Ask, reference: str, expected: Digest | None, ticket: Ticket, *, named: bool
+        self, ask: Ask, reference: str, expected: Digest | None, ticket: Ticket
     ) -> Manifest:
-        """GET with a few tries; verify, keep, link."""
+        """GET; verify, keep, link."""
         client = self._clients[ask.upstream]
-        for tries in range(1, TRIES + 1):
-            try:
-                raw, media_type, claimed = await client.manifest(ask.repository, reference, ticket)
-                break
-            except (*PASSING, NotFound) as error:
-                late = named or not isinstance(error, NotFound)
-                if tries == TRIES or not late:
-                    raise
-                self._log.info("manifest_retried", reference=reference, cause=str(error))
-                await asyncio.sleep(random.uniform(0, 0.2 * 2**tries))
-        else:
-            raise AssertionError("the loop returns or raises")
-        digest = self._verified(raw, expected or claimed)
-        manifest = parse_manifest(raw, media_type, digest)
+        raw, media_type, claimed = await client.manifest(ask.repository, reference, ticket)
+        try:
+            manifest = await _read(raw, media_type, expected or claimed)
+        except DigestMismatch:
+            self._metrics.digest_mismatch.labels("upstream").inc()
+            raise
         await self._admit(ask, reference, manifest, by_tag=expected is None)
         return manifest
-
-    def _verified(self, raw: bytes, expected: Digest | None) -> Digest:
-        actual = Digest.of(raw, expected.algorithm if expected else "sha256")
-        if expected is not None and actual != expected:
-            self._metrics.digest_mismatch.labels("upstream").inc()
-            raise DigestMismatch(expected, actual)
-        return actual
 
     async def _admit(self, ask: Ask, reference: str, manifest: Manifest, *, by_tag: bool) -> None:
         """Keep it, and let its repository have what it names. A full disk costs only the copy."""
@@ -335,8 +325,21 @@ class Manifests:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._checks.close()
-        await self._fetches.close()
+        for questions in (self._checks, self._heads, self._fetches):
+            await questions.close()
+
+
+async def _read(raw: bytes, media_type: str, expected: Digest | None) -> Manifest:
+    """Check and parse a manifest. Raises ``DigestMismatch``, ``ManifestInvalid``."""
+
+    def read() -> Manifest:
+        actual = Digest.of(raw, expected.algorithm if expected else "sha256")
+        if expected is not None and actual != expected:
+            raise DigestMismatch(expected, actual)
+        return parse_manifest(raw, media_type, actual)
+
+    # 8 MiB of JSON take a tenth of a second; nearly all manifests have a few KiB.
+    return read() if len(raw) <= SMALL else await asyncio.to_thread(read)
 
 
 def _may_be_covered(error: UpstreamError) -> bool:

@@ -5,6 +5,9 @@ through it, or a manifest fetched through it names the digest. Bytes that are he
 repository brought them must first be *proved* through this one. Denials and "not found" are kept
 for a few seconds, so that a client that insists does not become the upstream's problem; never for a
 digest that a manifest names, because then the blob is only late (eventual consistency).
+
+A link, once seen, is believed for as long as it is used: what a repository had it keeps, as an
+upstream keeps its blobs while a manifest names them.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from cachetools import TTLCache
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PullError
+from proxy.pull.asking import Key, Questions
 from proxy.pull.asks import Ask
-from proxy.pull.shared import SharedWork
 from proxy.store.store import Link, Store
 from proxy.upstream.client import Head, UpstreamClient
 from proxy.upstream.turns import Ticket
@@ -24,16 +27,22 @@ from proxy.upstream.turns import Ticket
 #: Denials kept at most.
 MAX_DENIALS = 16_384
 
-Key = tuple[str, str, str]  # upstream, repository, reference
-
 
 class Permissions:
     """Links that are known, proofs under way, refusals that are remembered."""
 
-    def __init__(self, store: Store, *, negative_ttl: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        proofs: Questions[Head],
+        negative_ttl: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """``negative_ttl`` in seconds of ``clock``: how long a refusal is remembered."""
         self._store = store
+        self._proofs = proofs
         self._refusals: TTLCache[Key, PullError] = TTLCache(MAX_DENIALS, negative_ttl, timer=clock)
-        self._proofs: SharedWork[Key, Head] = SharedWork()
 
     async def link(self, ask: Ask, digest: Digest) -> Link | None:
         """The repository's link to ``digest``, if it is known to have it."""
@@ -54,13 +63,18 @@ class Permissions:
         if isinstance(error, Denied | NotFound):
             self._refusals[ask.upstream, ask.repository, reference] = error
 
-    async def prove_blob(self, ask: Ask, digest: Digest, client: UpstreamClient) -> Link:
-        """Ask the upstream whether this repository has the blob. Raises its refusal."""
+    async def prove_blob(
+        self, ask: Ask, digest: Digest, client: UpstreamClient, *, named: bool = False
+    ) -> Link:
+        """Ask the upstream whether this repository has the blob. Raises its refusal.
+
+        ``named`` says that a manifest of this repository names it.
+        """
 
         async def head(ticket: Ticket) -> Head:
             return await client.head_blob(ask.repository, digest, ticket)
 
-        return await self._prove(ask, digest, head)
+        return await self._prove(ask, digest, head, named=named)
 
     async def prove_manifest(self, ask: Ask, digest: Digest, client: UpstreamClient) -> Link:
         """The same for a manifest: a HEAD, which Docker Hub does not count."""
@@ -68,17 +82,19 @@ class Permissions:
         async def head(ticket: Ticket) -> Head:
             return await client.head_manifest(ask.repository, str(digest), ticket)
 
-        return await self._prove(ask, digest, head)
+        return await self._prove(ask, digest, head, named=False)
 
     async def _prove(
-        self, ask: Ask, digest: Digest, head: Callable[[Ticket], Awaitable[Head]]
+        self, ask: Ask, digest: Digest, head: Callable[[Ticket], Awaitable[Head]], *, named: bool
     ) -> Link:
         key = (ask.upstream, ask.repository, str(digest))
-        self.check(ask, str(digest))
+        if not named:
+            self.check(ask, str(digest))
         try:
-            found, _ = await self._proofs.do(key, ask.client, head)
+            found, _ = await self._proofs.ask(ask, key, head, named=named)
         except PullError as error:
-            self.remember(ask, str(digest), error)
+            if not named:
+                self.remember(ask, str(digest), error)
             raise
         await self.grant(ask, digest, found.size)
         return Link(found.size)

@@ -1,13 +1,18 @@
 """Receiving and writing at the same time: one batch goes to the file while the next one comes in.
 
 The first bytes go at once, so the first reader waits for nothing; after that a batch is whatever
-came in while the previous one was being written. A body that outruns the disk is slowed down at
-``MAX_PENDING``: not reading it lets TCP stop the upstream.
+came in while the previous one was being written, so that a fast body costs few thread hops and a
+slow one no delay. A body that outruns the disk is slowed down at ``MAX_PENDING``: not reading it
+lets TCP stop the upstream.
+
+``take`` runs in a task of its own, one at a time. However ``run`` ends, that task has ended too: a
+cancellation is handed to it and waited for, because its thread uses the file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -18,10 +23,7 @@ Take = Callable[[list[bytes]], Awaitable[None]]
 
 
 class Readable(Protocol):
-    """The body of one turn."""
-
-    @property
-    def is_overdue(self) -> bool: ...
+    """The body of one turn; ``b""`` is its end."""
 
     async def read(self) -> bytes: ...
 
@@ -33,63 +35,64 @@ class Pump:
         self._take = take
         self._pending: list[bytes] = []
         self._size = 0
+        self._has_room = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
 
-    async def run(self, body: Readable) -> bool:
-        """Until the body ends (true) or is cut because its turn is overdue (false).
+    async def run(self, body: Readable, is_cut: Callable[[], bool] = lambda: False) -> bool:
+        """Until the body ends (true) or ``is_cut`` says so after a read (false).
 
-        Whatever ends it, what has come in has been taken, or ``take`` has failed, when this
-        returns: the caller may go on at the byte after it. Raises what ``read`` and ``take`` raise.
+        Unless ``take`` fails or this is cancelled, what has come in has been taken when this
+        returns or raises: the caller may go on at the byte after it. Raises what ``read`` and
+        ``take`` raise, the latter if both do.
         """
         try:
-            whole = await self._receive(body)
-        except asyncio.CancelledError:
-            await self._settle()
-            raise
-        except Exception:
-            await self._flush()
-            raise
-        await self._flush()
-        return whole
+            try:
+                whole = await self._receive(body, is_cut)
+            except Exception:
+                await self._finish_writing()
+                raise
+            await self._finish_writing()
+            return whole
+        finally:
+            await self._stop_writing()
 
-    async def _receive(self, body: Readable) -> bool:
+    async def _receive(self, body: Readable, is_cut: Callable[[], bool]) -> bool:
         while data := await body.read():
             self._pending.append(data)
             self._size += len(data)
-            if self._size >= MAX_PENDING:
-                await self._finish_write()
             if self._writing is None or self._writing.done():
-                await self._finish_write()
-                self._start_write()
-            if body.is_overdue:
+                await self._finish_writing()
+                self._writing = asyncio.ensure_future(self._write())
+            elif self._size >= MAX_PENDING:
+                self._has_room.clear()
+                await self._has_room.wait()
+            if is_cut():
                 return False
         return True
 
-    def _start_write(self) -> None:
-        batch, self._pending, self._size = self._pending, [], 0
-        self._writing = asyncio.ensure_future(self._take(batch))
+    async def _write(self) -> None:
+        """Take batch after batch, until nothing is pending; a body that stalls holds none back."""
+        try:
+            while self._pending:
+                batch, self._pending, self._size = self._pending, [], 0
+                self._has_room.set()
+                await self._take(batch)
+        finally:
+            self._has_room.set()
 
-    async def _finish_write(self) -> None:
-        """Wait for the write under way. Cancelled, it stays under way for ``_settle``."""
+    async def _finish_writing(self) -> None:
+        """Wait for the writes under way. Cancelled, they are left to ``_stop_writing``."""
         if self._writing is not None:
             await asyncio.shield(self._writing)
-            self._writing = None
 
-    async def _flush(self) -> None:
-        try:
-            await self._finish_write()
-            if self._pending:
-                self._start_write()
-                await self._finish_write()
-        except asyncio.CancelledError:
-            await self._settle()
-            raise
-
-    async def _settle(self) -> None:
-        """Let the write under way come to its end: its thread uses the file."""
+    async def _stop_writing(self) -> None:
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.cancel()
-            await asyncio.wait([writing])
-            if not writing.cancelled():
-                writing.exception()  # seen: the cancellation is what the caller hears of
+        if writing is None:
+            return
+        writing.cancel()
+        while not writing.done():
+            # The caller is on its way out with the first cancellation already.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([writing])
+        if not writing.cancelled():
+            writing.exception()  # seen: the caller has raised it, or its own cancellation

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
 
 from proxy.oci.digest import Digest
-from proxy.oci.errors import QueueTimeout
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference
+from proxy.pull.asking import Questions, before
 from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
-from proxy.pull.blobs import COME_AGAIN, Blobs, Deadlines
+from proxy.pull.blobs import Blobs, Deadlines
 from proxy.pull.flight import Flights
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.upstream.client import Page, UpstreamClient
-from proxy.upstream.turns import Ticket, TurnClass
-
-T = TypeVar("T")
+from proxy.upstream.turns import Ticket
 
 
 class Puller:
@@ -33,47 +30,47 @@ class Puller:
         blobs: Blobs,
         flights: Flights,
         permissions: Permissions,
+        listings: Questions[Page],
         deadlines: Deadlines,
     ) -> None:
         self._clients = clients
         self._manifests = manifests
         self._blobs = blobs
         self._permissions = permissions
+        self._listings = listings
         self._deadlines = deadlines
         self.flights = flights
 
     async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
-        return await self._in_time(ask, self._manifests.answer(ask, reference, head=head))
+        work = self._manifests.answer(ask, reference, head=head)
+        return await before(ask, self._deadlines.manifest, work)
 
     async def blob(
         self, ask: Ask, digest: Digest, wanted: ByteRange | None, *, head: bool
     ) -> BlobAnswer:
         """GET or HEAD of a blob. The answer must be closed. Raises PullError."""
         if head:
-            return await self._in_time(ask, self._blobs.head(ask, digest))
+            return await before(ask, self._deadlines.manifest, self._blobs.head(ask, digest))
         return await self._blobs.answer(ask, digest, wanted)
 
     async def listing(
         self, ask: Ask, kind: Kind, tail: str, query: Sequence[tuple[str, str]]
     ) -> Page:
         """A page of tags or referrers, passed through. Raises PullError."""
-        ticket = Ticket(TurnClass.METADATA, [ask.client])
         client = self._clients[ask.upstream]
-        return await self._in_time(ask, client.page(kind, ask.repository, tail, query, ticket))
 
-    async def _in_time(self, ask: Ask, work: Coroutine[Any, Any, T]) -> T:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout_at(ask.arrived + self._deadlines.manifest):
-                return await work
-        except TimeoutError:
-            raise QueueTimeout(COME_AGAIN) from None
-        finally:
-            ask.timing.upstream = loop.time() - ask.arrived
+        async def page(ticket: Ticket) -> Page:
+            return await client.page(kind, ask.repository, tail, query, ticket)
+
+        key = (ask.upstream, ask.repository, tail, urlencode(query))
+        work = self._listings.ask(ask, key, page)
+        found, _ = await before(ask, self._deadlines.manifest, work)
+        return found
 
     async def close(self) -> None:
         """Stop everything under way; nothing is left running."""
         await self.flights.close()
         await self._manifests.close()
+        await self._listings.close()
         await self._permissions.close()

@@ -1,9 +1,12 @@
 """Work that is done once for everybody who asks for it at the same time.
 
-A *shared work* is a task per key, owned by the table. Whoever asks for a key under way joins it;
-the ticket that stands in the gate's queue then belongs to all of them (D3). When the last one leaves,
-the task is cancelled, unless it was asked to linger. The outcome, value or ``PullError``, goes to
-everybody. Nobody's cancellation reaches the others.
+A *shared work* is a task per key, owned by the table. Whoever asks for a key under way joins it:
+the ticket that stands in the gate's queue then belongs to all of them (D3). When the last one
+leaves, the task is cancelled, unless it was asked to linger. The outcome, value or ``PullError``,
+goes to everybody. Nobody's cancellation reaches the others.
+
+A work that nobody waits for any more leaves the table before it is cancelled, so whoever asks in
+the same loop turn starts afresh; its task is held until it has ended.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class SharedWork(Generic[K, V]):
         self._turn_class = turn_class
         self._works: dict[K, _Work[V]] = {}
         self._tasks: set[asyncio.Task[V]] = set()
+        self._is_closing = False
 
     def __len__(self) -> int:
         return len(self._works)
@@ -52,8 +56,10 @@ class SharedWork(Generic[K, V]):
         """The outcome for ``key``, and whether somebody else had started it. Raises its error.
 
         With ``linger`` the work goes on when everybody has left (a freshness check whose result is
-        of use to the next one).
+        of use to the next one). Raises ``ShuttingDown`` when the table is closed meanwhile.
         """
+        if self._is_closing:
+            raise ShuttingDown()
         work = self._works.get(key)
         joined = work is not None
         if work is None:
@@ -84,10 +90,13 @@ class SharedWork(Generic[K, V]):
 
     def _ended(self, key: K, work: _Work[V], task: asyncio.Task[V]) -> None:
         self._tasks.discard(task)
-        if self._works.get(key) is work:
-            del self._works[key]
+        self._forget(key, work)
         if not task.cancelled():
             task.exception()  # seen, also when nobody waits any more
+
+    def _forget(self, key: K, work: _Work[V]) -> None:
+        if self._works.get(key) is work:
+            del self._works[key]
 
     def _enter(self, work: _Work[V], client: str) -> None:
         work.clients[client] += 1
@@ -99,13 +108,12 @@ class SharedWork(Generic[K, V]):
             del work.clients[client]
             work.ticket.leave(client)
         if not work.clients and not work.linger and not work.task.done():
-            # Out of the table first: whoever asks now starts afresh.
-            if self._works.get(key) is work:
-                del self._works[key]
+            self._forget(key, work)
             work.task.cancel()
 
     async def close(self) -> None:
-        """Cancel what is under way and wait for it."""
+        """Cancel what is under way and wait for it; nothing starts any more."""
+        self._is_closing = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -11,7 +11,10 @@ from collections import deque
 
 
 class Window:
-    """Bytes ``start`` … ``end`` of a body, as the pieces they came in."""
+    """Bytes ``start`` … ``end`` of a body, never more than ``capacity`` of them.
+
+    Memory is kept by the piece: what is held beyond ``capacity`` is less than one piece.
+    """
 
     def __init__(self, start: int, capacity: int) -> None:
         if capacity < 2:
@@ -19,14 +22,18 @@ class Window:
         self.start = start
         self.end = start
         self.capacity = capacity
+        self._first = start  # where the first piece begins, at or before `start`
         self._pieces: deque[bytes] = deque()
 
     def append(self, data: bytes) -> None:
-        """Add ``data`` at the end; give up whole pieces in front to stay within capacity."""
+        """Add ``data`` at the end and give up in front what is beyond capacity."""
+        if not data:
+            return
         self._pieces.append(data)
         self.end += len(data)
-        while self.end - self.start > self.capacity and len(self._pieces) > 1:
-            self.start += len(self._pieces.popleft())
+        self.start = max(self.start, self.end - self.capacity)
+        while self._first + len(self._pieces[0]) <= self.start:
+            self._first += len(self._pieces.popleft())
 
     def holds(self, position: int) -> bool:
         """May a reader at ``position`` follow this window (maybe waiting at its end)?"""
@@ -34,12 +41,14 @@ class Window:
 
     def piece(self, position: int) -> bytes:
         """The bytes from ``position`` to the end of the piece it lies in."""
-        at = self.start
+        if not self.start <= position < self.end:
+            raise ValueError(f"byte {position} is not in {self!r}")
+        at = self._first
         for data in self._pieces:
             if position < at + len(data):
                 return data[position - at :] if position > at else data
             at += len(data)
-        raise ValueError(f"byte {position} is not in {self!r}")
+        raise AssertionError(f"the pieces of {self!r} do not reach its end")
 
     def __repr__(self) -> str:
         return f"<Window {self.start}-{self.end}, at most {self.capacity}>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from proxy.testing.clock import FakeClock
 from proxy.testing.counters import Counters, Seen
 from proxy.testing.faults import (
+    Action,
     Answer,
     Corrupt,
     Cut,
@@ -30,6 +31,7 @@ from proxy.testing.registry import FakeRegistry
 from proxy.testing.wire import Kind
 
 __all__ = [
+    "Action",
     "Answer",
     "Corrupt",
     "Counters",

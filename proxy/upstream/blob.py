@@ -2,9 +2,12 @@
 
 ``BlobSource.open`` is one turn: it yields a ``Body`` for a bounded range. The source remembers
 where the registry redirected to, so that the turns of one blob do not each ask the registry again;
-a signed URL that has expired is asked for anew (fault 21 of ``reliability.md``). It also remembers
-that the upstream ignores Range: then every turn is for the whole body, what is already held is
-skipped, and a metric says so.
+after any failure there, or when the signed URL has expired, the registry is asked anew (fault 21 of
+``reliability.md``). It also remembers that the upstream ignores Range: then every turn is for the
+whole body, what is already held is skipped, no turn is cut, and a metric says so.
+
+Whether a repository may be read is for its registry to say: a refusal by the storage behind a
+redirect is a failure that may pass, not a denial.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from collections.abc import AsyncIterator
 from yarl import URL
 
 from proxy.oci.digest import Digest
-from proxy.oci.errors import UpstreamUnavailable
+from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
-from proxy.upstream.client import Reply, UpstreamClient
+from proxy.upstream.client import Reply, UpstreamClient, drain
 from proxy.upstream.errors import refusal
-from proxy.upstream.origin import OriginKey
+from proxy.upstream.origin import Origin, OriginKey
 from proxy.upstream.turns import Ticket
 
 #: What a CDN answers when a signed URL has expired.
@@ -28,33 +31,45 @@ _EXPIRED_URL = frozenset({400, 401, 403, 404, 410})
 
 
 class Body:
-    """The bytes of one turn: from ``start`` on, at most ``length`` of them."""
+    """The bytes of one turn: from ``start`` on, after ``skip`` of the answer's, at most ``length``
+    (``None``: as many as come)."""
 
-    def __init__(self, reply: Reply, *, start: int, skip: int, total: int | None) -> None:
+    def __init__(
+        self, reply: Reply, *, start: int, skip: int = 0, length: int | None, total: int | None
+    ) -> None:
         self.start = start
         self.total = total  # the whole blob's size, if the upstream said it
         self._reply = reply
         self._skip = skip
+        self._left = length
         self._began = reply.origin.clock()
         self._received = 0
 
     async def read(self) -> bytes:
-        """The next bytes as they come; ``b""`` at the end of the turn's range."""
+        """The next bytes as they come; ``b""`` at the end of the turn's range.
+
+        Raises ``UpstreamError``, also when the upstream sends more than it announced.
+        """
         while data := await self._reply.read():
             self._received += len(data)
-            if self._skip >= len(data):
-                self._skip -= len(data)
-                continue
-            if self._skip:
-                data = data[self._skip :]
-                self._skip = 0
-            return data
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            if skipped < len(data):
+                return self._counted(data[skipped:])
         return b""
+
+    def _counted(self, data: bytes) -> bytes:
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                label = self._reply.origin.key.label
+                raise UpstreamUnavailable(f"{label}: more bytes came than its Content-Range says")
+        return data
 
     @property
     def is_overdue(self) -> bool:
-        """Should the turn be cut for somebody who waits?"""
-        return self._reply.turn.is_overdue
+        """Should the turn be cut for somebody who waits? Only if the next one can go on here."""
+        return self._reply.status == 206 and self._reply.turn.is_overdue
 
     def learn(self) -> None:
         """Tell the origin how fast this turn was."""
@@ -71,6 +86,7 @@ class BlobSource:
         self._client = client
         self._url = client.url(repository, f"blobs/{digest}")
         self._location: URL | None = None
+        self._origin: Origin = client.origin  # where the bytes came from last
         self.ranged = True
 
     @property
@@ -81,7 +97,7 @@ class BlobSource:
     @property
     def turn_bytes(self) -> int:
         """How much one turn should ask for at this source's speed."""
-        return self._client.origin.turn_bytes
+        return self._origin.turn_bytes
 
     @property
     def ahead(self) -> int:
@@ -91,22 +107,22 @@ class BlobSource:
     @contextlib.asynccontextmanager
     async def open(self, start: int, length: int | None, ticket: Ticket) -> AsyncIterator[Body]:
         """One turn for ``length`` bytes from ``start`` (``None``: to the end)."""
-        if self._location is not None:
-            async with self._at(self._location, start, length, ticket) as reply:
-                if reply.status not in _EXPIRED_URL:
-                    yield self._body(reply, start, length)
-                    return
+        try:
+            while True:
+                location = self._location
+                async with self._at(location or self._url, start, length, ticket) as reply:
+                    if location is not None and reply.status in _EXPIRED_URL:
+                        self._location = None
+                    elif reply.status == 416 and start == 0 and self.ranged:
+                        # Nothing satisfies a range of an empty blob (RFC 9110 §15.5.17).
+                        self.ranged = False
+                    else:
+                        yield self._body(reply, start, length)
+                        return
+                    await drain(reply.response)
+        except PullError:
             self._location = None
-        async with self._at(self._url, start, length, ticket) as reply:
-            if reply.status == 416 and start == 0:
-                # Nothing satisfies a range of an empty blob (RFC 9110 §15.5.17).
-                self.ranged = False
-            else:
-                self._remember(reply)
-                yield self._body(reply, start, length)
-                return
-        async with self._at(self._url, start, length, ticket) as reply:
-            yield self._body(reply, start, length)
+            raise
 
     def _at(
         self, url: URL, start: int, length: int | None, ticket: Ticket
@@ -117,18 +133,19 @@ class BlobSource:
             headers["Range"] = f"bytes={start}-{stop}"
         return self._client.exchange("GET", url, self.repository, ticket, headers)
 
-    def _remember(self, reply: Reply) -> None:
-        if reply.status in (200, 206) and OriginKey.of(reply.url) != self._client.origin.key:
-            self._location = reply.url
-
     def _body(self, reply: Reply, start: int, length: int | None) -> Body:
-        if reply.status == 206:
-            return self._part(reply, start, length)
-        if reply.status == 200:
+        is_elsewhere = OriginKey.of(reply.url) != self._client.origin.key
+        if reply.status in (200, 206):
+            self._location = reply.url if is_elsewhere else None
+            self._origin = reply.origin
+            if reply.status == 206:
+                return self._part(reply, start, length)
             return self._whole(reply, start)
         name = f"blob {self.digest} in {self.repository}"
         if reply.status == 416:
             raise UpstreamUnavailable(f"{self._client.name}: {name} ends before byte {start}")
+        if is_elsewhere and reply.status in _EXPIRED_URL - {404}:
+            raise UpstreamUnavailable(f"{reply.origin.key.label} answered {reply.status} to {name}")
         raise refusal(self._client.name, reply.status, reply.headers, Kind.BLOB, name)
 
     def _part(self, reply: Reply, start: int, length: int | None) -> Body:
@@ -138,13 +155,14 @@ class BlobSource:
             raise UpstreamUnavailable(
                 f"{self._client.name}: asked for bytes from {start}, got {text[:80]!r}"
             )
-        return Body(reply, start=start, skip=0, total=span.size)
+        return Body(reply, start=start, length=span.length, total=span.size)
 
     def _whole(self, reply: Reply, start: int) -> Body:
         if "Range" in reply.response.request_info.headers:
             self.ranged = False
             self._client.metrics.upstream_without_range.labels(reply.origin.key.label).inc()
-        return Body(reply, start=start, skip=start, total=reply.response.content_length)
+        total = reply.response.content_length
+        return Body(reply, start=start, skip=start, length=None, total=total)
 
     def __repr__(self) -> str:
         return f"<BlobSource {self.digest} through {self._client.name}/{self.repository}>"

@@ -4,13 +4,14 @@ A request is one turn: the gate grants a slot, the token is fetched inside that 
 needed (on the same socket when the token service is on the same origin, so there is no deadlock at
 a cap of one), the answer is read under it. Redirects are followed by hand: each hop takes a turn of
 the origin it leads to, after the previous turn has ended; Authorization never crosses an origin,
-and https never leads to http.
+nor is it sent again once another origin had a say in where we go; https never leads to http.
 
 What reaches the layers above are value types and ``PullError``s, never aiohttp's objects.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from yarl import URL
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
+    Denied,
     DigestInvalid,
     RedirectRefused,
     TooLarge,
@@ -29,6 +31,7 @@ from proxy.oci.errors import (
 )
 from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
 from proxy.oci.paths import Kind
+from proxy.oci.ranges import parse_content_range
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
 from proxy.upstream.routing import Upstream
@@ -39,8 +42,13 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 5
 #: Bytes read of an answer that is only read to keep its connection, or for its error text.
 MAX_ERROR_BODY = 64 << 10
+#: Seconds such an answer may take: its socket is worth no more.
+DRAIN_SECONDS = 1.0
 MAX_TOKEN_BODY = 64 << 10
 MAX_LISTING = 8 << 20
+#: Refusals of a HEAD that say nothing about a GET: ECR Public answers 401 where it grants a GET
+#: (distribution#4383), URLs are signed for one method, some services do not know HEAD.
+_HEAD_REFUSALS = frozenset({400, 401, 403, 405, 501})
 #: ECR answers an expired token with 403 and one of these in the body.
 _EXPIRED = (b"token has expired", b"token expired", b"expired token")
 
@@ -153,23 +161,24 @@ class UpstreamClient:
     async def head_blob(self, repository: str, digest: Digest, ticket: Ticket) -> Head:
         """Does the upstream have this blob through this repository, and how large is it?
 
-        ECR Public answers 401 to a HEAD whose GET it grants, so a refusal that is not a plain 404
-        is asked again as a GET of one byte (distribution#4383).
+        A HEAD that is refused is asked again as a GET of one byte.
         """
         url = self.url(repository, f"blobs/{digest}")
-        async with self.exchange("HEAD", url, repository, ticket, {}, strict=False) as reply:
-            if reply.status == 200:
-                return _head(reply)
-            if reply.status == 404:
-                self._expect(reply, 200, Kind.BLOB, f"blob {digest} in {repository}")
+        name = f"blob {digest} in {repository}"
+        with contextlib.suppress(Denied):
+            async with self.exchange("HEAD", url, repository, ticket, {}) as reply:
+                if reply.status not in _HEAD_REFUSALS:
+                    self._expect(reply, 200, Kind.BLOB, name)
+                    return _head(reply)
         headers = {"Range": "bytes=0-0"}
         async with self.exchange("GET", url, repository, ticket, headers) as reply:
             if reply.status == 416:  # an empty blob has no first byte
                 return Head(digest, None, 0)
             if reply.status == 206:
-                total = reply.headers.get("Content-Range", "").rpartition("/")[2]
-                return Head(digest, None, int(total) if total.isdigit() else None)
-            self._expect(reply, 200, Kind.BLOB, f"blob {digest} in {repository}")
+                span = parse_content_range(reply.headers.get("Content-Range", ""))
+                await drain(reply.response)
+                return Head(digest, None, span.size if span is not None else None)
+            self._expect(reply, 200, Kind.BLOB, name)
             return _head(reply)
 
     async def page(
@@ -195,30 +204,24 @@ class UpstreamClient:
 
     @contextlib.asynccontextmanager
     async def exchange(
-        self,
-        method: str,
-        url: URL,
-        repository: str,
-        ticket: Ticket,
-        headers: Mapping[str, str],
-        *,
-        strict: bool = True,
+        self, method: str, url: URL, repository: str, ticket: Ticket, headers: Mapping[str, str]
     ) -> AsyncIterator[Reply]:
         """Ask, with authorisation and redirects; the reply's turn lasts as long as the block.
 
-        With ``strict`` a body with a Content-Encoding is refused: identity was asked for, and the
-        digest is over the bytes as they are.
+        A body with a Content-Encoding is refused: identity was asked for, and the digest is over
+        the bytes as they are.
         """
+        is_ours = True  # no other origin had a say yet
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
+            is_ours = is_ours and origin is self.origin
             async with origin.turn(ticket) as turn:
                 with translated(origin.key.label, self.metrics):
-                    response = await self._send(turn, method, url, repository, headers)
+                    response = await self._send(turn, method, url, headers, repository, is_ours)
                     if response.status in REDIRECTS:
                         await drain(response)
                 if response.status not in REDIRECTS:
-                    if strict:
-                        _expect_identity(origin, response.headers)
+                    _expect_identity(origin, response)
                     yield Reply(response, turn, url, self.metrics)
                     return
             url = next_hop(url, response.headers.get("Location", ""))
@@ -230,10 +233,16 @@ class UpstreamClient:
         return await self._origins.foreign(url, self._redirect_settings)
 
     async def _send(
-        self, turn: Turn, method: str, url: URL, repository: str, headers: Mapping[str, str]
+        self,
+        turn: Turn,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        repository: str,
+        is_ours: bool,
     ) -> aiohttp.ClientResponse:
-        if turn.origin is not self.origin:
-            return await turn.request(method, url, headers)  # never with Authorization
+        if not is_ours:
+            return await turn.request(method, url, headers)
         fetch = self._token_fetch(turn)
         auth = await self._authenticator.headers(repository, fetch)
         response = await turn.request(method, url, {**headers, **auth})
@@ -242,9 +251,8 @@ class UpstreamClient:
             return response
         challenges = response.headers.getall("WWW-Authenticate", [])
         await drain(response)
-        sent = auth.get("Authorization")
         auth = await self._authenticator.challenged(
-            repository, challenges, sent, fetch, expired=expired
+            repository, challenges, auth.get("Authorization"), fetch, expired=expired
         )
         return await turn.request(method, url, {**headers, **auth})
 
@@ -273,14 +281,21 @@ class UpstreamClient:
 
 
 def next_hop(url: URL, location: str) -> URL:
-    """Where a redirect from ``url`` leads. Raises ``RedirectRefused`` (D8)."""
+    """Where a redirect from ``url`` leads. Raises ``RedirectRefused`` (D8).
+
+    A Location that can be sent as it is stays as it is, because it may be signed. User information
+    in it is dropped: it would become an Authorization header.
+    """
     if not location:
         raise RedirectRefused(f"{url.host}: a redirect without Location")
+    is_plain = location.isascii() and location.isprintable() and " " not in location
     try:
-        target = url.join(URL(location, encoded=True))
+        target = url.join(URL(location, encoded=is_plain))
         OriginKey.of(target)
+        if target.raw_user is not None or target.raw_password is not None:
+            target = target.with_user(None)
     except ValueError as error:
-        raise RedirectRefused(f"{url.host}: cannot follow its redirect: {error}") from error
+        raise RedirectRefused(f"{url.host}: a redirect to what is no http(s) URL") from error
     if url.scheme == "https" and target.scheme != "https":
         raise RedirectRefused(f"{url.host}: a redirect from https to {target.scheme} is refused")
     return target
@@ -307,11 +322,16 @@ async def read_bounded(reply: Reply, limit: int, what: str) -> bytes:
     return bytes(body)
 
 
-async def drain(response: aiohttp.ClientResponse) -> bytes:
-    """Read what is left, so that the socket stays usable; a long rest is left to be aborted."""
+async def drain(response: aiohttp.ClientResponse, patience: float = DRAIN_SECONDS) -> bytes:
+    """Read what is left, so that the socket stays usable.
+
+    The head has said what counts: a rest that is long, late or broken is left to be aborted.
+    """
     body = bytearray()
-    while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
-        body += data
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+        async with asyncio.timeout(patience):
+            while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
+                body += data
     return bytes(body)
 
 
@@ -332,11 +352,10 @@ async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tupl
 
 
 def _head(reply: Reply) -> Head:
-    length = reply.headers.get("Content-Length", "")
     return Head(
         claimed_digest(reply.headers),
         _media_type(reply.headers),
-        int(length) if length.isascii() and length.isdigit() else None,
+        reply.response.content_length if _is_identity(reply.headers) else None,
     )
 
 
@@ -344,9 +363,15 @@ def _media_type(headers: Mapping[str, str]) -> str:
     return headers.get("Content-Type", "").partition(";")[0].strip()
 
 
-def _expect_identity(origin: Origin, headers: Mapping[str, str]) -> None:
-    encoding = headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
+def _is_identity(headers: Mapping[str, str]) -> bool:
+    return headers.get("Content-Encoding", "").strip().lower() in ("", "identity")
+
+
+def _expect_identity(origin: Origin, response: aiohttp.ClientResponse) -> None:
+    if response.method == "HEAD" or response.status not in (200, 206):
+        return  # no body, or one that is not handed on
+    if not _is_identity(response.headers):
+        encoding = response.headers.get("Content-Encoding", "")[:40]
         raise UpstreamUnavailable(
-            f"{origin.key.label}: identity was asked for, the body came as {encoding[:40]}"
+            f"{origin.key.label}: identity was asked for, the body came as {encoding!r}"
         )

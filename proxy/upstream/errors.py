@@ -1,15 +1,18 @@
 """The border to aiohttp and to the upstream's status codes: their failures in our words.
 
 Everything foreign is translated here and nowhere else, so that the layers above know three
-families of errors only (``proxy.oci.errors``).
+families of errors only (``proxy.oci.errors``). What clients may see is written here too: aiohttp's
+own texts name whole URLs, and those of a CDN are signed.
 """
 
 from __future__ import annotations
 
 import email.utils
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC
 
 import aiohttp
 
@@ -19,6 +22,7 @@ from proxy.oci.errors import (
     NotFound,
     PullError,
     Throttled,
+    UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -35,24 +39,47 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
         yield
     except PullError:
         raise
-    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
-        metrics.upstream_errors.labels(label, "tls").inc()
-        raise UpstreamUnavailable(f"{label}: TLS failed: {error}") from error
-    except (TimeoutError, aiohttp.ServerTimeoutError) as error:
-        metrics.upstream_errors.labels(label, "timeout").inc()
-        raise UpstreamTimeout(f"{label}: no answer in time: {_said(error)}") from error
-    except aiohttp.ClientConnectorError as error:
-        metrics.upstream_errors.labels(label, "connect").inc()
-        raise UpstreamUnavailable(f"{label}: cannot connect: {error}") from error
-    except aiohttp.ClientPayloadError as error:
-        metrics.upstream_errors.labels(label, "body").inc()
-        raise UpstreamUnavailable(f"{label}: the body broke off: {_said(error)}") from error
-    except (aiohttp.ClientConnectionError, OSError) as error:
-        metrics.upstream_errors.labels(label, "reset").inc()
-        raise UpstreamUnavailable(f"{label}: the connection broke: {_said(error)}") from error
-    except (aiohttp.ClientError, ValueError) as error:
-        metrics.upstream_errors.labels(label, "protocol").inc()
-        raise UpstreamUnavailable(f"{label}: not an HTTP answer: {_said(error)}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        kind, said = _sorted(error)
+        metrics.upstream_errors.labels(label, kind).inc()
+        failure: type[UpstreamError] = UpstreamTimeout if kind == "timeout" else UpstreamUnavailable
+        raise failure(f"{label}: {said}") from error
+
+
+def _sorted(error: Exception) -> tuple[str, str]:
+    """The kind of a failure, for metrics, and a sentence for people. Order matters: many are
+    several things at once."""
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "dns", f"its name is not resolved: {_said(error.os_error)}"
+        case aiohttp.ClientConnectorCertificateError():
+            return "tls", f"TLS failed: {_said(error.certificate_error)}"
+        case aiohttp.ClientSSLError():
+            return "tls", f"TLS failed: {_said(error.os_error)}"
+        case ssl.SSLError():
+            return "tls", f"TLS failed: {_said(error)}"
+        case aiohttp.ConnectionTimeoutError():
+            return "timeout", "no connection in time"
+        case TimeoutError():
+            return "timeout", "no answer in time"
+        case aiohttp.ClientConnectorError():
+            return "connect", f"cannot connect: {_said(error.os_error)}"
+        case aiohttp.ClientPayloadError():
+            return "body", f"the body broke off: {_said(error)}"
+        case aiohttp.ServerDisconnectedError():
+            return "reset", "it closed the connection without an answer"
+        case aiohttp.ClientConnectionError() | OSError():
+            return "reset", f"the connection broke: {_said(error)}"
+        case aiohttp.ClientResponseError():
+            return "protocol", f"not an HTTP answer: {error.message[:200]}"
+        case _:
+            return "protocol", f"not an HTTP answer: {type(error).__name__}"
+
+
+def _said(error: BaseException) -> str:
+    """What a foreign exception says, or its name if it says nothing."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said or type(error).__name__
 
 
 def refusal(
@@ -75,17 +102,13 @@ def refusal(
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds from a Retry-After header (RFC 9110 §10.2.3: seconds or a date), or ``None``."""
     value = headers.get("Retry-After", "").strip()
-    if not value:
-        return None
     if value.isascii() and value.isdigit():
-        return min(float(value[:9]), MAX_RETRY_AFTER)
+        return min(float(value), MAX_RETRY_AFTER)
     try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
-    except ValueError:
+        date = email.utils.parsedate_to_datetime(value)
+        if date.tzinfo is None:  # "-0000" says UTC and nothing of where
+            date = date.replace(tzinfo=UTC)
+        wait = date.timestamp() - (time.time() if now is None else now)
+    except (ValueError, OverflowError):
         return None
-    return min(max(0.0, at - (time.time() if now is None else now)), MAX_RETRY_AFTER)
-
-
-def _said(error: BaseException) -> str:
-    """What a foreign exception says, or its name if it says nothing."""
-    return str(error) or type(error).__name__
+    return min(max(0.0, wait), MAX_RETRY_AFTER)

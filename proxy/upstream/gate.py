@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 A *slot* is the right to hold one socket to the origin. There are ``capacity`` slots, numbered; slot
 ``n`` always belongs to lane ``n``, which owns at most one socket, so that counting slots is
-counting sockets, idle ones included. Of the free slots the one given back last is granted first:
-its socket is the most likely to be alive.
+counting sockets, idle ones included. Of the free slots the one given back last whose socket can be
+used again is granted first, so that a socket is dialled only when none is idle.
 
 ``limit`` (1 … capacity) is how many may be in use at the moment; lowering it takes effect as turns
 end. With a limit of four or more one slot is kept for metadata.
@@ -13,21 +13,25 @@ end. With a limit of four or more one slot is kept for metadata.
 States of a waiter, and who moves it:
 
 * *queued*   by ``acquire``, in the ``TurnQueue``
-* *granted*  by ``_grant``, which runs whenever a slot comes free, the limit rises or a ticket
-  arrives: the future gets the slot
+* *granted*  by ``_grant``, which runs whenever a slot comes free, the limit rises, or a ticket
+  arrives or changes its class: the future gets the slot
+* *refused*  by ``acquire`` itself, if the queue is too long and no slot was free
 * *gone*     by cancellation of ``acquire``. If the slot had been granted in the same loop turn the
   cancellation arrives after the future was resolved: the slot is given back there, which grants it
   to the next in line. Nothing is lost, whichever comes first.
 
-``acquire`` never suspends between taking a free slot and returning it, so its caller's ``finally``
-is the only owner.
+The request rate, where there is one, is asked for after the slot: the limiter lets newcomers
+overtake, the queue does not. A waiter cancelled there gives its slot back.
+
+``acquire`` never suspends between having a slot and returning it, so its caller's ``finally`` is
+the only owner.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.observe.metrics import GateState, Metrics
@@ -64,7 +68,10 @@ class Slots(Protocol):
         ...
 
     def release(self, slot: Slot) -> None:
-        """Give the slot back; its socket is idle and clean, or closed, or will be before use."""
+        """Give the slot back; its socket is idle and clean, or closed, or will be before use.
+
+        Raises ``ValueError`` for a slot that is not held.
+        """
         ...
 
     def has_rival(self, slot: Slot) -> bool:
@@ -72,7 +79,7 @@ class Slots(Protocol):
         ...
 
     def ahead_of(self, ticket: Ticket) -> int:
-        """At most this many turns are granted before the ticket's."""
+        """How many others wait now whose turns may come before the ticket's."""
         ...
 
     def state(self) -> GateState: ...
@@ -98,8 +105,9 @@ class Gate:
         max_waiting: int = 10_000,
         rate: RateLimit | None = None,
         is_open: Callable[[int], bool] = lambda _number: False,
+        is_warm: Callable[[int], bool] = lambda _number: False,
     ) -> None:
-        """``is_open(number)`` tells whether a free slot's lane still holds an idle socket."""
+        """``is_open(n)``: does lane ``n`` hold a socket? ``is_warm(n)``: one fit for use?"""
         if capacity < 1:
             raise ValueError(f"a gate needs at least one slot, not {capacity}")
         self.name = name
@@ -109,12 +117,13 @@ class Gate:
         self._clock = clock
         self._rate = rate
         self._is_open = is_open
+        self._is_warm = is_warm
         self._limit = capacity
-        self._queue = TurnQueue()
-        self._futures: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
+        self._queue = TurnQueue(on_move=self._grant)
+        self._waiters: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
-        self._active = 0
-        self._bulk = 0  # active turns that are not metadata
+        self._granted: dict[int, TurnClass] = {}
+        self._bulk = 0  # granted slots that are not for metadata
 
     @property
     def limit(self) -> int:
@@ -130,67 +139,75 @@ class Gate:
         slot = await self._slot(ticket)
         if self._rate is None:
             return slot
-        # The slot comes first: the limiter lets newcomers overtake, the queue does not.
         try:
             await self._rate.acquire(1)
         except BaseException:
             self.release(slot)
             raise
-        return slot
+        return replace(slot, since=self._clock())
 
     async def _slot(self, ticket: Ticket) -> Slot:
-        if len(self._queue) >= self.max_waiting:
+        self._queue.add(ticket)
+        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = (future, self._clock())
+        self._grant()
+        # Only now: a slot may have been free for this ticket though others wait (the kept one).
+        if len(self._queue) > self.max_waiting:
+            self._withdraw(ticket, future)
             raise QueueFull(
                 QUEUE_FULL_RETRY,
                 message=f"{len(self._queue)} requests wait for {self.name}, the most that may",
             )
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        self._futures[ticket] = (future, self._clock())
-        self._queue.add(ticket)
-        self._grant()
         try:
             return await future
-        except asyncio.CancelledError:
-            self._withdraw(ticket, future)
+        except BaseException:
+            if not self._withdraw(ticket, future):
+                self.release(future.result())
+            self._metrics.queue_abandoned.labels(self.name, ticket.turn_class).inc()
             raise
 
-    def _withdraw(self, ticket: Ticket, future: asyncio.Future[Slot]) -> None:
-        """The waiter was cancelled: give back what it was granted, or leave the queue."""
+    def _withdraw(self, ticket: Ticket, future: asyncio.Future[Slot]) -> bool:
+        """Leave the queue; false if it is too late, because the slot has been granted."""
         if future.done() and not future.cancelled():
-            self.release(future.result())
-            return
-        self._futures.pop(ticket, None)
+            return False
+        self._waiters.pop(ticket, None)
         self._queue.discard(ticket)
-        self._metrics.queue_abandoned.labels(self.name, ticket.turn_class).inc()
+        return True
 
     def release(self, slot: Slot) -> None:
         """Take the slot back and grant it to whoever is next."""
+        turn_class = self._granted.pop(slot.number, None)
+        if turn_class is None:
+            raise ValueError(f"{slot} of {self.name} is not held")
+        self._bulk -= turn_class is not TurnClass.METADATA
         self._free.append(slot.number)
-        self._active -= 1
-        if slot.turn_class is not TurnClass.METADATA:
-            self._bulk -= 1
         self._grant()
 
     def _grant(self) -> None:
-        while self._active < self._limit and len(self._queue):
+        while len(self._granted) < self._limit and len(self._queue):
             ticket = self._queue.take(self._allowed())
             if ticket is None:
                 return
-            future, since = self._futures.pop(ticket)
+            future, since = self._waiters.pop(ticket)
             if future.done():  # cancelled, but its task has not run yet
                 continue
             now = self._clock()
-            slot = Slot(self._free.pop(), ticket.turn_class, now)
+            slot = Slot(self._next_free(), ticket.turn_class, now)
+            self._granted[slot.number] = slot.turn_class
+            self._bulk += slot.turn_class is not TurnClass.METADATA
             ticket.waited += now - since
-            self._active += 1
-            if slot.turn_class is not TurnClass.METADATA:
-                self._bulk += 1
             self._metrics.queue_wait.labels(self.name, slot.turn_class).observe(now - since)
             future.set_result(slot)
 
+    def _next_free(self) -> int:
+        for place in range(len(self._free) - 1, -1, -1):
+            if self._is_warm(self._free[place]):
+                return self._free.pop(place)
+        return self._free.pop()
+
     def _allowed(self) -> frozenset[TurnClass]:
-        reserved = self._limit >= RESERVE_FROM and self._bulk >= self._limit - 1
-        return _METADATA_ONLY if reserved else _ALL
+        is_kept = self._limit >= RESERVE_FROM and self._bulk >= self._limit - 1
+        return _METADATA_ONLY if is_kept else _ALL
 
     def has_rival(self, slot: Slot) -> bool:
         return self._queue.has_rival(slot.turn_class)
@@ -200,32 +217,14 @@ class Gate:
 
     def state(self) -> GateState:
         """What metrics and the status page show."""
-        idle = sum(1 for number in self._free if self._is_open(number))
         return GateState(
             upstream=self.name,
-            active=self._active,
-            idle=idle,
+            active=len(self._granted),
+            idle=sum(1 for number in self._free if self._is_open(number)),
             limit=self._limit,
             depth=self._queue.depths(),
             queue_limit=self.max_waiting,
         )
 
     def __repr__(self) -> str:
-        return f"<Gate {self.name} {self._active}/{self._limit} active, {self._queue!r}>"
-
-
-class HoldsSlot:
-    """``async with HoldsSlot(slots, ticket) as slot``: a slot that always goes back."""
-
-    def __init__(self, slots: Slots, ticket: Ticket) -> None:
-        self._slots, self._ticket = slots, ticket
-        self._slot: Slot | None = None
-
-    async def __aenter__(self) -> Slot:
-        self._slot = await self._slots.acquire(self._ticket)
-        return self._slot
-
-    async def __aexit__(self, *_exc: object) -> None:
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            self._slots.release(slot)
+        return f"<Gate {self.name} {len(self._granted)}/{self._limit} active, {self._queue!r}>"

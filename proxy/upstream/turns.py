@@ -12,12 +12,18 @@ waits on it. Tickets stand in four classes:
 3. ``blob``       the rest
 4. ``abandoned``  flights that nobody waits for any more
 
-Between classes the better one goes first, but a class takes at most three grants of four while a
-lower one waits; ``abandoned`` goes only when nobody else does. Inside a class it is round robin
-over clients and first come, first served inside a client: per class a ring of clients, per client
-a line of tickets. A ticket stands in the line of each of its clients and goes at the earliest of
-their turns; granting it takes it out of all of them. An *urgent* ticket (a broken body that goes
-on, D8) stands before the ring of its class.
+Between classes the better one goes first, but after three grants in a row while a lower one waits
+it lets a lower one pass; ``abandoned`` goes only when nobody else does. The gate may allow some
+classes only (the slot kept for metadata): such a grant counts in the row like any other, but is not
+given up, since nobody else could use it. Inside a class it is round robin over clients and first
+come, first served inside a client: per class a ring of clients, per client a line of tickets. A
+ticket stands in the line of each of its clients and goes at the earliest of their turns; granting
+it takes it out of all of them, and only the client whose turn it was goes to the end of the ring.
+An *urgent* ticket (a broken body that goes on, D8) stands before the ring of its class.
+
+A ticket may change while it waits. A client that joins or leaves it changes only that client's
+line; another class means the end of the line there, and so does the step between having clients and
+having none.
 
 Every entry is removed at once when its ticket leaves, so an abandoned waiter costs nothing later.
 A grant costs one step per client of the granted ticket, whatever the number of tickets waiting.
@@ -26,7 +32,7 @@ A grant costs one step per client of the granted ticket, whatever the number of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import StrEnum
 
 
@@ -38,6 +44,8 @@ class TurnClass(StrEnum):
     BLOB = "blob"
     ABANDONED = "abandoned"
 
+
+_RANK = {turn_class: rank for rank, turn_class in enumerate(TurnClass)}
 
 #: The client of a ticket that nobody waits for.
 NOBODY = ""
@@ -61,15 +69,15 @@ class Ticket:
 
     def __init__(self, turn_class: TurnClass, clients: Iterable[str] = ()) -> None:
         self.turn_class = turn_class
-        self.urgent = False
+        self.urgent = False  # looked at when it begins to wait
         self.waited = 0.0  # seconds in queues so far
-        self._clients: set[str] = set(clients)
+        self._clients = dict.fromkeys(clients)  # ordered: one run is like the next
         self._queue: TurnQueue | None = None
 
     @property
     def clients(self) -> Collection[str]:
         """Everybody whose turn may be used; ``NOBODY`` stands in when there is none."""
-        return self._clients or (NOBODY,)
+        return self._clients.keys() or (NOBODY,)
 
     @property
     def is_queued(self) -> bool:
@@ -77,24 +85,25 @@ class Ticket:
 
     def join(self, client: str) -> None:
         """``client`` waits for this ticket too."""
-        self._change(self._clients | {client}, self.turn_class)
+        self._change({**self._clients, client: None}, self.turn_class)
 
     def leave(self, client: str) -> None:
         """``client`` does not wait for it any more."""
-        self._change(self._clients - {client}, self.turn_class)
+        kept = {known: None for known in self._clients if known != client}
+        self._change(kept, self.turn_class)
 
     def move(self, turn_class: TurnClass) -> None:
         """Stand in another class from now on."""
         self._change(self._clients, turn_class)
 
-    def _change(self, clients: set[str], turn_class: TurnClass) -> None:
+    def _change(self, clients: dict[str, None], turn_class: TurnClass) -> None:
         if clients == self._clients and turn_class == self.turn_class:
             return
         queue = self._queue
         if queue is not None and turn_class == self.turn_class and self._clients and clients:
-            for client in clients - self._clients:
+            for client in clients.keys() - self._clients.keys():
                 queue._line_up(self, client)
-            for client in self._clients - clients:
+            for client in self._clients.keys() - clients.keys():
                 queue._drop(self, client)
             self._clients = clients
             return
@@ -103,6 +112,7 @@ class Ticket:
         self._clients, self.turn_class = clients, turn_class
         if queue is not None:
             queue.add(self)
+            queue.on_move()
 
     def __repr__(self) -> str:
         where = "queued" if self.is_queued else "not queued"
@@ -129,10 +139,19 @@ class _Ring:
         return next(iter(line))
 
 
-class TurnQueue:
-    """Tickets that wait, and the order they leave in."""
+def _yields_to(turn_class: TurnClass, lower: TurnClass) -> bool:
+    """Must ``turn_class`` let ``lower`` pass now and then?"""
+    return _RANK[turn_class] < _RANK[lower] and lower is not TurnClass.ABANDONED
 
-    def __init__(self) -> None:
+
+class TurnQueue:
+    """Tickets that wait, and the order they leave in.
+
+    ``on_move`` is called when one stands elsewhere than before: it may be able to go now.
+    """
+
+    def __init__(self, on_move: Callable[[], None] = lambda: None) -> None:
+        self.on_move = on_move
         self._rings = {turn_class: _Ring() for turn_class in TurnClass}
 
     def __len__(self) -> int:
@@ -147,7 +166,7 @@ class TurnQueue:
         return {turn_class.value: ring.count for turn_class, ring in self._rings.items()}
 
     def ahead_of(self, ticket: Ticket) -> int:
-        """How many tickets stand in the same or a better class: an upper bound, told to users."""
+        """How many others stand in the same or a better class; told to users."""
         total = 0
         for turn_class, ring in self._rings.items():
             total += ring.count
@@ -197,18 +216,24 @@ class TurnQueue:
         return ticket
 
     def _choose(self, allowed: Collection[TurnClass]) -> TurnClass | None:
-        waiting = [c for c in TurnClass if c in allowed and self._rings[c].count]
-        for place, turn_class in enumerate(waiting):
+        waiting = [c for c in TurnClass if self._rings[c].count]
+        candidates = [c for c in waiting if c in allowed]
+        for turn_class in candidates:
             ring = self._rings[turn_class]
-            rivals = [c for c in waiting[place + 1 :] if c is not TurnClass.ABANDONED]
-            if not rivals:
-                ring.streak = 0
-                return turn_class
-            if ring.streak < STREAK:
-                ring.streak += 1
-                return turn_class
-            ring.streak = 0
+            may_pass = any(_yields_to(turn_class, other) for other in candidates)
+            if may_pass and ring.streak >= STREAK:
+                continue
+            self._count(turn_class, is_contested=any(_yields_to(turn_class, c) for c in waiting))
+            return turn_class
         return None
+
+    def _count(self, granted: TurnClass, *, is_contested: bool) -> None:
+        """One more grant in a row for this class; rows of better classes end with it."""
+        for turn_class, ring in self._rings.items():
+            if _RANK[turn_class] < _RANK[granted]:
+                ring.streak = 0
+        ring = self._rings[granted]
+        ring.streak = ring.streak + 1 if is_contested else 0
 
     def _line_up(self, ticket: Ticket, client: str) -> None:
         lines = self._rings[ticket.turn_class].lines

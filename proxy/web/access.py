@@ -14,8 +14,8 @@ from proxy.pull.asks import Ask, CacheWord
 
 #: The status that stands in logs and metrics for a client that left before its answer was whole.
 CLIENT_LEFT = 499
-#: Characters of a path or user agent in the log.
-MAX_TEXT = 300
+#: Characters of a path or user agent in the log: a path of ours has at most 255 + 128 + 20.
+MAX_TEXT = 512
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -62,6 +62,11 @@ class Visit:
         """The headers leave now."""
         self.status = status
         self.first_byte = self._clock()
+
+    @property
+    def has_answered(self) -> bool:
+        """Have the headers left?"""
+        return self.first_byte is not None
 
     def failed(self, error: PullError) -> None:
         self.error = error
@@ -139,7 +144,7 @@ class AccessLog:
             fields["queue_ms"] = round(visit.ask.timing.queue * 1000, 1)
         if visit.error is not None:
             fields["reason"] = visit.error.reason
-            fields["error"] = visit.error.message
+            fields["error"] = str(visit.error)  # may say more than the client hears
         return fields
 
 

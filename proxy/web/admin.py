@@ -2,14 +2,17 @@
 
 ``/livez`` says that the process and its loop work, and never depends on an upstream: a restart
 would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 while draining.
+``/startupz`` says that the start is over, and stays so.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from proxy.observe.metrics import Metrics
 
@@ -24,12 +27,14 @@ class Admin:
         self,
         *,
         metrics: Metrics,
-        is_ready: Callable[[], bool],
+        is_started: Callable[[], bool],
+        is_draining: Callable[[], bool],
         loop_lag: Callable[[], float],
         status: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._metrics = metrics
-        self._is_ready = is_ready
+        self._is_started = is_started
+        self._is_draining = is_draining
         self._loop_lag = loop_lag
         self._status = status
 
@@ -39,7 +44,7 @@ class Admin:
             [
                 web.get("/livez", self._livez),
                 web.get("/readyz", self._readyz),
-                web.get("/startupz", self._readyz),
+                web.get("/startupz", self._startupz),
                 web.get("/metrics", self._render_metrics),
                 web.get("/api/v1/status", self._render_status),
             ]
@@ -52,14 +57,28 @@ class Admin:
             return web.Response(status=503, text=f"the event loop lags {lag:.1f} s\n")
         return web.Response(text="ok\n")
 
-    async def _readyz(self, _request: web.Request) -> web.Response:
-        if not self._is_ready():
-            return web.Response(status=503, text="draining\n")
+    async def _startupz(self, _request: web.Request) -> web.Response:
+        if not self._is_started():
+            return web.Response(status=503, text="starting\n")
         return web.Response(text="ok\n")
 
+    async def _readyz(self, request: web.Request) -> web.Response:
+        if self._is_draining():
+            return web.Response(status=503, text="draining\n")
+        return await self._startupz(request)
+
     async def _render_metrics(self, _request: web.Request) -> web.Response:
+        # The process's figures come from files below /proc, ours from objects of this loop.
+        process = await asyncio.to_thread(process_metrics)
         headers = {"Content-Type": self._metrics.content_type}
-        return web.Response(body=self._metrics.render(), headers=headers)
+        return web.Response(body=self._metrics.render() + process, headers=headers)
 
     async def _render_status(self, _request: web.Request) -> web.Response:
         return web.json_response(self._status())
+
+
+def process_metrics() -> bytes:
+    """``process_open_fds`` and the like, in the exposition format. Reads files."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)

@@ -3,6 +3,9 @@
 Parses a request into value types, asks the pull layer, and writes the answer with the headers of
 the contract. No policy lives here. Every request ends in exactly one access-log line, whichever way
 it ends; every error is OCI JSON.
+
+Draining: requests under way go on, new ones are sent away with 503 and their connections closed;
+``idle`` tells when the last one has ended.
 """
 
 from __future__ import annotations
@@ -27,21 +30,24 @@ from proxy.oci.errors import (
     PullError,
     RequestInvalid,
     ShuttingDown,
+    SizeMismatch,
 )
 from proxy.oci.links import rewrite_next
 from proxy.oci.manifest import acceptable
 from proxy.oci.paths import Kind, Target, parse_path
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference
-from proxy.pull.asks import Ask, BlobAnswer
+from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog, Visit
 from proxy.web.sending import BodyResponse, Sender, break_off
 
-API_VERSION = {"Docker-Distribution-Api-Version": "registry/2.0"}
+COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
 #: Query parameters of a request, at most.
 MAX_PARAMETERS = 32
+#: Characters of the parser's words about a malformed request that are said back.
+MAX_WORDS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +78,67 @@ class Registry:
         self._access_log = access_log
         self._clock = clock
         self._is_draining = is_draining
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is under way."""
+        await self._idle.wait()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; the handler of aiohttp's low-level server."""
-        visit = Visit(request, secrets.token_hex(8), self._clock)
-        self._metrics.http_inflight.inc()
+        visit = self._begin(request)
         try:
-            return await self._answer(request, visit)
-        except PullError as error:
-            return await self._refuse(request, visit, error)
+            return await self._answer_or_refuse(request, visit)
         except (asyncio.CancelledError, ConnectionError):
             visit.client_left()
             raise
+        finally:
+            self._end(visit)
+
+    def malformed(self, request: web.BaseRequest, words: str) -> web.StreamResponse:
+        """Answer what could not be parsed as HTTP."""
+        visit = self._begin(request)
+        said = " ".join(words.split())[:MAX_WORDS]
+        error = RequestInvalid(f"the request is not valid HTTP: {said}")
+        visit.failed(error)
+        visit.answered(error.status)
+        headers = self._headers(visit, {"Content-Type": "application/json"})
+        body = error.body(visit.request_id)
+        response = web.Response(status=error.status, headers=headers, body=body)
+        response.force_close()
+        visit.sent = len(body)
+        self._end(visit)
+        return response
+
+    def _begin(self, request: web.BaseRequest) -> Visit:
+        self._metrics.http_inflight.inc()
+        self._under_way += 1
+        self._idle.clear()
+        return Visit(request, secrets.token_hex(8), self._clock)
+
+    def _end(self, visit: Visit) -> None:
+        self._metrics.http_inflight.dec()
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
+        self._access_log.write(visit)
+
+    async def _answer_or_refuse(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
+        failure: PullError
+        try:
+            return await self._answer(request, visit)
+        except PullError as error:
+            failure = error
+        except ConnectionError:
+            raise
         except Exception as error:  # a defect of ours: the client gets OCI JSON, the log the trace
             visit.defect = error
-            return await self._refuse(request, visit, InternalError())
-        finally:
-            self._metrics.http_inflight.dec()
-            self._access_log.write(visit)
+            if visit.has_answered:
+                raise ConnectionResetError("the answer had begun when it failed") from error
+            failure = InternalError()
+        return await self._refuse(request, visit, failure)
 
     async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
@@ -174,7 +223,7 @@ class Registry:
         except PullError as error:
             # The status is gone: only the connection can say that this did not work.
             visit.failed(error)
-            break_off(request, response, reset=isinstance(error, DigestMismatch))
+            break_off(request, response, reset=isinstance(error, DigestMismatch | SizeMismatch))
         except BaseException:
             break_off(request, response, reset=True)
             raise
@@ -188,6 +237,7 @@ class Registry:
         target = parsed.target
         tail = "tags/list" if target.kind is Kind.TAGS else f"referrers/{target.reference}"
         page = await self._puller.listing(ask, target.kind, tail, parsed.query)
+        visit.cache = CacheWord.MISS
         headers = {"Content-Type": page.media_type}
         link = rewrite_next(page.link, f"/v2/{target.repository}/{tail}", parsed.ns)
         if link is not None:
@@ -200,7 +250,7 @@ class Registry:
 
     def _headers(self, visit: Visit, headers: Mapping[str, str]) -> dict[str, str]:
         return {
-            **API_VERSION,
+            **COMMON,
             "X-Request-Id": visit.request_id,
             **visit.contract_headers(),
             **headers,
@@ -215,9 +265,12 @@ class Registry:
         body: bytes,
         *,
         size: int | None = None,
+        close: bool = False,
     ) -> web.StreamResponse:
         """A whole answer. A HEAD gets ``size`` (default: the body's) as its Content-Length."""
         response = BodyResponse(status=status, headers=self._headers(visit, headers))
+        if close:
+            response.force_close()
         head = request.method == "HEAD"
         if status != 304 and not (head and size is None and not body):
             response.content_length = len(body) if size is None else size
@@ -239,15 +292,15 @@ class Registry:
         if isinstance(error, Overloaded):
             status = overload_status(request.headers.get("User-Agent"))
         headers = {**error.headers, "Content-Type": "application/json"}
-        if request.method not in ("GET", "HEAD") or isinstance(error, ShuttingDown):
-            headers["Connection"] = "close"  # an unread body must not become the next request
+        # The unread body of a write must not become the next request.
+        close = request.method not in ("GET", "HEAD") or isinstance(error, ShuttingDown)
         body = error.body(visit.request_id)
-        return await self._send_bytes(request, visit, status, headers, body)
+        return await self._send_bytes(request, visit, status, headers, body, close=close)
 
 
 def parse_request(request: web.BaseRequest) -> Parsed:
     """Validate path and query before anything else happens. Raises ``ClientError``."""
-    path, _, query = request.raw_path.partition("?")
+    path, _, query = origin_form(request.raw_path).partition("?")
     target = parse_path(path)
     try:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
@@ -256,6 +309,14 @@ def parse_request(request: web.BaseRequest) -> Parsed:
     named = [value for key, value in pairs if key == "ns"]
     others = tuple((key, value) for key, value in pairs if key != "ns")
     return Parsed(target, named[0] if named else None, others)
+
+
+def origin_form(target: str) -> str:
+    """The path and query of a request target; RFC 9112 §3.2.2 wants absolute URLs taken too."""
+    scheme, separator, rest = target.partition("://")
+    if separator and scheme.lower() in ("http", "https"):
+        return "/" + rest.partition("/")[2]
+    return target
 
 
 def _reference(target: Target) -> Reference:

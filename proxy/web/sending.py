@@ -1,10 +1,12 @@
 """Sending a body: files by sendfile where the loop can, by pread and write where it cannot (D17).
 
-Two rules from measured traps (``loop.sendfile`` of aiofastnet keeps the raw descriptor after a
-cancel, and a reader's descriptor number may be another file's a moment later):
+Three rules from measured traps (``loop.sendfile`` of aiofastnet keeps the raw descriptor after a
+cancel, a reader's descriptor number may be another file's a moment later, and sendfile ends
+without a word where the file does):
 
 * whatever interrupts a sendfile, the transport is aborted *before* the file is closed;
-* no sendfile reaches past what the flight has published: spans come clamped from the reader.
+* no sendfile reaches past what the flight has published: spans come clamped from the reader;
+* a body without a length is chunked, which sendfile knows nothing of: it is copied.
 
 A body that cannot be finished must not end cleanly. By FIN the client may go on from where it is
 (containerd does); by RST it must not trust what it has (D7).
@@ -13,6 +15,7 @@ A body that cannot be finished must not end cleanly. By FIN the client may go on
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -20,12 +23,15 @@ from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
+from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import FileSpan, Piece
 
 #: Bytes of one read and write where sendfile is not to be had.
 CHUNK = 256 << 10
 
 _NO_LINGER = struct.pack("ii", 1, 0)
+#: What a disk says when it fails; other errors of a sendfile are the socket's.
+_DISK = frozenset({errno.EIO, errno.ESTALE})
 
 
 class BodyResponse(web.StreamResponse):
@@ -48,7 +54,8 @@ class Sender:
         self.sent = 0
 
     async def send_all(self, pieces: AsyncGenerator[Piece, None]) -> None:
-        """Every piece, in order. Raises what the pieces raise, and ``ConnectionError``."""
+        """Every piece, in order. Raises what the pieces raise, ``ConnectionError`` when the client
+        has left, and ``StoreFailed`` when a file cannot be read."""
         try:
             async for piece in pieces:
                 if isinstance(piece, FileSpan):
@@ -61,38 +68,63 @@ class Sender:
 
     async def _send_span(self, span: FileSpan) -> None:
         transport = self._request.transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        if transport.get_extra_info("sslcontext") is not None:
+        encrypted = transport.get_extra_info("sslcontext") is not None
+        if encrypted or self._response.content_length is None:
             await self._copy_span(span)
             return
+        try:
+            await self._send_file(transport, span)
+        except (NotImplementedError, asyncio.SendfileNotAvailableError):
+            await self._copy_span(span)
+            return
+        if os.fstat(span.lease.fileno()).st_size < span.stop:
+            raise StoreFailed("a cached file has become shorter than it was")
+        self.sent += span.length
+
+    async def _send_file(self, transport: asyncio.Transport, span: FileSpan) -> None:
         loop = asyncio.get_running_loop()
         try:
             await loop.sendfile(transport, span.lease.file, span.start, span.length, fallback=False)
         except (NotImplementedError, asyncio.SendfileNotAvailableError):
-            await self._copy_span(span)
-            return
+            raise
         except BaseException as error:
             # First, whatever it is: see the module's docstring.
             transport.abort()
+            if isinstance(error, OSError):
+                raise _failed(error) from error
             task = asyncio.current_task()
-            left = isinstance(error, asyncio.CancelledError) and task and not task.cancelling()
-            if left:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            if cancelled and task is not None and not task.cancelling():
                 # Nobody cancelled this task: the transport was aborted under the sendfile.
                 raise ConnectionResetError("the connection was aborted") from None
             raise
-        self.sent += span.length
 
     async def _copy_span(self, span: FileSpan) -> None:
         loop, position = asyncio.get_running_loop(), span.start
         while position < span.stop:
             length = min(CHUNK, span.stop - position)
-            data = await loop.run_in_executor(None, os.pread, span.lease.fileno(), length, position)
+            try:
+                data = await loop.run_in_executor(
+                    None, os.pread, span.lease.fileno(), length, position
+                )
+            except OSError as error:
+                raise StoreFailed(f"a cached file cannot be read: {error.strerror}") from error
             if not data:
-                raise OSError(f"the file ends at {position}, expected {span.stop}")
+                raise StoreFailed("a cached file has become shorter than it was")
             await self._response.write(data)
             position += len(data)
             self.sent += len(data)
+
+
+def _failed(error: OSError) -> Exception:
+    """Whose failure an interrupted sendfile was: the disk's, or that of a client that is gone."""
+    if error.errno in _DISK:
+        return StoreFailed(f"a cached file cannot be read: {error.strerror}")
+    if isinstance(error, ConnectionError):
+        return error
+    return ConnectionResetError(f"the connection broke: {error}")
 
 
 def break_off(request: web.BaseRequest, response: BodyResponse, *, reset: bool) -> None:
@@ -102,10 +134,18 @@ def break_off(request: web.BaseRequest, response: BodyResponse, *, reset: bool) 
     transport = request.transport
     if transport is None:
         return
-    if not reset:
+    if not reset and _has_an_end(request, response):
         transport.close()
         return
     sock = transport.get_extra_info("socket")
     if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        except OSError:  # closed already: nothing is left to be reset
+            return
     transport.abort()
+
+
+def _has_an_end(request: web.BaseRequest, response: BodyResponse) -> bool:
+    """Can a client tell that a body was cut short by FIN? Not one of HTTP/1.0 without a length."""
+    return response.content_length is not None or request.version >= (1, 1)

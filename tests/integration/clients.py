@@ -6,6 +6,7 @@ skopeo and containerd keep blobs as they came, podman and dockerd name layers as
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -191,13 +192,21 @@ class Containerd:
         return asked.returncode == 0
 
 
+def _unmount(path: Path) -> None:
+    # Path.is_mount knows directories only, and this is a file.
+    if os.path.ismount(path):
+        run(["umount", path])
+
+
 class Dockerd:
     """`docker pull` from a daemon with `--registry-mirror`, which mirrors docker.io only."""
 
-    def __init__(self, rig: Rig, mirror: str | None = None) -> None:
+    def __init__(self, rig: Rig, mirror: str | None = None, *, storage_driver: str = "vfs") -> None:
         place = rig.place("dockerd")
         self.socket = f"unix://{place}/docker.sock"
         self._env = _private_home(rig)
+        # With containers on the host's network it leaves the mount of a namespace behind.
+        rig.at_end(_unmount, place / "exec/netns/default")
         mirrors = [f"--registry-mirror=http://{mirror}"] if mirror else []
         rig.start(
             Daemon(
@@ -207,7 +216,7 @@ class Dockerd:
                     "--bridge=none",
                     "--iptables=false",
                     "--ip6tables=false",
-                    "--storage-driver=vfs",
+                    f"--storage-driver={storage_driver}",
                     f"--data-root={place}/data",
                     f"--exec-root={place}/exec",
                     f"--pidfile={place}/pid",

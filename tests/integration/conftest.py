@@ -80,9 +80,18 @@ def serve(rig: Rig) -> Callable[[Serving], Pullpool]:
 
 
 @pytest.fixture
-def upstream(rig: Rig, registry: Registry) -> Nginx:
-    """The registry behind its limit: eight requests at once, 401 beyond, 20 MB/s for each."""
-    return Nginx(rig, Front(connections=LIMIT, rate="20m"), registry_port=registry.port)
+def rate() -> str | None:
+    """The pace of one answer of the upstream, none by default; tests parametrize it.
+
+    In nginx's words: "1m" sends the first MiB at once, and one more every second.
+    """
+    return None
+
+
+@pytest.fixture
+def upstream(rig: Rig, registry: Registry, rate: str | None) -> Nginx:
+    """The registry behind its limit: eight requests at once, 401 beyond."""
+    return Nginx(rig, Front(connections=LIMIT, rate=rate), registry_port=registry.port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +107,6 @@ class Private:
         return Serving(
             self.nginx.url, credentials=account, ca_file=self.ca_file, on_abandon=on_abandon
         )
-
-
-@pytest.fixture
-def rate() -> str | None:
-    """The pace of one answer of the private registry; a test may have another."""
-    return None
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import pytest
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 READY_WITHIN = 60.0
@@ -177,11 +178,14 @@ class Daemon:
 
 
 class Rig:
-    """A directory and the processes started in it, stopped last one first when the rig closes."""
+    """A directory and the processes started in it; both go when the rig closes, the last first."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.daemons: list[Daemon] = []
+        self._end = contextlib.ExitStack()
+        # Images are large, and pytest would keep those of the last three runs.
+        self.at_end(shutil.rmtree, directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -192,9 +196,11 @@ class Rig:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contextlib.ExitStack() as stack:
-            for daemon in self.daemons:
-                stack.callback(daemon.stop)
+        self._end.close()
+
+    def at_end(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call this when the rig closes, after what will be started and before what was."""
+        self._end.callback(call, *args, **kwargs)
 
     def place(self, name: str) -> Path:
         """A new, empty directory of this rig; its name starts with the one given."""
@@ -208,6 +214,7 @@ class Rig:
     def start(self, daemon: Daemon) -> Daemon:
         """Start a process that ends with this rig."""
         self.daemons.append(daemon)
+        self.at_end(daemon.stop)
         daemon.start()
         return daemon
 

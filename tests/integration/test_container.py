@@ -11,7 +11,7 @@ from tests.integration import container
 from tests.integration.clients import Dockerd
 from tests.integration.nginx import Nginx
 from tests.integration.parts import Registry
-from tests.integration.rig import Rig, as_root, free_port, listens, needs, wait_until
+from tests.integration.rig import Rig, as_root, free_port, listens, needs
 from tests.integration.seeding import MIB, digests, push_image, sizes
 
 pytestmark = [as_root, needs("dockerd", "docker", "debootstrap", "docker-registry", "nginx")]
@@ -23,7 +23,7 @@ IMAGE = "pullpool:test"
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dockerd]:
     """A container engine that has pullpool's image, built from the working tree."""
     with Rig(tmp_path_factory.mktemp("engine")) as rig:
-        dockerd = Dockerd(rig)
+        dockerd = container.start_engine(rig)
         version = container.import_base_image(dockerd, rig)
         container.build(dockerd, container.make_context(rig, version), IMAGE)
         yield dockerd
@@ -76,7 +76,7 @@ def test_a_container_pulls_through_its_sidecar(
     engine: Dockerd, sidecar: tuple[str, int], upstream: Nginx, image: FakeImage
 ) -> None:
     name, port = sidecar
-    wait_until(lambda: listens(port), f"the sidecar listens\n{container.logs(engine, name)}")
+    container.wait_for(engine, name, lambda: listens(port), "the sidecar listens")
     script = Path(container.__file__).with_name("container_client.py")
 
     def pull() -> set[str]:
@@ -100,9 +100,9 @@ def test_the_sidecar_becomes_healthy_and_ends_when_it_is_asked_to(
     engine: Dockerd, sidecar: tuple[str, int]
 ) -> None:
     name, _ = sidecar
-    wait_until(lambda: container.health(engine, name) == "healthy", "the container is healthy")
-    # The main process has the id of nobody in particular, and files only where the volume is.
-    assert "65532" in engine.run("exec", name, "id", "--user")
+    container.wait_for(
+        engine, name, lambda: container.health(engine, name) == "healthy", "the engine is content"
+    )
+    assert engine.run("exec", name, "id", "--user").strip() == "65532"
     engine.run("stop", name)
-    state = json.loads(engine.run("container", "inspect", name))[0]["State"]
-    assert state["ExitCode"] == 0
+    assert container.exit_code(engine, name) == 0

@@ -34,6 +34,7 @@ def crowd(registry: Registry) -> list[FakeImage]:
     return [images[n % IMAGES] for n in range(PULLS)]
 
 
+@pytest.mark.parametrize("rate", ["1m"])
 def test_without_a_proxy_the_limit_refuses_a_crowd(
     rig: Rig, upstream: Nginx, crowd: list[FakeImage]
 ) -> None:
@@ -41,6 +42,7 @@ def test_without_a_proxy_the_limit_refuses_a_crowd(
     assert upstream.log.refused() > 0
 
 
+@pytest.mark.parametrize("rate", ["1m"])
 def test_a_crowd_is_served_within_the_cap_and_every_blob_is_fetched_once(
     rig: Rig, serve: Callable[[Serving], Pullpool], upstream: Nginx, crowd: list[FakeImage]
 ) -> None:

@@ -1,0 +1,154 @@
+"""Short questions to an upstream: asked once for everybody, and again while that can help.
+
+Manifests, HEADs and listings are alike: they take one turn of the first class, their failures may
+pass, many clients ask the same at the same time, and each waits no longer than its own deadline. A
+*question* is shared by all who ask it under one key (``SharedWork``); its tries belong to the
+question, its deadline to each who waits. What is told after a deadline depends on where the
+question stood: in our queue (``QueueTimeout``: come again) or with the upstream
+(``UpstreamTimeout``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from proxy.observe.logs import Logger
+from proxy.oci.errors import (
+    NotFound,
+    PullError,
+    QueueTimeout,
+    Throttled,
+    TokenServiceFailed,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from proxy.pull.asks import Ask
+from proxy.pull.shared import SharedWork
+from proxy.upstream.turns import Ticket
+
+V = TypeVar("V")
+
+Key = tuple[str, ...]  # upstream, repository, reference; listings have more
+
+#: Seconds to wait before try ``n`` (1, 2, …).
+Pause = Callable[[int], float]
+
+#: Failures that another try may not meet.
+PASSING = (UpstreamUnavailable, UpstreamTimeout, Throttled, TokenServiceFailed)
+#: Tries of one question while anybody's deadline lasts.
+TRIES = 3
+#: An upstream that asks for a longer pause than this, in seconds, is not asked again: the client
+#: hears how long.
+MAX_PAUSE = 5.0
+#: Seconds after which a client that was sent away may come again.
+COME_AGAIN = 10.0
+
+
+def short_pause(tries: int) -> float:
+    """Full jitter, so that those who failed together do not come back together."""
+    return random.uniform(0, 0.2 * 2**tries)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[V]):
+    value: V
+    waited: float
+
+
+class Questions(Generic[V]):
+    """Questions under way, by key."""
+
+    def __init__(self, *, log: Logger, pause: Pause = short_pause) -> None:
+        self._log = log
+        self._pause = pause
+        self._work: SharedWork[Key, _Outcome[V]] = SharedWork()
+        self._tickets: dict[Key, Ticket] = {}
+
+    async def ask(
+        self,
+        ask: Ask,
+        key: Key,
+        question: Callable[[Ticket], Awaitable[V]],
+        *,
+        named: bool = False,
+        linger: bool = False,
+    ) -> tuple[V, bool]:
+        """The answer, and whether somebody else was asking already. Raises ``PullError``.
+
+        ``named`` says that a manifest names what is asked for: then "not found" means "late".
+        With ``linger`` the question goes on when everybody who asked has left.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        waited: float | None = None
+        try:
+            outcome, joined = await self._work.do(
+                key,
+                ask.client,
+                lambda ticket: self._put(key, question, ticket, named),
+                linger=linger,
+            )
+            waited = outcome.waited
+            return outcome.value, joined
+        finally:
+            elapsed = loop.time() - began
+            ticket = self._tickets.get(key)
+            ask.timing.is_queued = waited is None and ticket is not None and ticket.is_queued
+            if waited is None:
+                waited = elapsed if ask.timing.is_queued else 0.0
+            ask.timing.queue += min(waited, elapsed)
+
+    async def _put(
+        self, key: Key, question: Callable[[Ticket], Awaitable[V]], ticket: Ticket, named: bool
+    ) -> _Outcome[V]:
+        self._tickets[key] = ticket
+        try:
+            for tries in range(1, TRIES):
+                try:
+                    return _Outcome(await question(ticket), ticket.waited)
+                except (*PASSING, NotFound) as error:
+                    if not _may_pass(error, named):
+                        raise
+                    self._log.info(
+                        "asked_again", about=":".join(key), tries=tries, cause=str(error)
+                    )
+                    await asyncio.sleep(max(self._pause(tries), error.retry_after or 0.0))
+            return _Outcome(await question(ticket), ticket.waited)
+        finally:
+            if self._tickets.get(key) is ticket:
+                del self._tickets[key]
+
+    async def close(self) -> None:
+        """Stop what is under way."""
+        await self._work.close()
+
+    def __repr__(self) -> str:
+        return f"<Questions {len(self._tickets)} under way>"
+
+
+def _may_pass(error: PullError, named: bool) -> bool:
+    if isinstance(error, NotFound):
+        return named
+    return (error.retry_after or 0.0) <= MAX_PAUSE
+
+
+async def before(ask: Ask, deadline: float, work: Coroutine[Any, Any, V]) -> V:
+    """What ``work`` gives, at most ``deadline`` seconds after the request's arrival.
+
+    Raises ``QueueTimeout`` or ``UpstreamTimeout`` when it is late. Notes the time spent.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout_at(ask.arrived + deadline):
+            return await work
+    except TimeoutError:
+        if ask.timing.is_queued:
+            raise QueueTimeout(COME_AGAIN) from None
+        message = f"{ask.upstream} did not answer within {deadline:g} s"
+        raise UpstreamTimeout(message, retry_after=COME_AGAIN) from None
+    finally:
+        ask.timing.upstream = max(0.0, loop.time() - ask.arrived - ask.timing.queue)

@@ -1,0 +1,131 @@
+"""The upstream clients as the settings want them; with app.py the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from aiolimiter import AsyncLimiter
+from yarl import URL
+
+from proxy.config import Settings
+from proxy.config import Upstream as UpstreamSettings
+from proxy.observe.metrics import Metrics
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.credentials import (
+    Credentials,
+    CredentialSource,
+    DockerConfigCredentials,
+    EnvCredentials,
+    FileCredentials,
+    HelperCredentials,
+    StaticCredentials,
+)
+from proxy.upstream.origin import Origins, OriginSettings
+from proxy.upstream.routing import Upstream
+from proxy.upstream.tokens import Authenticator
+
+
+class CannotTrust(Exception):
+    """An upstream's file of authorities cannot be used."""
+
+
+async def make_clients(
+    settings: Settings, origins: Origins, metrics: Metrics, clock: Callable[[], float]
+) -> dict[str, UpstreamClient]:
+    """A client for each upstream, by its name. Raises ``CannotTrust``."""
+    files = {upstream.ca_file for upstream in settings.upstreams.values()}
+    # Reading the system's authorities takes milliseconds of file work, and a MiB of memory.
+    trusted = {file: await asyncio.to_thread(_tls_context, file) for file in files}
+    clients = {}
+    for name, upstream in settings.upstreams.items():
+        parts = _Parts(name, upstream, trusted[upstream.ca_file], settings.queue.max_waiting)
+        clients[name] = parts.client(origins, metrics, clock)
+    return clients
+
+
+class _Parts:
+    """What one upstream's client is made of."""
+
+    def __init__(
+        self, name: str, settings: UpstreamSettings, tls: ssl.SSLContext, max_waiting: int
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._tls = tls
+        self._max_waiting = max_waiting
+
+    def client(
+        self, origins: Origins, metrics: Metrics, clock: Callable[[], float]
+    ) -> UpstreamClient:
+        settings = self._settings
+        rate = None
+        if settings.rate is not None:
+            rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
+        limits = self._limits(settings.max_connections)
+        return UpstreamClient(
+            Upstream(
+                self._name,
+                settings.url,
+                tuple(settings.aliases),
+                settings.repository_prefix,
+                settings.library,
+            ),
+            origin=origins.add(URL(settings.url), limits, rate),
+            origins=origins,
+            redirect_settings=self._limits(settings.max_redirect_connections),
+            authenticator=self._authenticator(metrics, clock),
+            metrics=metrics,
+        )
+
+    def _limits(self, connections: int) -> OriginSettings:
+        return OriginSettings(
+            max_connections=connections,
+            max_waiting=self._max_waiting,
+            connect_timeout=self._settings.connect_timeout,
+            read_timeout=self._settings.read_timeout,
+            tls=self._tls,
+        )
+
+    def _authenticator(self, metrics: Metrics, clock: Callable[[], float]) -> Authenticator:
+        name, refreshed = self._name, metrics.token_refresh
+        return Authenticator(
+            name=name,
+            url=self._settings.url,
+            credentials=_credentials(self._settings, clock),
+            auth_realms=self._settings.auth_realms,
+            clock=clock,
+            on_refresh=lambda result: refreshed.labels(name, result).inc(),
+        )
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:  # ssl.SSLError among them: not PEM, or nothing in it
+            raise CannotTrust(f"ca_file {ca_file}: {error.strerror or error}") from error
+    return context
+
+
+def _credentials(upstream: UpstreamSettings, clock: Callable[[], float]) -> CredentialSource | None:
+    """Where the upstream's credentials come from; the settings hold one kind at most."""
+    host = URL(upstream.url).authority
+    if upstream.docker_config is not None:
+        known = "docker.io" if upstream.library else host
+        return DockerConfigCredentials(known, upstream.docker_config, clock=clock)
+    if upstream.credential_helper is not None:
+        return HelperCredentials(upstream.credential_helper, host, clock=clock)
+    if upstream.username is None:
+        return None
+    if upstream.password_file is not None:
+        return FileCredentials(upstream.username, upstream.password_file)
+    if upstream.password_env is not None:
+        return EnvCredentials(upstream.username, upstream.password_env)
+    if upstream.password is not None:
+        secret = upstream.password.get_secret_value()
+        return StaticCredentials(Credentials(upstream.username, secret))
+    return None

@@ -1,0 +1,79 @@
+"""For every test: which event loops it runs on, what it must not do there, what it must not leave.
+
+Unit tests that are coroutines run twice: on asyncio's own loop in debug mode, which finds what was
+never awaited and what is called from the wrong thread, and on the loop that serves, uvloop with
+aiofastnet, whose transports behave otherwise at the edges. Whatever of ours blocks either loop is
+an error (blockbuster), and so is a task or an unheard exception that outlives its test.
+"""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from blockbuster import blockbuster_ctx
+from pytest_asyncio import is_async_test
+
+from proxy.app import loop_factory
+from tests.unit.proxy_kit import Served, pulling
+
+UNIT = Path(__file__).parent / "unit"
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+
+def debugged_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    return loop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, LoopFactory]:
+    """The loops that a test runs on; both for unit tests, the first alone for the others."""
+    if not item.path.is_relative_to(UNIT):
+        return {"asyncio": asyncio.new_event_loop}
+    return {"asyncio": debugged_loop, "uvloop": loop_factory(fast_transport=True)}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Guards for the coroutines among the unit tests; the others would only pay for a loop."""
+    for item in items:
+        if is_async_test(item) and item.path.is_relative_to(UNIT):
+            # In front, so that they are set up first and look around last.
+            item.fixturenames[:0] = ["nothing_blocks", "nothing_is_left"]
+
+
+@pytest.fixture
+def nothing_blocks() -> Iterator[None]:
+    """Calls of ours that block the loop raise; the fake registry may read what it likes."""
+    with blockbuster_ctx(scanned_modules=["proxy"], excluded_modules=["proxy.testing"]):
+        yield
+
+
+@pytest.fixture
+async def nothing_is_left() -> AsyncIterator[None]:
+    """No task outlives the test, and no exception goes unheard."""
+    loop, unheard = asyncio.get_running_loop(), list[str]()
+    loop.set_exception_handler(
+        lambda _, context: unheard.append(f"{context['message']}: {context.get('exception')!r}")
+    )
+    before = asyncio.all_tasks()
+    yield
+    # A transport that was aborted, a task that was cancelled: they end within some turns.
+    for _ in range(20):
+        await asyncio.sleep(0)
+    left = {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task()}
+    gc.collect()  # what was never retrieved is only said when it is collected
+    await asyncio.sleep(0)
+    assert not left, f"tasks outlive the test: {left}"
+    assert not unheard, f"errors that nobody waited for: {unheard}"
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    """A whole proxy on free ports with an empty cache, in front of a fake registry."""
+    async with pulling(tmp_path / "cache") as pair:
+        yield pair
