@@ -36,12 +36,12 @@ async def make_clients(
     settings: Settings, origins: Origins, metrics: Metrics, clock: Callable[[], float]
 ) -> dict[str, UpstreamClient]:
     """A client for each upstream, by its name. Raises ``CannotTrust``."""
-    files = {upstream.ca_file for upstream in settings.upstreams.values()}
-    # Reading the system's authorities takes milliseconds of file work, and a MiB of memory.
-    trusted = {file: await asyncio.to_thread(_tls_context, file) for file in files}
     clients = {}
     for name, upstream in settings.upstreams.items():
-        parts = _Parts(name, upstream, trusted[upstream.ca_file], settings.queue.max_waiting)
+        tls = None  # aiohttp's own context, which all share, trusts the system's authorities
+        if upstream.ca_file is not None:
+            tls = await asyncio.to_thread(_tls_context, upstream.ca_file)
+        parts = _Parts(name, upstream, tls, settings.queue.max_waiting)
         clients[name] = parts.client(origins, metrics, clock)
     return clients
 
@@ -50,7 +50,7 @@ class _Parts:
     """What one upstream's client is made of."""
 
     def __init__(
-        self, name: str, settings: UpstreamSettings, tls: ssl.SSLContext, max_waiting: int
+        self, name: str, settings: UpstreamSettings, tls: ssl.SSLContext | None, max_waiting: int
     ) -> None:
         self._name = name
         self._settings = settings
@@ -101,13 +101,13 @@ class _Parts:
         )
 
 
-def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+def _tls_context(ca_file: Path) -> ssl.SSLContext:
+    """The system's authorities and those of the file."""
     context = ssl.create_default_context()
-    if ca_file is not None:
-        try:
-            context.load_verify_locations(ca_file)
-        except OSError as error:  # ssl.SSLError among them: not PEM, or nothing in it
-            raise CannotTrust(f"ca_file {ca_file}: {error.strerror or error}") from error
+    try:
+        context.load_verify_locations(ca_file)
+    except OSError as error:  # ssl.SSLError among them: not PEM, or nothing in it
+        raise CannotTrust(f"ca_file {ca_file}: {error.strerror or error}") from error
     return context
 
 

@@ -63,10 +63,6 @@ class AccessLog:
                 sent[exchange.blob] += exchange.bytes
         return sent
 
-    def count(self, kind: str) -> int:
-        """How many GETs had this word in their path, as in "/manifests/"."""
-        return sum(exchange.method == "GET" and kind in exchange.path for exchange in self)
-
 
 @dataclass(frozen=True, slots=True)
 class Front:

@@ -66,10 +66,6 @@ class Registry:
         )
         rig.start(self._daemon)
 
-    def stop(self) -> None:
-        """The registry is gone."""
-        self._daemon.stop()
-
 
 def _auth(tokens: TokenAuth | None, password: bool, place: Path) -> dict[str, object]:
     if tokens is not None:
@@ -95,7 +91,7 @@ class Serving:
     on_abandon: str = "finish"
     credentials: tuple[str, str] | None = None
     ca_file: Path | None = None
-    max_size: str = "4GiB"
+    tag_ttl: str = "1h"
 
 
 def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
@@ -112,8 +108,10 @@ def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
             f'default_upstream = "{NAME}"',
             "[cache]",
             f"dir = {json.dumps(str(cache))}",
-            f'max_size = "{serving.max_size}"',
+            'max_size = "4GiB"',
             f'on_abandon = "{serving.on_abandon}"',
+            "[tags]",
+            f'ttl = "{serving.tag_ttl}"',
             f'[upstreams."{NAME}"]',
             *(f"{key} = {json.dumps(value)}" for key, value in upstream.items()),
         ]
@@ -140,16 +138,6 @@ class Pullpool:
             ready=self.is_ready,
         )
         rig.start(self._daemon)
-
-    @property
-    def pid(self) -> int:
-        """The id of its process."""
-        return self._daemon.pid
-
-    @property
-    def log(self) -> Path:
-        """What it writes while it runs."""
-        return self._daemon.log
 
     def is_ready(self) -> bool:
         """Whether /readyz says that it would serve."""

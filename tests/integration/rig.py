@@ -129,13 +129,6 @@ class Daemon:
         state = f"pid {self._child.pid}" if self._child else "stopped"
         return f"<Daemon {self.name} {state}>"
 
-    @property
-    def pid(self) -> int:
-        """The id of the running process; PartFailed when it is stopped."""
-        if self._child is None:
-            raise PartFailed(f"{self.name} is not running")
-        return self._child.pid
-
     def start(self) -> None:
         """Start the process and wait until it is ready; PartFailed with its log when it is not."""
         with self.log.open("ab") as log:

@@ -196,7 +196,7 @@ class RawClient:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.received = b""
+        self.received = bytearray()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -224,11 +224,17 @@ class RawClient:
         self.received += data
         return data
 
-    async def until(self, enough: Callable[[bytes], bool]) -> bytes:
+    async def until(self, enough: Callable[[bytearray], bool]) -> bytearray:
         """Receive until `enough` of it has come."""
         while not enough(self.received):
             assert await self.more(), f"the connection ended after {self.received[-200:]!r}"
         return self.received
+
+    async def rest(self, length: int) -> bytes:
+        """The body of the answer, of which `length` bytes are to come."""
+        start = len(await self.head()) + 4
+        await self.until(lambda data: len(data) >= start + length)
+        return self.body
 
     async def head(self) -> str:
         """The head of the answer."""
@@ -246,4 +252,4 @@ class RawClient:
 
     @property
     def body(self) -> bytes:
-        return self.received.partition(b"\r\n\r\n")[2]
+        return bytes(self.received.partition(b"\r\n\r\n")[2])
