@@ -294,6 +294,7 @@ class Proxy:
                 }
                 for flight in self.puller.flights.all()
             ],
+            "questions": self.puller.questions,
             "cache": {"bytes": store.bytes, "limit": store.limit, "blobs": store.blobs},
             "fleet": None,
         }

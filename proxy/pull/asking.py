@@ -67,6 +67,7 @@ class Questions(Generic[V]):
         self._pause = pause
         self._work: SharedWork[Key, _Outcome[V]] = SharedWork()
         self._tickets: dict[Key, Ticket] = {}
+        self.waiting = 0  # requests that wait for an answer
 
     async def ask(
         self,
@@ -85,6 +86,7 @@ class Questions(Generic[V]):
         loop = asyncio.get_running_loop()
         began = loop.time()
         waited: float | None = None
+        self.waiting += 1
         try:
             outcome, joined = await self._work.do(
                 key,
@@ -95,6 +97,7 @@ class Questions(Generic[V]):
             waited = outcome.waited
             return outcome.value, joined
         finally:
+            self.waiting -= 1
             elapsed = loop.time() - began
             ticket = self._tickets.get(key)
             ask.timing.is_queued = waited is None and ticket is not None and ticket.is_queued

@@ -45,7 +45,6 @@ class Ask:
     route: Route
     client: str
     arrived: float
-    user_agent: str | None = None
     timing: Timing = field(default_factory=Timing)
 
     @property

@@ -320,6 +320,11 @@ class Manifests:
         if by_tag:
             await self._book.confirm((ask.upstream, ask.repository, reference), manifest.digest)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the upstream's word about a manifest."""
+        return sum(one.waiting for one in (self._checks, self._heads, self._fetches))
+
     async def close(self) -> None:
         """Stop what is under way."""
         for task in self._background:

@@ -99,5 +99,10 @@ class Permissions:
         await self.grant(ask, digest, found.size)
         return Link(found.size)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a proof."""
+        return self._proofs.waiting
+
     async def close(self) -> None:
         await self._proofs.close()

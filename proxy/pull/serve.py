@@ -68,6 +68,11 @@ class Puller:
         found, _ = await before(ask, self._deadlines.manifest, work)
         return found
 
+    @property
+    def questions(self) -> int:
+        """Requests that wait for a short answer of an upstream: a manifest, a HEAD, a listing."""
+        return self._manifests.waiting + self._permissions.waiting + self._listings.waiting
+
     async def close(self) -> None:
         """Stop everything under way; nothing is left running."""
         await self.flights.close()

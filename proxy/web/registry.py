@@ -151,7 +151,7 @@ class Registry:
             return await self._ping(request, visit)
         route = self._routes.route(parsed.target.repository, parsed.ns)
         arrived = asyncio.get_running_loop().time()
-        visit.ask = Ask(route, visit.client, arrived, request.headers.get("User-Agent"))
+        visit.ask = Ask(route, visit.client, arrived)
         handlers = {
             Kind.MANIFEST: self._manifest,
             Kind.BLOB: self._blob,

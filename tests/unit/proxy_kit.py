@@ -77,9 +77,14 @@ class Pullpool:
         async with self.session.get(f"{self.proxy.admin_url}{path}") as response:
             return Answer(response.status, response.headers, await response.read())
 
+    @property
+    def log(self) -> str:
+        """All that was logged."""
+        return self._log.getvalue()
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log's lines about one kind of event."""
-        lines = map(json.loads, self._log.getvalue().splitlines())
+        lines = map(json.loads, self.log.splitlines())
         return [line for line in lines if line["event"] == name]
 
     @property

@@ -186,7 +186,7 @@ async def test_no_secret_reaches_the_log(tmp_path: Path) -> None:
             paths = [manifest_path("v1"), blob_path(), manifest_path("none")]
             for path in paths:
                 await pool.get(path, Authorization=f"Basic {theirs}")
-            text = pool._log.getvalue()
+            text = pool.log
             assert len(pool.access_log) == 3
             tokens = [seen.headers.get("Authorization", "-none-") for seen in fake.counters.seen]
     for secret in (password, theirs, *(token.split()[-1] for token in tokens)):

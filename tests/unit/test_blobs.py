@@ -131,7 +131,7 @@ class TestOneFetch:
         with fake.hold(kind="blob") as hold:
             crowd = [asyncio.create_task(pool.get(blob_path())) for _ in range(20)]
             await hold.arrived()
-            await until(lambda: pool.count("http_requests_inflight") == 20)
+            await until(lambda: pool.count("coalesced_requests_total", kind="blob") == 19)
         answers = await asyncio.gather(*crowd)
         assert all(answer.body == LAYER.data for answer in answers)
         assert sorted(str(answer.word) for answer in answers) == ["joined"] * 19 + ["miss"]
@@ -155,7 +155,7 @@ class TestOneFetch:
         with fake.hold(kind="blob", method="HEAD") as hold:
             crowd = [asyncio.create_task(pool.head(blob_path())) for _ in range(5)]
             await hold.arrived()
-            await until(lambda: pool.count("http_requests_inflight") == 5)
+            await until(lambda: pool.proxy.puller.questions == 5)
         assert {answer.status for answer in await asyncio.gather(*crowd)} == {200}
         assert fake.counters.heads == 1
 

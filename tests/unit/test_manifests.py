@@ -41,7 +41,7 @@ class TestOneQuestion:
                 asyncio.create_task(pool.ask(method, manifest_path(reference))) for _ in range(9)
             ]
             await hold.arrived()
-            await until(lambda: pool.count("http_requests_inflight") == 9)
+            await until(lambda: pool.proxy.puller.questions == 9)
         answers = await asyncio.gather(*crowd)
         assert {answer.status for answer in answers} == {200}
         assert sorted(str(answer.word) for answer in answers) == ["joined"] * 8 + ["miss"]
@@ -56,9 +56,9 @@ class TestOneQuestion:
             first = asyncio.create_task(pool.get(manifest_path("v1")))
             await hold.arrived()
             second = asyncio.create_task(pool.get(manifest_path("v1")))
-            await until(lambda: pool.count("http_requests_inflight") == 2)
+            await until(lambda: pool.proxy.puller.questions == 2)
             first.cancel()
-            await until(lambda: pool.count("http_requests_inflight") == 1)
+            await until(lambda: pool.proxy.puller.questions == 1)
         assert (await second).body == IMAGE.manifest
         assert fake.counters.manifests == 1
 

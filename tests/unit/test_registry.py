@@ -352,7 +352,7 @@ class TestListings:
         with fake.hold(kind="tags") as hold:
             asked = [asyncio.create_task(pool.get(path)) for _ in range(5)]
             await hold.arrived()
-            await until(lambda: pool.count("http_requests_inflight") == 5)
+            await until(lambda: pool.proxy.puller.questions == 5)
         answers = await asyncio.gather(*asked)
         assert {answer.status for answer in answers} == {200}
         assert fake.counters.count("tags") == 1

@@ -206,7 +206,7 @@ class TestFreshness:
             with fake.hold(method="HEAD") as hold:
                 crowd = [asyncio.create_task(pool.get(manifest_path("v1"))) for _ in range(9)]
                 await hold.arrived()
-                await until(lambda: pool.count("http_requests_inflight") == 9)
+                await until(lambda: pool.proxy.puller.questions == 9)
             answers = await asyncio.gather(*crowd)
             assert {answer.word for answer in answers} == {"revalidated"}
             assert fake.counters.heads == 1
