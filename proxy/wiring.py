@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from aiolimiter import AsyncLimiter
@@ -64,7 +65,7 @@ class _Parts:
         rate = None
         if settings.rate is not None:
             rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
-        limits = self._limits(settings.max_connections)
+        limits = replace(self._limits(settings.max_connections), starts_low=True)
         return UpstreamClient(
             Upstream(
                 self._name,

@@ -140,6 +140,9 @@ class Metrics:
         self.upstream_errors = self._counter(
             "upstream_errors_total", "Failed requests to upstreams", ("upstream", "kind")
         )
+        self.upstream_overloads = self._counter(
+            "upstream_overloads_total", "Answers that showed an upstream to be overloaded", labels
+        )
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )

@@ -259,6 +259,13 @@ class Throttled(Overloaded):
     default_message = "the upstream limits our requests"
 
 
+class UpstreamBusy(Overloaded):
+    """The upstream refuses because it has too much to do, whatever its status says (DESIGN D5)."""
+
+    reason = "upstream_busy"
+    default_message = "the upstream has too much to do"
+
+
 class QueueFull(Overloaded):
     """The bounded queue in front of the upstream holds no further waiter."""
 

@@ -23,6 +23,7 @@ from proxy.oci.errors import (
     QueueTimeout,
     Throttled,
     TokenServiceFailed,
+    UpstreamBusy,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -38,19 +39,23 @@ Key = tuple[str, ...]  # upstream, repository, reference; listings have more
 Pause = Callable[[int], float]
 
 #: Failures that another try may not meet.
-PASSING = (UpstreamUnavailable, UpstreamTimeout, Throttled, TokenServiceFailed)
+PASSING = (UpstreamUnavailable, UpstreamTimeout, UpstreamBusy, Throttled, TokenServiceFailed)
 #: Tries of one question while anybody's deadline lasts.
 TRIES = 3
+#: The same for an upstream that is busy, which pauses make a matter of the asker's deadline.
+BUSY_TRIES = 64
 #: An upstream that asks for a longer pause than this, in seconds, is not asked again: the client
 #: hears how long.
 MAX_PAUSE = 5.0
+#: The longest pause of our own between two tries, in seconds.
+LONGEST_PAUSE = 3.0
 #: Seconds after which a client that was sent away may come again.
 COME_AGAIN = 10.0
 
 
 def short_pause(tries: int) -> float:
     """Full jitter, so that those who failed together do not come back together."""
-    return random.uniform(0, 0.2 * 2**tries)
+    return random.uniform(0, min(LONGEST_PAUSE, 0.2 * 2**tries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +115,12 @@ class Questions(Generic[V]):
     ) -> _Outcome[V]:
         self._tickets[key] = ticket
         try:
-            for tries in range(1, TRIES):
+            for tries in range(1, BUSY_TRIES):
                 try:
                     return _Outcome(await question(ticket), ticket.waited)
                 except (*PASSING, NotFound) as error:
-                    if not _may_pass(error, named):
+                    is_spent = tries >= TRIES and not isinstance(error, UpstreamBusy)
+                    if is_spent or not _may_pass(error, named):
                         raise
                     self._log.info(
                         "asked_again", about=":".join(key), tries=tries, cause=str(error)

@@ -20,6 +20,7 @@ from proxy.oci.errors import (
     QueueFull,
     Throttled,
     TokenServiceFailed,
+    UpstreamBusy,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -32,10 +33,13 @@ Key = tuple[str, str]
 TRIES = 6
 #: The same for a blob that the upstream does not have yet although a manifest names it.
 LATE_TRIES = 4
+#: The same for an upstream that is too busy: with pauses of up to 5 s a matter of minutes.
+BUSY_TRIES = 64
 #: What is worth another try at the same source.
 PASSING: tuple[type[PullError], ...] = (
     UpstreamUnavailable,
     UpstreamTimeout,
+    UpstreamBusy,
     Throttled,
     TokenServiceFailed,
 )
@@ -133,6 +137,8 @@ class Sources:
             tries = entry.tries = entry.tries + 1
         if isinstance(error, NotFound) and source.key in self._named and tries < LATE_TRIES:
             return Verdict.TRY_AGAIN  # not missing but late (eventual consistency)
+        if isinstance(error, UpstreamBusy) and tries < BUSY_TRIES:
+            return Verdict.TRY_AGAIN  # the readers' deadlines are what ends the wait
         # A full queue sends newcomers away; a flight that has begun waits.
         if isinstance(error, PASSING) or (isinstance(error, QueueFull) and has_begun):
             exhausted = all(entry.tries >= TRIES for entry in self._entries.values())

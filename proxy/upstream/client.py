@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
@@ -21,20 +21,24 @@ import aiohttp
 from yarl import URL
 
 from proxy.observe.metrics import Metrics
+from proxy.oci.challenge import parse_challenges
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
     DigestInvalid,
     RedirectRefused,
     TooLarge,
+    UpstreamBusy,
     UpstreamUnavailable,
 )
 from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
+from proxy.oci.token import grants
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
 from proxy.upstream.routing import Upstream
+from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -49,6 +53,9 @@ MAX_LISTING = 8 << 20
 #: Refusals of a HEAD that say nothing about a GET: ECR Public answers 401 where it grants a GET
 #: (distribution#4383), URLs are signed for one method, some services do not know HEAD.
 _HEAD_REFUSALS = frozenset({400, 401, 403, 405, 501})
+#: Failures of a connection that speak of load, and those among them that do not: the name, TLS.
+_BROKEN = (aiohttp.ClientConnectionError, OSError)
+_GONE = (aiohttp.ClientConnectorDNSError, aiohttp.ClientSSLError, TimeoutError)
 #: ECR answers an expired token with 403 and one of these in the body.
 _EXPIRED = (b"token has expired", b"token expired", b"expired token")
 
@@ -216,16 +223,40 @@ class UpstreamClient:
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
             async with origin.turn(ticket) as turn:
-                with translated(origin.key.label, self.metrics):
+                with self._weighed(turn), translated(origin.key.label, self.metrics):
                     response = await self._send(turn, method, url, headers, repository, is_ours)
                     if response.status in REDIRECTS:
                         await drain(response)
+                self._weigh(turn, response)
                 if response.status not in REDIRECTS:
                     _expect_identity(origin, response)
                     yield Reply(response, turn, url, self.metrics)
                     return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
+
+    @contextlib.contextmanager
+    def _weighed(self, turn: Turn) -> Iterator[None]:
+        """A connection that is refused, or broken before there is an answer, is one too many."""
+        try:
+            yield
+        except UpstreamUnavailable as error:
+            if isinstance(error.__cause__, _BROKEN) and not isinstance(error.__cause__, _GONE):
+                turn.was_too_much("connection refused or reset")
+            raise
+
+    def _weigh(self, turn: Turn, response: aiohttp.ClientResponse) -> None:
+        """What an answer says of the load: 5xx and 429 that it is too much, others that it is not.
+
+        Docker Hub's 429 is about a quota of manifests, so none of a manifest counts (D6).
+        """
+        if response.status in BUSY:
+            turn.was_too_much(f"status {response.status}")
+        elif response.status == 429:
+            if "/manifests/" not in response.url.raw_path:
+                turn.was_too_much("status 429")
+        else:
+            turn.went_well()
 
     async def _origin_of(self, url: URL) -> Origin:
         if OriginKey.of(url) == self.origin.key:
@@ -246,15 +277,51 @@ class UpstreamClient:
         fetch = self._token_fetch(turn)
         auth = await self._authenticator.headers(repository, fetch)
         response = await turn.request(method, url, {**headers, **auth})
-        expired = response.status == 403 and await _says_expired(response)
-        if response.status != 401 and not expired:
+        if response.status not in (401, 403):
+            return self._granted(response, repository)
+        # ECR Public refuses every HEAD of a blob: that says nothing, the GET after it will.
+        is_telling = method != "HEAD" or "/blobs/" not in url.raw_path
+        refused = await _refusal(response, auth, repository)
+        sign, reason = read_sign(refused)
+        if sign is Sign.OVERLOAD and is_telling and refused.scheme != "bearer":
+            raise self._busy(turn, reason)
+        expired = refused.status == 403 and any(text in refused.body.lower() for text in _EXPIRED)
+        if refused.status == 403 and not expired:
             return response
         challenges = response.headers.getall("WWW-Authenticate", [])
-        await drain(response)
-        auth = await self._authenticator.challenged(
-            repository, challenges, auth.get("Authorization"), fetch, expired=expired
-        )
-        return await turn.request(method, url, {**headers, **auth})
+        try:
+            auth = await self._authenticator.challenged(
+                repository, challenges, auth.get("Authorization"), fetch, expired=expired
+            )
+        except Denied:
+            if sign is Sign.OVERLOAD and is_telling:
+                raise self._busy(turn, reason) from None
+            raise
+        response = await turn.request(method, url, {**headers, **auth})
+        if response.status not in (401, 403):
+            return self._granted(response, repository)
+        if is_telling:
+            await self._expect_denial(turn, await _refusal(response, auth, repository), repository)
+        return response
+
+    async def _expect_denial(self, turn: Turn, refused: Refusal, repository: str) -> None:
+        """Is this second refusal meant? Raises ``UpstreamBusy`` if not (D5)."""
+        sign, reason = read_sign(refused)
+        if sign is Sign.UNPROVEN:
+            fetch = self._token_fetch(turn)
+            if await self._authenticator.is_overloaded(repository, fetch):
+                sign = Sign.OVERLOAD
+        if sign is Sign.OVERLOAD:
+            raise self._busy(turn, reason)
+
+    def _granted(self, response: aiohttp.ClientResponse, repository: str) -> aiohttp.ClientResponse:
+        if response.status < 400:
+            self._authenticator.worked(repository)
+        return response
+
+    def _busy(self, turn: Turn, reason: str) -> UpstreamBusy:
+        turn.was_too_much(reason)
+        return UpstreamBusy(message=f"{self.name} refuses without deciding: {reason}")
 
     def _token_fetch(
         self, turn: Turn
@@ -335,10 +402,18 @@ async def drain(response: aiohttp.ClientResponse, patience: float = DRAIN_SECOND
     return bytes(body)
 
 
-async def _says_expired(response: aiohttp.ClientResponse) -> bool:
-    """Is this the 403 by which ECR says that a token has expired (aws-ecr-proxy#7)?"""
-    body = (await drain(response)).lower()
-    return any(text in body for text in _EXPIRED)
+async def _refusal(
+    response: aiohttp.ClientResponse, auth: Mapping[str, str], repository: str
+) -> Refusal:
+    """A 401 or 403 with its body, and what its request had to show."""
+    scheme, _, secret = auth.get("Authorization", "").partition(" ")
+    return Refusal(
+        status=response.status,
+        challenges=parse_challenges(response.headers.getall("WWW-Authenticate", [])),
+        body=await drain(response),
+        scheme=scheme.lower(),
+        granted=grants(secret, repository, "pull") if scheme.lower() == "bearer" else None,
+    )
 
 
 async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:

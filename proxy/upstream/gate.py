@@ -134,6 +134,11 @@ class Gate:
         self._limit = max(1, min(limit, self.capacity))
         self._grant()
 
+    @property
+    def is_full(self) -> bool:
+        """Are as many slots granted as may be?"""
+        return len(self._granted) >= self._limit
+
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a turn; see ``Slots.acquire``."""
         slot = await self._slot(ticket)

@@ -26,6 +26,7 @@ from yarl import URL
 
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import ShuttingDown
+from proxy.upstream.cap import START, Cap
 from proxy.upstream.dns import OriginResolver
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
@@ -66,6 +67,7 @@ class OriginSettings:
     """How to reach an origin and how hard it may be used. Times in seconds."""
 
     max_connections: int = 16
+    starts_low: bool = False  # the cap adapts from a low start (D6), else it is max_connections
     max_waiting: int = 10_000
     connect_timeout: float = 10.0
     read_timeout: float = 60.0
@@ -80,6 +82,9 @@ class Turn:
         self.slot = slot
         self._response: aiohttp.ClientResponse | None = None
         self._answered_at: float | None = None
+        self._sent_at = slot.since
+        # Only a request that went out at a full cap says that the cap could be larger.
+        self._was_full = origin.gate.is_full
 
     async def request(
         self, method: str, url: URL, headers: Mapping[str, str] | None = None
@@ -89,6 +94,7 @@ class Turn:
         Raises what aiohttp raises.
         """
         self.finish()
+        self._sent_at = self.origin.clock()
         try:
             self._response = await self.origin.send(self.slot, method, url, headers or {})
         except BaseException:
@@ -106,6 +112,14 @@ class Turn:
         if response.connection is not None:
             self.origin.abort(self.slot)  # before close(), which would only begin to close
         response.close()
+
+    def went_well(self) -> None:
+        """The upstream gave an answer that it meant."""
+        self.origin.went_well(full=self._was_full)
+
+    def was_too_much(self, reason: str) -> None:
+        """The upstream broke under this turn's request: fewer at once from now on (D6)."""
+        self.origin.was_too_much(self._sent_at, reason)
 
     @property
     def is_overdue(self) -> bool:
@@ -148,6 +162,10 @@ class Origin:
             is_warm=self._is_warm,
         )
         self.slots: Slots = self.gate
+        maximum = settings.max_connections
+        start = min(START, maximum) if settings.starts_low else maximum
+        self.cap = Cap(start, maximum)
+        self.gate.limit = start
         self._metrics = metrics
         self._lanes: dict[int, Lane] = {}
         self._resolver: OriginResolver | None = None
@@ -221,6 +239,20 @@ class Origin:
         for number, lane in list(self._lanes.items()):
             if number not in self._busy:
                 await lane.shut()
+
+    def went_well(self, *, full: bool) -> None:
+        """A request went well; ``full``: the cap was the limit when it was sent."""
+        self._settle(self.cap.succeeded(self.clock(), full=full))
+
+    def was_too_much(self, sent_at: float, reason: str) -> None:
+        """The upstream broke under a request sent at ``sent_at`` (monotonic seconds)."""
+        self._metrics.upstream_overloads.labels(self.key.label).inc()
+        self._settle(self.cap.overloaded(self.clock(), sent_at=sent_at, reason=reason))
+
+    def _settle(self, cap: Cap) -> None:
+        if cap.limit != self.cap.limit:
+            self.gate.limit = cap.limit
+        self.cap = cap
 
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""

@@ -32,8 +32,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
-from cachetools import TLRUCache
+from cachetools import TLRUCache, TTLCache
 from yarl import URL
 
 from proxy.oci.challenge import (
@@ -58,6 +59,10 @@ _MAX_TOKENS = 1024
 # a request that leaves with it must still arrive.
 _EARLY_SECONDS = 10.0
 _EARLY_SHARE = 0.1
+
+
+# How long it counts as evidence, in seconds, that a repository could be pulled from.
+_LATELY = 600.0
 
 
 class Action(Enum):
@@ -169,6 +174,7 @@ class Authenticator:
         self._tokens: TLRUCache[_Key, _Token, float] = TLRUCache(
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
+        self._worked: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _LATELY, timer=clock)
         self._refreshes: dict[_Key, asyncio.Future[_Outcome]] = {}
 
     def __repr__(self) -> str:
@@ -213,10 +219,61 @@ class Authenticator:
         decision = decide(offered, judged, credentials is not None)
         if expired and not offered and self._renewable(judged):
             decision = self._learned or decision
+        if decision.action is Action.DENY and self._is_stale_token(offered, judged):
+            decision = self._learned or decision
         if decision.action is Action.DENY:
             raise Denied(f"{self._name} denies {repository}: {decision.reason}")
         self._learn(decision)
         return await self._answer(decision, repository, credentials, refused=sent, fetch=fetch)
+
+    def _is_stale_token(self, offered: Sequence[Challenge], judged: str | None) -> bool:
+        """A Basic challenge to a token: Harbor says so to one that is out of date, and when it is
+        too busy to look. A new token tells the two apart."""
+        known = self._learned is not None and self._learned.action is Action.BEARER
+        return known and _scheme(judged) == "bearer" and offers_basic(offered)
+
+    def worked(self, repository: str) -> None:
+        """The upstream has just granted access to ``repository``."""
+        self._worked[repository] = self._clock()
+
+    async def is_overloaded(self, repository: str, fetch: Fetch) -> bool:
+        """A token came without access to `repository`: is that for want of rights, or of time?
+
+        Harbor answers both alike (D5), so there has to be evidence. In this order: another token,
+        because that is what a denial gets as its second chance; credentials that do not even get a
+        token without a scope are wrong; what worked lately has not lost its rights just now; and
+        if another repository that worked fails as well, it is not about this one. Where nothing
+        has ever worked there is no evidence, and it is a denial. Raises as `fetch` does.
+        """
+        if self._learned is None or self._learned.bearer is None:
+            return False
+        credentials = await self._credentials()
+        ask = partial(self._is_granted, self._learned.bearer, credentials, fetch)
+        if await ask(repository):
+            return True
+        if credentials is not None and not await ask(None):
+            return False
+        if repository in self._worked:
+            return True
+        other = next(iter(self._worked), None)
+        return other is not None and not await ask(other)
+
+    async def _is_granted(
+        self,
+        bearer: BearerChallenge,
+        credentials: Credentials | None,
+        fetch: Fetch,
+        repository: str | None,
+    ) -> bool:
+        """Does the token service give access to `repository`, or with None any token at all?"""
+        account = credentials.account if credentials else None
+        scope = f"repository:{repository}:pull" if repository else ""
+        key = _Key(bearer.realm, bearer.service, scope, account)
+        headers = {"Authorization": credentials.authorization} if credentials else {}
+        status, body = await fetch(key.url(), headers)
+        if status != 200:
+            return False
+        return repository is None or grants(parse_token_reply(body).token, repository, "pull")
 
     def _renewable(self, judged: str | None) -> bool:
         """Whether the scheme in use has something newer to offer than what was judged."""

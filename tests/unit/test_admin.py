@@ -126,7 +126,7 @@ class TestMetrics:
             def value(name: str, **labels: str) -> float:
                 return found["pullpool_" + name, tuple(sorted(labels.items()))]
 
-            assert value("upstream_connections_limit", upstream=gate) == 5
+            assert value("upstream_connections_limit", upstream=gate) == 4
             assert value("upstream_connections", upstream=gate, state="active") == 0
             assert value("upstream_connections", upstream=gate, state="idle") == 1
             for name in ("metadata", "small", "blob", "abandoned"):
@@ -193,5 +193,5 @@ async def test_the_status_tells_what_is_held(served: Served) -> None:
     assert status["cache"]["bytes"] == LAYER.size
     [upstream] = status["upstreams"]
     assert upstream["upstream"] == fake.netloc
-    assert upstream["limit"] == 16
+    assert upstream["limit"] == 4  # the start: nothing has been seen to stand yet
     assert (status["flights"], status["fleet"], status["draining"]) == ([], None, False)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from proxy.oci.digest import Digest
-from proxy.oci.errors import Denied, NotFound, PullError, UpstreamUnavailable
+from proxy.oci.errors import Denied, NotFound, PullError, UpstreamBusy, UpstreamUnavailable
 from proxy.testing import (
     Answer,
     Corrupt,
@@ -150,7 +150,7 @@ async def test_bytes_are_handed_on_as_they_came() -> None:
         assert (await puller.read(source_of(puller), 0, 10))[3] == DATA[3] ^ 0xFF
 
 
-@pytest.mark.parametrize(("status", "error"), [(404, NotFound), (403, Denied), (401, Denied)])
+@pytest.mark.parametrize(("status", "error"), [(404, NotFound), (403, Denied), (401, UpstreamBusy)])
 async def test_a_refusal_of_the_registry_is_one(status: int, error: type[PullError]) -> None:
     async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
         registry.script(Fault(Answer(status)))

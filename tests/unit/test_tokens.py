@@ -270,7 +270,6 @@ async def test_credentials_that_cannot_be_read_are_an_error() -> None:
     [
         ([], "Bearer t"),
         ([""], "Bearer t"),
-        ([BASIC], "Bearer t"),
         ([BASIC], ROBOT.authorization),
         (["Negotiate"], None),
     ],
@@ -287,6 +286,15 @@ async def test_a_refusal_without_a_way_out_is_a_denial(
     assert ROBOT.authorization not in str(caught.value)
     # Nothing has been unlearned by it.
     assert await setting.headers(APP, never) == learned
+
+
+async def test_a_basic_challenge_to_a_token_is_answered_with_a_new_token() -> None:
+    """Harbor says so to a token that is out of date, and when it is too busy to look."""
+    setting, service = Setting(), Service()
+    learned = await setting.challenged(APP, [BEARER], None, service)
+    renewed = await setting.challenged(APP, [BASIC], learned["Authorization"], service)
+    assert renewed["Authorization"].startswith("Bearer ")
+    assert renewed != learned
 
 
 async def test_basic_without_credentials_says_that_some_are_needed() -> None:

@@ -1,0 +1,98 @@
+"""How many sockets an origin takes before it breaks: the control law of the effective cap (D6).
+
+Pure: one value, three things that can happen to it. ``max_connections`` is what the operator
+allows; the *effective cap* is what the upstream has shown to stand. It starts low and doubles per
+round until the first overload, like TCP's slow start; after that it halves on overload and grows by
+one after a run of successes, so that it hovers below the level that broke.
+
+Three refinements, each against a way in which the plain law fails:
+
+* *One halving per cause.* Requests that were sent before the last change say nothing about the new
+  cap: an upstream that breaks under eight requests answers several of them badly at once.
+* *Growth only when it is used.* A success counts when the cap was full as it was sent; otherwise a
+  quiet night would raise a cap that nobody has tried.
+* *A remembered ceiling.* The run is short below the level that broke last and long at it, so that
+  the cap returns quickly to what worked and tries the wall rarely. A wall that has moved is found
+  by passing it: then the ceiling is forgotten and the cap doubles again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: The first cap of an origin that nothing is known of (D6).
+START = 4
+#: Successes for one step up, per slot of the cap, below the level that broke last …
+QUICK_RUN = 2
+#: … and at it, where every step is likely to cost overload answers: at a cap of 6 one try in 384 …
+SLOW_RUN = 64
+#: … and never fewer than these, or a cap of 1 would try too often.
+LEAST_SLOW_RUN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """The effective cap of one origin. Times are monotonic seconds."""
+
+    limit: int
+    maximum: int
+    ceiling: int | None = None  # the least cap that broke, as far as is known
+    run: int = 0  # successes at a full cap since the last change
+    changed_at: float = float("-inf")
+    reason: str = "starting low"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.limit <= self.maximum:
+            raise ValueError(f"expected 1 <= limit <= {self.maximum}, got {self.limit}")
+
+    @classmethod
+    def starting(cls, maximum: int, learned: int | None = None) -> Cap:
+        """The cap at start; with ``learned``, what an earlier process ended with."""
+        if learned is None:
+            return cls(min(START, maximum), maximum)
+        limit = max(1, min(learned, maximum))
+        ceiling = limit + 1 if limit < maximum else None
+        return cls(limit, maximum, ceiling, reason="learned before the restart")
+
+    @property
+    def needed_run(self) -> int:
+        """Successes at a full cap that the next step up takes."""
+        if self.ceiling is None:
+            return self.limit  # one round
+        if self.limit + 1 < self.ceiling:
+            return QUICK_RUN * self.limit
+        return max(LEAST_SLOW_RUN, SLOW_RUN * self.limit)
+
+    def succeeded(self, now: float, *, full: bool) -> Cap:
+        """A request went well; ``full`` says that the cap was the limit when it was sent."""
+        if not full or self.limit == self.maximum:
+            return self
+        if self.run + 1 < self.needed_run:
+            return replace(self, run=self.run + 1)
+        return self._raised(now)
+
+    def _raised(self, now: float) -> Cap:
+        step = self.limit if self.ceiling is None else 1
+        limit = min(self.maximum, self.limit + step)
+        passed = self.ceiling is not None and limit > self.ceiling
+        return replace(
+            self,
+            limit=limit,
+            ceiling=None if passed else self.ceiling,
+            run=0,
+            changed_at=now,
+            reason="growing",
+        )
+
+    def overloaded(self, now: float, *, sent_at: float, reason: str) -> Cap:
+        """The upstream broke under a request that was sent at ``sent_at``."""
+        if sent_at <= self.changed_at and self.ceiling is not None:
+            return replace(self, run=0)
+        return replace(
+            self,
+            limit=max(1, self.limit // 2),
+            ceiling=self.limit,
+            run=0,
+            changed_at=now,
+            reason=reason,
+        )
