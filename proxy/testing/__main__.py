@@ -205,6 +205,7 @@ def _announcement(
                 "name": image.name,
                 "tag": image.tag,
                 "digest": str(image.digest),
+                "size": len(image.manifest),
                 "blobs": [{"digest": str(blob.digest), "size": blob.size} for blob in image.blobs],
             }
             for image in images
