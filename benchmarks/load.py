@@ -223,7 +223,10 @@ def main() -> None:
     plan = Plan.load(sys.stdin.readline())
     print("ready", flush=True)
     sys.stdin.readline()
-    print(uvloop.run(crowd(plan)).dump())
+    report = uvloop.run(crowd(plan)).dump()
+    # Not print(): with PYTHONUNBUFFERED it writes once, and loses what a full pipe did not take.
+    with open(sys.stdout.fileno(), "w", closefd=False) as out:
+        out.write(report + "\n")
 
 
 if __name__ == "__main__":

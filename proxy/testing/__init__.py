@@ -7,7 +7,7 @@ and `pullpool demo`. Nothing here is imported by the serving path.
 from __future__ import annotations
 
 from proxy.testing.clock import FakeClock
-from proxy.testing.counters import Counters, Seen
+from proxy.testing.counters import Counters, Moment, Seen
 from proxy.testing.faults import (
     Action,
     Answer,
@@ -27,10 +27,12 @@ from proxy.testing.faults import (
 )
 from proxy.testing.holds import Hold
 from proxy.testing.images import FakeBlob, FakeImage, FakeIndex, make_image, make_index
+from proxy.testing.overload import POISONED_TOKEN, Misbehaviour, Overload
 from proxy.testing.registry import FakeRegistry
 from proxy.testing.wire import Kind
 
 __all__ = [
+    "POISONED_TOKEN",
     "Action",
     "Answer",
     "Corrupt",
@@ -48,6 +50,9 @@ __all__ = [
     "Hold",
     "IgnoreRange",
     "Kind",
+    "Misbehaviour",
+    "Moment",
+    "Overload",
     "Oversize",
     "Reset",
     "Seen",

@@ -1,8 +1,15 @@
 """The fake registry as a process of its own, for benchmarks and for trying things by hand.
 
 `python -m proxy.testing registry --limit 8 --images 4` prints one line of JSON when it is ready and
-serves until SIGTERM or SIGINT. A second port answers the parent process (`GET /_counters`,
-`POST /_reset`), so that asking how many sockets there are does not open one more.
+serves until SIGTERM or SIGINT. `python -m proxy.testing harbor --breaks-beyond 6 --users ann:pw` is
+a Harbor with Bearer tokens that breaks under load. A second port answers the parent process, so
+that asking how many sockets there are does not open one more:
+
+- `GET /_counters`: the totals;
+- `GET /_timeline`: when each request came, in seconds, and what overload made of it;
+- `POST /_reset`: counts anew;
+- `POST /_overload?breaks-beyond=N&misbehave=KINDS&seed=S`: moves the limit, each part by itself;
+  with an empty `breaks-beyond` nothing breaks any more.
 """
 
 from __future__ import annotations
@@ -12,12 +19,13 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TextIO, cast
 
 from aiohttp import web
 
 from proxy.testing.images import FakeImage, make_image
+from proxy.testing.overload import Misbehaviour, Overload
 from proxy.testing.registry import FakeRegistry
 
 
@@ -29,24 +37,90 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m proxy.testing")
-    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "registry", help="serve generated images"
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_registry(commands.add_parser("registry", help="serve generated images"))
+    _add_harbor(commands.add_parser("harbor", help="the same as a Harbor that breaks under load"))
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=0, help="0: a free one")
     add("--limit", type=int, help="sockets at once; beyond it Harbor's 401")
     add("--rate", type=int, metavar="BYTES", help="bytes per second and connection")
-    add("--latency", type=float, default=0.0, metavar="SECONDS")
     add("--images", type=int, default=1, metavar="K")
     add("--layers", type=int, default=3, metavar="L")
     add("--layer-size", type=int, default=1 << 20, metavar="BYTES")
     add("--seed", type=int, default=1)
+    add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
+
+
+def _add_registry(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    add = command.add_argument
+    add("--latency", type=float, default=0.0, metavar="SECONDS")
     add("--auth", choices=("basic", "bearer"))
     add("--user", metavar="NAME:PASSWORD", help="the one user; anonymous pulls need bearer")
     add("--harbor", action="store_true", help="refuse logins in Harbor's way")
-    add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
-    return parser
+    command.set_defaults(make=_registry)
+
+
+def _add_harbor(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    add = command.add_argument
+    add(
+        "--breaks-beyond", type=_natural, metavar="N", help="requests in progress; never by default"
+    )
+    add(
+        "--misbehave",
+        type=_read_kinds,
+        default=",".join(Misbehaviour),
+        metavar="KIND[=WEIGHT],...",
+        help="how it breaks, of %(default)s",
+    )
+    add("--refusal-time", type=float, default=0.005, metavar="SECONDS", help="of a broken answer")
+    add(
+        "--service-time",
+        dest="latency",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="of any other one, before its headers",
+    )
+    add(
+        "--users",
+        type=_read_users,
+        default={},
+        metavar="NAME:PASSWORD,...",
+        help="who may pull; with none everybody may, with an anonymous token",
+    )
+    add("--token-ttl", type=float, default=1800.0, metavar="SECONDS")
+    add("--opaque-tokens", action="store_true", help="tokens that nobody else can read")
+    command.set_defaults(make=_harbor)
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return number
+
+
+def _read_kinds(text: str) -> dict[str, float]:
+    """`500=2,reset` as weights; a kind without one weighs 1. Raises ValueError."""
+    parts = (part.partition("=") for part in text.split(","))
+    kinds = {Misbehaviour(kind).value: float(weight or 1) for kind, _, weight in parts}
+    Overload(0, kinds)
+    return kinds
+
+
+def _read_users(text: str) -> dict[str, str]:
+    """`ann:pw,bob:pw` as passwords by name. Raises ValueError."""
+    users = dict(part.split(":", 1) for part in text.split(","))
+    if "" in users:
+        raise ValueError("a user without a name")
+    return users
 
 
 async def _serve(options: argparse.Namespace, out: TextIO) -> None:
@@ -54,10 +128,10 @@ async def _serve(options: argparse.Namespace, out: TextIO) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     images = _images(options)
-    async with _registry(options) as registry:
+    async with options.make(options, images) as registry:
         for image in images:
             registry.push(image)
-        control = web.ServerRunner(web.Server(_Control(registry).answer, access_log=None))
+        control = web.ServerRunner(web.Server(_Control(registry, options).answer, access_log=None))
         await control.setup()
         try:
             await web.TCPSite(control, "127.0.0.1", 0).start()
@@ -69,7 +143,7 @@ async def _serve(options: argparse.Namespace, out: TextIO) -> None:
             await control.cleanup()
 
 
-def _registry(options: argparse.Namespace) -> FakeRegistry:
+def _registry(options: argparse.Namespace, _images: Sequence[FakeImage]) -> FakeRegistry:
     name, _, password = (options.user or "").partition(":")
     return FakeRegistry(
         host=options.host,
@@ -83,6 +157,33 @@ def _registry(options: argparse.Namespace) -> FakeRegistry:
         ranges=options.ranges,
         keep_seen=False,  # a benchmark asks for many thousands
     )
+
+
+def _harbor(options: argparse.Namespace, images: Sequence[FakeImage]) -> FakeRegistry:
+    users: dict[str, str] = options.users
+    return FakeRegistry(
+        host=options.host,
+        port=options.port,
+        limit=options.limit,
+        rate=options.rate,
+        latency=options.latency,
+        overload=_overload(options),
+        auth="bearer",
+        harbor=True,
+        users=users,
+        private={image.name: tuple(users) for image in images} if users else {},
+        token_ttl=options.token_ttl,
+        opaque_tokens=options.opaque_tokens,
+        ranges=options.ranges,
+        keep_seen=False,
+    )
+
+
+def _overload(options: argparse.Namespace) -> Overload | None:
+    """When and how to break, by the options. Raises ValueError."""
+    if options.breaks_beyond is None:
+        return None
+    return Overload(options.breaks_beyond, options.misbehave, options.refusal_time, options.seed)
 
 
 def _images(options: argparse.Namespace) -> list[FakeImage]:
@@ -104,6 +205,7 @@ def _announcement(
                 "name": image.name,
                 "tag": image.tag,
                 "digest": str(image.digest),
+                "size": len(image.manifest),
                 "blobs": [{"digest": str(blob.digest), "size": blob.size} for blob in image.blobs],
             }
             for image in images
@@ -114,19 +216,41 @@ def _announcement(
 class _Control:
     """The parent process's view of the counters."""
 
-    def __init__(self, registry: FakeRegistry) -> None:
+    def __init__(self, registry: FakeRegistry, options: argparse.Namespace) -> None:
         self._registry = registry
+        self._options = options
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         counters = self._registry.counters
         match request.method, request.path:
             case "GET", "/_counters":
                 return web.json_response(counters.as_json())
+            case "GET", "/_timeline":
+                return web.json_response(counters.timeline_as_json())
             case "POST", "/_reset":
                 counters.reset()
                 return web.Response(status=204)
+            case "POST", "/_overload":
+                return self._move(request.query)
             case _:
                 return web.Response(status=404)
+
+    def _move(self, query: Mapping[str, str]) -> web.Response:
+        if "breaks_beyond" not in self._options:
+            return web.Response(status=404, text="only a harbor breaks\n")
+        try:
+            changed = argparse.Namespace(**vars(self._options))
+            if (number := query.get("breaks-beyond")) is not None:
+                changed.breaks_beyond = _natural(number) if number else None
+            if (kinds := query.get("misbehave")) is not None:
+                changed.misbehave = _read_kinds(kinds)
+            if (seed := query.get("seed")) is not None:
+                changed.seed = int(seed)
+            self._registry.overload = _overload(changed)
+        except ValueError as error:
+            return web.Response(status=400, text=f"{error}\n")
+        self._options = changed
+        return web.Response(status=204)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ class Content:
         """A repository, if anything was ever pushed to it."""
         return None if name is None else self._repositories.get(name)
 
+    def has_project(self, project: str) -> bool:
+        """Whether there is a repository whose name begins with this component."""
+        return any(name.partition("/")[0] == project for name in self._repositories)
+
     def resolve(self, name: str | None, reference: str) -> Manifest | None:
         """The manifest that a tag or digest names in a repository."""
         repository = self.repository(name)

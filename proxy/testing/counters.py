@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from proxy.oci.digest import Digest
 from proxy.testing.wire import Asked, Kind
+
+
+@dataclass(slots=True)
+class Moment:
+    """When a request arrived, in seconds by the registry's clock, and what overload made of it.
+
+    `overload` is a `Misbehaviour`, `POISONED_TOKEN` for a request refused because of a token that
+    overload had emptied, None for any honest answer.
+    """
+
+    at: float
+    overload: str | None = None
 
 
 @dataclass(slots=True)
@@ -22,6 +35,7 @@ class Seen:
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
+    moment: Moment
     status: int | None = None
 
 
@@ -34,13 +48,24 @@ class Counters:
       piece that a lost connection cut short, only what had left by then.
     - `refused`: requests answered with the over-limit status.
     - `peak_sockets`: most sockets ESTABLISHED at once, measured at each accept.
+    - `accepted`: sockets accepted.
+    - `peak_requests`: most requests in progress at once, those that overload struck left out.
+    - `overloads`: requests that overload struck, and those refused for a token that it had emptied,
+      by kind; `timeline`: when every request arrived, and that kind.
     - `tokens_issued`: 200s of the token service, tokens without access included.
     - `authorization_leaks`: requests for a signed URL that carried an Authorization header.
     - `seen`: every request in order of arrival, when the registry keeps them.
     """
 
-    def __init__(self, established: Callable[[], int], *, keep_seen: bool = True) -> None:
+    def __init__(
+        self,
+        established: Callable[[], int],
+        *,
+        keep_seen: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._established = established
+        self._clock = clock
         self._keep_seen = keep_seen
         self.reset()
 
@@ -54,6 +79,10 @@ class Counters:
         self.tokens_issued = 0
         self.authorization_leaks = 0
         self.peak_sockets = self._established()
+        self.accepted = 0
+        self.peak_requests = 0
+        self.overloads: Counter[str] = Counter()
+        self.timeline: list[Moment] = []
         self.seen: list[Seen] = []
 
     @property
@@ -83,7 +112,9 @@ class Counters:
     def note_request(self, asked: Asked) -> Seen:
         """Count an arrival; the caller fills in the status."""
         self.requests[asked.kind, asked.method] += 1
-        seen = Seen(asked.kind, asked.method, asked.path, dict(asked.query), asked.headers)
+        moment = Moment(self._clock())
+        self.timeline.append(moment)
+        seen = Seen(asked.kind, asked.method, asked.path, dict(asked.query), asked.headers, moment)
         if self._keep_seen:
             self.seen.append(seen)
         return seen
@@ -95,8 +126,23 @@ class Counters:
             self.bytes_by_digest[content] += count
 
     def note_accept(self, established: int) -> None:
-        """Remember the peak."""
+        """Count a socket and remember the peak."""
+        self.accepted += 1
         self.peak_sockets = max(self.peak_sockets, established)
+
+    def note_progress(self, in_progress: int) -> None:
+        """Remember the peak."""
+        self.peak_requests = max(self.peak_requests, in_progress)
+
+    def note_overload(self, seen: Seen, kind: str) -> None:
+        """Count a request that got something for being one too many."""
+        self.overloads[kind] += 1
+        seen.moment.overload = kind
+
+    def timeline_as_json(self) -> list[tuple[float, str | None]]:
+        """Each request's seconds since the first one, and what overload made of it, in order."""
+        start = self.timeline[0].at if self.timeline else 0.0
+        return [(moment.at - start, moment.overload) for moment in self.timeline]
 
     def as_json(self) -> dict[str, object]:
         """All totals in plain JSON types; `requests` by "kind METHOD"."""
@@ -108,6 +154,9 @@ class Counters:
             "refused": self.refused,
             "sockets_now": self.sockets_now,
             "peak_sockets": self.peak_sockets,
+            "accepted": self.accepted,
+            "peak_requests": self.peak_requests,
+            "overloads": dict(self.overloads),
             "tokens_issued": self.tokens_issued,
             "authorization_leaks": self.authorization_leaks,
             "heads": self.heads,

@@ -1,9 +1,10 @@
 """An OCI registry in this process, with a connection limit, logins, a CDN, and scripted faults.
 
 Life of a request: it arrives and is counted; on a socket beyond the limit it is refused and the
-socket closed, as Harbor does; then the latency passes; then the door (Basic or Bearer) lets it in
-or challenges it; then it waits in the holds that match; then a scripted fault may strike; then it
-is answered. Everything runs on the event loop that entered the context manager, and everything has
+socket closed, as Harbor does; with too many in progress it may get what an overloaded Harbor gives
+(`proxy.testing.overload`); then the latency passes; then the door (Basic or Bearer) lets it in or
+challenges it; then it waits in the holds that match; then a scripted fault may strike; then it is
+answered. Everything runs on the event loop that entered the context manager, and everything has
 ended when that is left.
 """
 
@@ -21,9 +22,10 @@ from aiohttp import web
 from proxy.oci.digest import Digest
 from proxy.testing.answers import Manners, answer, meant_digest
 from proxy.testing.content import Content
-from proxy.testing.counters import Counters
+from proxy.testing.counters import Counters, Seen
 from proxy.testing.faults import (
     Action,
+    Disconnect,
     EmptyAccess,
     Fault,
     Hang,
@@ -36,6 +38,7 @@ from proxy.testing.faults import (
 from proxy.testing.holds import Hold, Parking
 from proxy.testing.images import FakeImage, FakeIndex
 from proxy.testing.listener import Connection, Listener
+from proxy.testing.overload import POISONED_TOKEN, Load, Misbehaviour, Overload
 from proxy.testing.signed import SignedUrls
 from proxy.testing.tokens import Accounts, Guard, Policy, Service, TokenService
 from proxy.testing.transmit import Transmitter
@@ -59,6 +62,7 @@ class FakeRegistry:
       tests that need two names of one machine ("localhost").
     - `limit`: sockets ESTABLISHED at accept; requests on a socket beyond it get `over_limit_status`
       (401: with Harbor's database text and an empty challenge), then FIN.
+    - `overload`: what happens beyond how many requests in progress.
     - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `private`: the
       users of a repository; other repositories are public. `token_service`: the registry that
       serves the token URL, by default this one; another one has to be listening first.
@@ -80,6 +84,7 @@ class FakeRegistry:
         ssl_context: ssl.SSLContext | None = None,
         limit: int | None = None,
         over_limit_status: int = 401,
+        overload: Overload | None = None,
         auth: Literal["basic", "bearer"] | None = None,
         users: Mapping[str, str] = _NOBODY,
         private: Mapping[str, Collection[str]] = _NOTHING_PRIVATE,
@@ -115,7 +120,8 @@ class FakeRegistry:
         self._holds: list[Hold] = []
         self._guard: Guard | None = None
         self._listener = Listener(self._handle, limit, self._note_accept, ssl_context)
-        self.counters = Counters(self._listener.established, keep_seen=keep_seen)
+        self.counters = Counters(self._listener.established, keep_seen=keep_seen, clock=clock)
+        self._load = Load(overload, self.counters.note_progress)
         self._transmitter = Transmitter(rate, self.stalls, self._note_body)
 
     async def start(self) -> None:
@@ -162,6 +168,15 @@ class FakeRegistry:
     @limit.setter
     def limit(self, sockets: int | None) -> None:
         self._listener.limit = sockets
+
+    @property
+    def overload(self) -> Overload | None:
+        """When it breaks and how; may be set, and holds for requests that arrive afterwards."""
+        return self._load.overload
+
+    @overload.setter
+    def overload(self, overload: Overload | None) -> None:
+        self._load.overload = overload
 
     def push(self, image: FakeImage | FakeIndex) -> None:
         """Store an image (or an index with its images) under its own name and tag."""
@@ -225,15 +240,12 @@ class FakeRegistry:
         await self._listener.drop_connections(idle_only=idle_only)
 
     def _make_guard(self, auth: str) -> Guard:
-        service = Service(self.netloc, self._policy, self._has_repository)
+        service = Service(self.netloc, self._policy, self.content.has_project)
         if auth == "basic":
             return Guard(service, None, None)
         issuer = self._token_service
         issuer.tokens.adopt(service)
         return Guard(service, issuer.tokens, issuer.url + TOKEN_PATH)
-
-    def _has_repository(self, name: str) -> bool:
-        return self.content.repository(name) is not None
 
     async def _handle(self, request: web.BaseRequest, connection: Connection) -> web.StreamResponse:
         asked = read_request(request)
@@ -243,9 +255,41 @@ class FakeRegistry:
             seen.status = self.over_limit_status
             refusal = _over_limit(self.over_limit_status)
             return await self._transmitter.send(request, connection, refusal, close=True)
+        if asked.signed:  # the storage behind the registry, which does not ask its database
+            return await self._serve(request, connection, asked, seen)
+        struck = self._load.strike(asked)
+        if struck is not None:
+            self.counters.note_overload(seen, struck)
+            return await self._break(request, connection, asked, seen, struck)
+        with self._load.carrying():
+            return await self._serve(request, connection, asked, seen)
+
+    async def _break(
+        self,
+        request: web.BaseRequest,
+        connection: Connection,
+        asked: Asked,
+        seen: Seen,
+        struck: Misbehaviour,
+    ) -> web.StreamResponse:
+        assert self.overload is not None
+        await asyncio.sleep(self.overload.refusal_time)
+        if struck is Misbehaviour.RESET:
+            action = Disconnect(reset=True)
+            return await self._transmitter.send(request, connection, Reply(500), action)
+        honest = {} if self._guard is None else self._guard.challenge(asked)
+        reply = self._load.broken_reply(struck, asked, honest) or self._issue(asked, empty=True)
+        seen.status = reply.status
+        return await self._transmitter.send(request, connection, reply)
+
+    async def _serve(
+        self, request: web.BaseRequest, connection: Connection, asked: Asked, seen: Seen
+    ) -> web.StreamResponse:
         if self.latency:
             await asyncio.sleep(self.latency)
         reply = self._refusal(asked)
+        if reply is not None and self.tokens.is_poisoned(asked):
+            self.counters.note_overload(seen, POISONED_TOKEN)
         action: Action | None = None
         if reply is None:
             self._note_get(asked)
@@ -269,9 +313,7 @@ class FakeRegistry:
 
     def _answer(self, asked: Asked, action: Action | None) -> Reply:
         if asked.kind is Kind.TOKEN:
-            reply = self.tokens.issue(asked, empty=isinstance(action, EmptyAccess))
-            self.counters.tokens_issued += reply.status == 200
-            return reply
+            return self._issue(asked, empty=isinstance(action, EmptyAccess))
         manners = self._manners
         if isinstance(action, IgnoreRange):
             manners = Manners(ranges=False, page_size=manners.page_size)
@@ -282,6 +324,11 @@ class FakeRegistry:
             target = self._cdn.signed_urls.path_for(reply.content, self.signed_url_ttl)
             reply = Reply(307, b"", {"Location": self._cdn.url + target})
         return reply.with_headers(Docker_Distribution_Api_Version="registry/2.0")
+
+    def _issue(self, asked: Asked, *, empty: bool) -> Reply:
+        reply = self.tokens.issue(asked, empty=empty)
+        self.counters.tokens_issued += reply.status == 200
+        return reply
 
     def _note_accept(self, established: int) -> None:
         self.counters.note_accept(established)

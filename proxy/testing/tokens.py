@@ -3,8 +3,10 @@
 Two styles exist in the field. The distribution style refuses: 401 for wrong credentials, 403 for a
 repository that the user may not pull. Harbor's style never does once a scope is asked for: it
 answers 200 with a valid token that grants nothing, and at the registry answers every refused
-Authorization header with a Basic challenge, whatever scheme the header had. Only a request without
-scope and without good credentials is a 401 in both.
+Authorization header with a Basic challenge, whatever scheme the header had, and every request for
+a project that does not exist (a name's first component is its project) with an empty one, logged
+in or not (src/server/middleware/v2auth/auth.go). Only a request without scope and without good
+credentials is a 401 in both.
 
 A service is known by its name, so one token server can stand behind several registries; the account
 list stays with the registry that the token is for.
@@ -21,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from proxy.testing.wire import Asked, Reply, error_reply, json_reply
+from proxy.testing.wire import Asked, Reply, error_reply, harbor_refusal, json_reply
 
 
 class WrongCredentials(Exception):
@@ -68,20 +70,24 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One audience of tokens; `exists` tells which repositories there are."""
+    """One audience of tokens; `has_project` tells which first components of names there are."""
 
     name: str
     policy: Policy
-    exists: Callable[[str], bool]
+    has_project: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What an issued token is good for; `expires` by the service's clock, in seconds."""
+    """What an issued token is good for; `expires` by the service's clock, in seconds.
+
+    `poisoned`: it grants nothing although its holder has the right to more.
+    """
 
     service: str
     repositories: frozenset[str]
     expires: float
+    poisoned: bool = False
 
 
 class TokenService:
@@ -118,17 +124,24 @@ class TokenService:
             return error_reply(401, "UNAUTHORIZED", "incorrect username or password")
         if service.policy.harbor and not scopes and user is None:
             return error_reply(401, "UNAUTHORIZED", "unauthorized")
-        return self._issue(service, user, scopes, withheld=empty or refused)
+        names = [name for name in map(_pulled_name, scopes) if name is not None]
+        rightful = [name for name in names if not refused and _allowed(service, user, name)]
+        if len(rightful) < len(names) and not service.policy.harbor and not empty:
+            return error_reply(403, "DENIED", "requested access to the resource is denied")
+        granted = [] if empty else rightful
+        return self._issue(service, user, names, granted, poisoned=len(granted) < len(rightful))
 
     def _issue(
-        self, service: Service, user: str | None, scopes: list[str], *, withheld: bool
+        self,
+        service: Service,
+        user: str | None,
+        names: list[str],
+        granted: list[str],
+        *,
+        poisoned: bool,
     ) -> Reply:
-        names = [name for name in map(_pulled_name, scopes) if name is not None]
-        granted = [name for name in names if not withheld and _allowed(service, user, name)]
-        if len(granted) < len(names) and not service.policy.harbor and not withheld:
-            return error_reply(403, "DENIED", "requested access to the resource is denied")
         number, now = next(self._numbers), self._clock()
-        grant = Grant(service.name, frozenset(granted), now + service.policy.ttl)
+        grant = Grant(service.name, frozenset(granted), now + service.policy.ttl, poisoned)
         access = [_access(name, granted=name in granted) for name in names]
         token = (
             _signature(number)
@@ -138,6 +151,12 @@ class TokenService:
         self._grants[token] = grant
         body = {"token": token, "expires_in": int(service.policy.ttl), "issued_at": _rfc3339(now)}
         return json_reply(200, body)
+
+    def is_poisoned(self, asked: Asked) -> bool:
+        """Whether a request carries a token that grants less than its holder's rights."""
+        _, _, token = asked.headers.get("Authorization", "").partition(" ")
+        grant = self._grants.get(token)
+        return grant is not None and grant.poisoned
 
     def check(self, token: str, service: str, repository: str | None) -> str | None:
         """What is wrong with a token (an RFC 6750 §3.1 error code), or None."""
@@ -163,6 +182,9 @@ class Guard:
     def refusal(self, asked: Asked) -> Reply | None:
         """None when the request may pass, else the 401 or 403 that it gets."""
         header = asked.headers.get("Authorization")
+        if self._is_lost(asked, header):
+            project = _project(asked.repository or "")
+            return harbor_refusal(f"project {project} not found", "")
         if self._tokens is None or (
             self._service.policy.harbor
             and header is not None
@@ -182,23 +204,54 @@ class Guard:
             user = self._service.policy.accounts.login(header)
         except WrongCredentials:
             user = None
-        if user is None:
-            realm = "harbor" if self._service.policy.harbor else "fake registry"
-            return _unauthorized(f'Basic realm="{realm}"')
         name = asked.repository
-        if name is not None and not self._service.policy.accounts.may_pull(user, name):
+        denied = name is not None and not self._service.policy.accounts.may_pull(user, name)
+        if self._service.policy.harbor and (user is None or denied):
+            return harbor_denial(asked)
+        if user is None:
+            return _unauthorized('Basic realm="fake registry"')
+        if denied:
             return error_reply(403, "DENIED", "requested access to the resource is denied")
         return None
 
+    def challenge(self, asked: Asked) -> Mapping[str, str]:
+        """The headers by which a request without login learns where to get one."""
+        if self._tokens is None:
+            return {"WWW-Authenticate": 'Basic realm="harbor"'}
+        return {"WWW-Authenticate": self._bearer(asked, None)}
+
     def _challenge(self, asked: Asked, wrong: str | None) -> Reply:
         if self._service.policy.harbor and "Authorization" in asked.headers:
-            return _unauthorized('Basic realm="harbor"')
+            return harbor_denial(asked)
+        return _unauthorized(self._bearer(asked, wrong))
+
+    def _bearer(self, asked: Asked, wrong: str | None) -> str:
         fields = {"realm": self._realm, "service": self._service.name}
         if asked.repository is not None:
             fields["scope"] = f"repository:{asked.repository}:pull"
         if wrong is not None:
             fields["error"] = wrong
-        return _unauthorized("Bearer " + ",".join(f'{key}="{fields[key]}"' for key in fields))
+        return "Bearer " + ",".join(f'{key}="{fields[key]}"' for key in fields)
+
+    def _is_lost(self, asked: Asked, header: str | None) -> bool:
+        """Whether Harbor says that there is no such project; a HEAD without login asks for one."""
+        name = asked.repository
+        if not self._service.policy.harbor or name is None:
+            return False
+        needs_login = header is None and asked.method == "HEAD"
+        return not needs_login and not self._service.has_project(_project(name))
+
+
+def harbor_denial(asked: Asked) -> Reply:
+    """Harbor's refusal of whoever sent an Authorization header, truly or by mistake."""
+    text = "unauthorized"
+    if asked.repository is not None:
+        text = f"unauthorized to access repository: {asked.repository}, action: pull"
+    return harbor_refusal(text, 'Basic realm="harbor"')
+
+
+def _project(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _unauthorized(challenge: str) -> Reply:
@@ -214,8 +267,8 @@ def _pulled_name(scope: str) -> str | None:
 
 
 def _allowed(service: Service, user: str | None, name: str) -> bool:
-    # Harbor knows projects: what does not exist grants nothing, even to an administrator.
-    known = service.exists(name) or not service.policy.harbor
+    # A project that does not exist grants nothing, even to an administrator.
+    known = service.has_project(_project(name)) or not service.policy.harbor
     return known and service.policy.accounts.may_pull(user, name)
 
 

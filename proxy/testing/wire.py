@@ -114,3 +114,9 @@ def error_reply(
 ) -> Reply:
     """An answer with the distribution-spec's error body."""
     return json_reply(status, {"errors": [{"code": code, "message": message}]}, headers)
+
+
+def harbor_refusal(text: str, challenge: str) -> Reply:
+    """A 401 of Harbor's v2auth middleware, which says everything twice."""
+    headers = {"WWW-Authenticate": challenge, "Docker-Distribution-Api-Version": "registry/2.0"}
+    return error_reply(401, "UNAUTHORIZED", f"{text}: {text}", headers)

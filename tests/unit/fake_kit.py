@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 
 import aiohttp
 
@@ -28,6 +29,15 @@ def blob_url(registry: FakeRegistry, digest: Digest = LAYER.digest, name: str = 
 def basic(user: str, password: str) -> dict[str, str]:
     encoded = base64.b64encode(f"{user}:{password}".encode()).decode()
     return {"Authorization": f"Basic {encoded}"}
+
+
+def claims(token: str) -> dict[str, list[dict[str, object]]]:
+    """What a JWT says."""
+    payload = token.split(".")[1]
+    loaded: dict[str, list[dict[str, object]]] = json.loads(
+        base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
+    )
+    return loaded
 
 
 async def error_code(answer: aiohttp.ClientResponse) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -23,6 +21,7 @@ from tests.unit.fake_kit import (
     LAYER,
     basic,
     blob_url,
+    claims,
     error_code,
     manifest_url,
 )
@@ -78,14 +77,6 @@ async def fetch_token(
 async def try_token(client: aiohttp.ClientSession, url: str, token: str) -> tuple[int, str]:
     async with client.get(url, headers={"Authorization": f"Bearer {token}"}) as answer:
         return answer.status, answer.headers.get("WWW-Authenticate", "")
-
-
-def claims(token: str) -> dict[str, list[dict[str, object]]]:
-    payload = token.split(".")[1]
-    loaded: dict[str, list[dict[str, object]]] = json.loads(
-        base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))
-    )
-    return loaded
 
 
 class TestBearer:
@@ -159,11 +150,11 @@ class TestBearer:
 
 class TestHarbor:
     @pytest.mark.parametrize(
-        ("name", "user", "password"),
-        [("team/app", "ann", "wrong"), ("team/app", "bob", "pw"), ("no/such", "ann", "pw")],
+        ("user", "password"),
+        [("ann", "wrong"), ("bob", "pw")],
     )
     async def test_refusals_are_tokens_that_grant_nothing(
-        self, client: aiohttp.ClientSession, name: str, user: str, password: str
+        self, client: aiohttp.ClientSession, user: str, password: str
     ) -> None:
         async with FakeRegistry(
             auth="bearer",
@@ -172,12 +163,12 @@ class TestHarbor:
             private={"team/app": ["ann"]},
         ) as registry:
             registry.push(IMAGE)
-            url = manifest_url(registry, name=name)
+            url = manifest_url(registry)
             asked = await challenge(client, url)
             status, reply = await fetch_token(client, asked, basic(user, password))
             assert status == 200
             (entry,) = claims(reply["token"])["access"]
-            assert (entry["name"], entry["actions"]) == (name, [])
+            assert (entry["name"], entry["actions"]) == ("team/app", [])
             status, header = await try_token(client, url, reply["token"])
             assert (status, header) == (401, 'Basic realm="harbor"')
 

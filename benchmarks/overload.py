@@ -1,0 +1,381 @@
+"""A crowd on a Harbor that breaks under load: straight, through docker-registry, and pullpool.
+
+`python -m benchmarks.overload` starts every part itself and prints a table. 120 clients pull 12
+cold private images of a Harbor that breaks beyond 6 requests in progress, token requests included,
+in all the ways that the bundled one knows (see `proxy.testing.overload`). Whoever goes there has a
+login: the clients that go straight, docker-registry's proxy, and pullpool, which is told a cap of
+32 and has to find out that 6 is what the upstream bears.
+
+What counts: answers that failed, and how much of what the upstream was asked it broke on, in the
+first 10 s, when nobody can know its limit, and afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import Answer, Plan, Want
+from benchmarks.overload_clients import unleash
+from benchmarks.parts import (
+    LOOPBACK,
+    MIB,
+    TIMES,
+    PartFailed,
+    await_http,
+    ended_by_signals,
+    environment,
+    free_port,
+    prime_pages,
+    request,
+    running,
+    until,
+)
+from benchmarks.subjects import Front, Subject, nothing
+from benchmarks.tables import NONE, environment_table
+from benchmarks.upstreams import registry_config
+
+BREAKS_BEYOND = 6  # requests in progress
+CAP = 32  # what pullpool is told
+EARLY = 10.0  # seconds
+USER, PASSWORD = "robot", "pull-only"  # of a registry that lives for a minute
+TOKEN_TTL = 60  # seconds
+QUIET_LOOKS, QUIET_STEP = 10, 0.1  # seconds
+PIPE_WIDTH = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Clients, images, layers of an image, bytes of a layer, and the upstream's pace.
+
+    `rate`: bytes a second for each connection; `service_time`: seconds before an answer.
+    """
+
+    clients: int
+    images: int
+    layers: int
+    layer_size: int
+    rate: int
+    service_time: float
+
+    @property
+    def answers(self) -> int:
+        """A manifest, a config and the layers for each client."""
+        return self.clients * (2 + self.layers)
+
+    def title(self) -> str:
+        layers = f"{self.layers} {TIMES} {self.layer_size / MIB:g} MiB"
+        return (
+            f"overload: {self.clients} clients, {self.images} cold images, {layers}, breaks beyond"
+            f" {BREAKS_BEYOND} requests, pullpool's cap {CAP}"
+        )
+
+
+FULL = Size(120, 12, 4, 6 * MIB, rate=2 * MIB, service_time=0.1)
+FAST = Size(24, 4, 2, MIB // 4, rate=2 * MIB, service_time=0.02)
+
+
+@dataclass(frozen=True, slots=True)
+class Harbor:
+    """The overloaded Harbor in a process of its own."""
+
+    port: int
+    control: int
+    pulls: tuple[Want, ...]
+    unique_size: int
+
+    def begin(self) -> None:
+        """Counts from here on."""
+        request(self.control, "/_reset", method="POST")
+
+    def settle(self) -> None:
+        """Returns once nothing has been asked and sent for a second."""
+        before, quiet = "", 0
+        while quiet < QUIET_LOOKS:
+            counted = self.counters()
+            now = f"{counted['bytes_sent']} {counted['requests']}"
+            quiet = quiet + 1 if now == before else 0
+            before = now
+            time.sleep(QUIET_STEP)
+
+    def counters(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(request(self.control, "/_counters").body)
+        return found
+
+    def timeline(self) -> list[tuple[float, str | None]]:
+        """Each request's seconds since the first one, and what overload made of it."""
+        return [(at, kind) for at, kind in json.loads(request(self.control, "/_timeline").body)]
+
+
+@contextlib.contextmanager
+def harbor(directory: Path, size: Size) -> Iterator[Harbor]:
+    """Starts it with its images. Raises PartFailed."""
+    command = (
+        *(sys.executable, "-m", "proxy.testing", "harbor", f"--users={USER}:{PASSWORD}"),
+        *(f"--breaks-beyond={BREAKS_BEYOND}", f"--token-ttl={TOKEN_TTL}"),
+        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={size.layer_size}"),
+        *(f"--rate={size.rate}", f"--service-time={size.service_time}"),
+    )
+    with running("harbor", command, directory) as part:
+
+        def has_spoken() -> bool:
+            part.check()
+            return "\n" in part.output.read_text()
+
+        until(has_spoken, "the bundled Harbor")
+        ready = json.loads(part.output.read_text().splitlines()[0])
+        images = ready["images"]
+        sizes = [image["size"] + sum(blob["size"] for blob in image["blobs"]) for image in images]
+        port, control = (urlsplit(ready[name]).port for name in ("url", "control"))
+        assert port is not None
+        assert control is not None
+        yield Harbor(port, control, tuple(_pull(image) for image in images), sum(sizes))
+
+
+def _pull(image: Mapping[str, Any]) -> Want:
+    return Want("manifest", image["name"], image["tag"], image["digest"], image["size"])
+
+
+@contextlib.contextmanager
+def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+    """docker-registry as a pull-through cache with a login; it has no limit to set."""
+    port = free_port()
+    config = directory / "proxy.yml"
+    text = registry_config(port, directory / "cache", proxied=f"http://{LOOPBACK}:{upstream}")
+    config.write_text(f"{text}  username: {USER}\n  password: {PASSWORD}\n")
+    with running("registry-proxy", ("docker-registry", "serve", str(config)), directory) as part:
+        await_http(part, port, "/v2/", ready=lambda status: status == 200)
+        yield Front(port, part)
+
+
+@contextlib.contextmanager
+def pullpool(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+    """The product, told the cap and the login and otherwise as it comes."""
+    port, admin = free_port(), free_port()
+    config = directory / "pullpool.toml"
+    config.write_text(f"""listen = "{LOOPBACK}:{port}"
+admin = "{LOOPBACK}:{admin}"
+
+[cache]
+dir = "{directory}/cache"
+max_size = "20GiB"
+
+[upstreams.harbor]
+url = "http://{LOOPBACK}:{upstream}"
+max_connections = {cap}
+username = "{USER}"
+password = "{PASSWORD}"
+""")
+    command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
+    with running("pullpool", command, directory) as part:
+        await_http(part, admin, "/readyz", ready=lambda status: status == 200)
+        yield Front(port, part)
+
+
+SUBJECTS = (
+    Subject("nothing", "nothing", "", nothing),
+    Subject("registry", "docker-registry proxy", "docker-registry", registry_proxy),
+    Subject("pullpool", "pullpool", "", pullpool),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of the requests that the upstream got it broke on."""
+
+    broken: int
+    requests: int
+
+    @property
+    def part(self) -> float | None:
+        return self.broken / self.requests if self.requests else None
+
+    def __str__(self) -> str:
+        return f"{self.part:.1%} of {self.requests}" if self.part is not None else NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One subject's round; times in seconds, sizes in bytes."""
+
+    subject: str
+    answers: tuple[Answer, ...]
+    expected: int
+    timeline: Sequence[tuple[float, str | None]]
+    sent: int
+    unique: int
+    peak_sockets: int
+    peak_requests: int
+
+    @property
+    def served(self) -> int:
+        return sum(answer.is_served for answer in self.answers)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Answers that are no service, by status, or by what broke where that tells nothing."""
+        failed = (answer for answer in self.answers if not answer.is_served)
+        return Counter(a.fault if a.status in (0, 200) else str(a.status) for a in failed)
+
+    @property
+    def early(self) -> Share:
+        return _share(kind for at, kind in self.timeline if at < EARLY)
+
+    @property
+    def late(self) -> Share:
+        return _share(kind for at, kind in self.timeline if at >= EARLY)
+
+    @property
+    def upstream_ratio(self) -> float:
+        return self.sent / self.unique
+
+    @property
+    def wall(self) -> float:
+        return max(answer.ended for answer in self.answers)
+
+    def figures(self) -> Mapping[str, object]:
+        """The round as it goes into the JSON file."""
+        return {
+            "subject": self.subject,
+            "answers_expected": self.expected,
+            "answers": len(self.answers),
+            "served": self.served,
+            "failures": dict(self.failures),
+            "upstream_requests": len(self.timeline),
+            "overload_early": {"broken": self.early.broken, "requests": self.early.requests},
+            "overload_late": {"broken": self.late.broken, "requests": self.late.requests},
+            "overload_kinds": dict(Counter(kind for _, kind in self.timeline if kind)),
+            "upstream_ratio": self.upstream_ratio,
+            "peak_accepted": self.peak_sockets,
+            "peak_requests": self.peak_requests,
+            "wall": self.wall,
+        }
+
+
+def _share(kinds: Iterator[str | None]) -> Share:
+    found = list(kinds)
+    return Share(sum(kind is not None for kind in found), len(found))
+
+
+def play(subject: Subject, upstream: Harbor, size: Size, directory: Path) -> Round:
+    """Runs one round from cold. Raises PartFailed."""
+    wants = tuple(upstream.pulls[number % size.images] for number in range(size.clients))
+    login = f"{USER}:{PASSWORD}" if subject.name == "nothing" else ""
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{subject.name}-", dir=directory) as own,
+        subject.start(upstream.port, CAP, Path(own)) as front,
+    ):
+        upstream.settle()
+        upstream.begin()
+        report = unleash(Plan(LOOPBACK, front.port, wants, verify=True), login)
+        upstream.settle()
+        if front.part is not None:
+            front.part.check()
+        counted = upstream.counters()
+        return Round(
+            subject=subject.name,
+            answers=report.answers,
+            expected=size.answers,
+            timeline=upstream.timeline(),
+            sent=counted["bytes_sent"],
+            unique=upstream.unique_size,
+            peak_sockets=counted["peak_sockets"],
+            peak_requests=counted["peak_requests"],
+        )
+
+
+def overload_table(title: str, rounds: Sequence[Round]) -> Table:
+    """One row for each round."""
+    caption = (
+        "overload replies: the share of the upstream's requests that it broke on; "
+        "a manifest that failed leaves its blobs unasked"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
+    table.add_column("in front", no_wrap=True)
+    for column in (
+        "answers served",
+        "failed answers",
+        f"overload replies, first {EARLY:.0f} s",
+        "after",
+        "upstream / unique bytes",
+        "peak sockets",
+        "wall",
+    ):
+        table.add_column(column, justify="right")
+    titles = {subject.name: subject.title for subject in SUBJECTS}
+    for played in rounds:
+        failures = (f"{count} {TIMES} {what}" for what, count in played.failures.most_common())
+        table.add_row(
+            titles[played.subject],
+            f"{played.served} of {played.expected}",
+            ", ".join(failures) or "0",
+            str(played.early),
+            str(played.late),
+            f"{played.upstream_ratio:.2f}",
+            str(played.peak_sockets),
+            f"{played.wall:.1f} s",
+        )
+    return table
+
+
+def run(
+    subjects: Sequence[Subject], size: Size, *, rounds: int, prime: bool, console: Console
+) -> list[Round]:
+    """Plays all rounds, the subjects in turn. Raises PartFailed."""
+    played = []
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name,
+        harbor(Path(name), size) as upstream,
+    ):
+        for number in range(rounds):
+            for subject in subjects:
+                console.log(f"overload {number + 1}/{rounds}: {subject.title}")
+                if prime:
+                    prime_pages(Path(name))
+                played.append(play(subject, upstream, size, Path(name)))
+    return sorted(played, key=lambda one: [subject.name for subject in subjects].index(one.subject))
+
+
+@click.command()
+@click.option("--rounds", default=1, show_default=True, help="Rounds for each subject.")
+@click.option("--fast", is_flag=True, help="Small: right, not telling.")
+@click.option("--only", multiple=True, type=click.Choice([subject.name for subject in SUBJECTS]))
+@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path))
+def main(rounds: int, fast: bool, only: tuple[str, ...], target: Path | None) -> None:
+    """Measures a crowd on a Harbor that breaks under load."""
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    chosen = [subject for subject in SUBJECTS if not only or subject.name in only]
+    for subject in chosen:
+        if not subject.is_installed:
+            console.print(f"without {subject.title}: {subject.program} is not installed")
+    size = FAST if fast else FULL
+    surroundings = environment()
+    with ended_by_signals():
+        try:
+            installed = [subject for subject in chosen if subject.is_installed]
+            played = run(installed, size, rounds=rounds, prime=not fast, console=console)
+        except PartFailed as error:
+            raise click.ClickException(str(error)) from error
+    console.print(environment_table(surroundings))
+    console.print(overload_table(size.title(), played))
+    if target is not None:
+        figures = [one.figures() for one in played]
+        document = {"environment": surroundings, "overload": figures}
+        target.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
