@@ -272,6 +272,7 @@ class Proxy:
     def status(self) -> Mapping[str, Any]:
         """What `/api/v1/status` says: upstreams, flights, queue, cache."""
         gates, store = self.origins.states(), self.store.state()
+        reasons = self.origins.reasons()
         return {
             "version": __version__,
             "draining": self.is_draining,
@@ -280,6 +281,7 @@ class Proxy:
                     "upstream": gate.upstream,
                     "connections": {"active": gate.active, "idle": gate.idle},
                     "limit": gate.limit,
+                    "reason": reasons[gate.upstream],
                 }
                 for gate in gates
             ],

@@ -39,7 +39,7 @@ class Cap:
     ceiling: int | None = None  # the least cap that broke, as far as is known
     run: int = 0  # successes at a full cap since the last change
     changed_at: float = float("-inf")
-    reason: str = "starting low"
+    reason: str = "at its start"
 
     def __post_init__(self) -> None:
         if not 1 <= self.limit <= self.maximum:

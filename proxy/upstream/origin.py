@@ -353,6 +353,11 @@ class Origins:
                 del self._foreign[key]
                 await origin.close()
 
+    def reasons(self) -> dict[str, str]:
+        """Why each effective cap is what it is, by the origin's label."""
+        origins = (*self._own.values(), *self._foreign.values())
+        return {origin.key.label: origin.cap.reason for origin in origins}
+
     def states(self) -> list[GateState]:
         return [origin.state() for origin in (*self._own.values(), *self._foreign.values())]
 

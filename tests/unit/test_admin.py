@@ -193,5 +193,6 @@ async def test_the_status_tells_what_is_held(served: Served) -> None:
     assert status["cache"]["bytes"] == LAYER.size
     [upstream] = status["upstreams"]
     assert upstream["upstream"] == fake.netloc
+    assert upstream["reason"] == "at its start"
     assert upstream["limit"] == 4  # the start: nothing has been seen to stand yet
     assert (status["flights"], status["fleet"], status["draining"]) == ([], None, False)
