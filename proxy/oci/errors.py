@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Self
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -77,6 +77,13 @@ class PullError(Exception):
         detail = {**(self.detail or {}), "request_id": request_id}
         error = {"code": self.code, "message": self.message, "detail": detail}
         return json.dumps({"errors": [error]}, default=str, separators=(",", ":")).encode()
+
+    def bare(self) -> Self:
+        """The same words without the traceback and the causes, which hold the frames of a request:
+        what may be kept, and raised to many."""
+        copy = type(self).__new__(type(self), *self.args)
+        copy.__dict__.update(self.__dict__)
+        return copy
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.status} {self.code}: {self.message}>"

@@ -56,12 +56,12 @@ class Permissions:
         """Raise the refusal that is remembered for this reference, if there is one."""
         error = self._refusals.get((ask.upstream, ask.repository, reference))
         if error is not None:
-            raise error.with_traceback(None)
+            raise error.bare()
 
     def remember(self, ask: Ask, reference: str, error: PullError) -> None:
         """Keep a refusal for a while, if it is one."""
         if isinstance(error, Denied | NotFound):
-            self._refusals[ask.upstream, ask.repository, reference] = error
+            self._refusals[ask.upstream, ask.repository, reference] = error.bare()
 
     async def prove_blob(
         self, ask: Ask, digest: Digest, client: UpstreamClient, *, named: bool = False

@@ -136,3 +136,15 @@ async def test_one_proof_for_all_who_want_it_at_once(kit: Kit) -> None:
     kit.registry.go.set()
     assert set(await asyncio.gather(*proofs)) == {Link(6)}
     assert kit.registry.asked == ["team/app"]
+
+
+async def test_a_remembered_refusal_holds_no_frames_of_the_requests_it_answered(kit: Kit) -> None:
+    kit.registry.answers["team/app"] = NotFound("blob", "no such blob", detail={"name": "x"})
+    for _ in range(3):
+        with pytest.raises(NotFound) as caught:
+            await kit.prove("team/app")
+        error = caught.value
+        assert (error.message, error.detail, error.kind) == ("no such blob", {"name": "x"}, "blob")
+    assert kit.registry.asked == ["team/app"]
+    kept = list(kit.permissions._refusals.values())
+    assert [(e.__traceback__, e.__cause__, e.__context__) for e in kept] == [(None, None, None)]
