@@ -162,7 +162,12 @@ class StagingFile:
     @classmethod
     def create(cls, path: Path) -> "StagingFile":
         """Make the file, which must not exist. Raises OSError and leaves nothing then."""
-        writer = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            writer = os.open(path, flags, 0o644)
+        except FileNotFoundError:  # somebody has emptied the cache directory under us
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = os.open(path, flags, 0o644)
         try:
             reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

@@ -189,11 +189,20 @@ async def test_a_full_disk_costs_old_blobs_before_the_fill_gives_up(tmp_path: Pa
 async def test_a_staging_file_that_cannot_be_made_is_no_room(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         (tmp_path / "staging").rmdir()
+        (tmp_path / "staging").touch()
         with pytest.raises(NoRoom):
             await store.create(name(A), 1000)
         assert store._ledger.reserved == 0
-        (tmp_path / "staging").mkdir()
+        (tmp_path / "staging").unlink()
         await store.put(name(A), A)
+
+
+async def test_directories_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        (tmp_path / "staging").rmdir()
+        (tmp_path / "blobs").rmdir()
+        await store.put(name(A), A)
+        assert stored_files(tmp_path) == {str(name(A))}
 
 
 @pytest.mark.parametrize("step", ["sync", "rename"])
