@@ -36,6 +36,7 @@ from proxy.testing.wire import Asked, Kind, Reply, error_reply
 
 POISONED_TOKEN = "poisoned-token"
 
+_EMPTY = {"WWW-Authenticate": "", "Docker-Distribution-Api-Version": "registry/2.0"}
 _TEXTS = (
     "read tcp 172.18.0.7:55650->10.200.38.58:5432: read: connection reset by peer",
     "Error 1040: Too many connections",
@@ -134,8 +135,7 @@ class Load:
         """
         match kind:
             case Misbehaviour.EMPTY_CHALLENGE:
-                headers = {"WWW-Authenticate": ""}
-                return error_reply(401, "UNAUTHORIZED", self._random.choice(_TEXTS), headers)
+                return error_reply(401, "UNAUTHORIZED", self._random.choice(_TEXTS), _EMPTY)
             case Misbehaviour.BASIC_CHALLENGE:
                 return harbor_denial(asked)
             case Misbehaviour.DATABASE_TEXT:
