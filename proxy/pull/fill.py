@@ -31,6 +31,7 @@ from proxy.pull.progress import Progress
 from proxy.pull.pump import Pump
 from proxy.pull.reader import Crowd
 from proxy.pull.sources import Source, Sources, TurnBody, Verdict
+from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
 from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 
@@ -69,6 +70,7 @@ class Fill:
         *,
         crowd: Crowd,
         settings: FlightSettings,
+        windows: WindowBudget,
         metrics: Metrics,
         log: Logger,
         on_full: Callable[[], None],
@@ -81,7 +83,7 @@ class Fill:
         self.progress = Progress()
         self.intake = Intake(
             digest,
-            window_bytes=settings.window_bytes,
+            windows=windows,
             patience=settings.patience,
             crowd=crowd,
             progress=self._publish,
@@ -176,7 +178,8 @@ class Fill:
             await self.intake.take(chunks, wait=wait)
             self._publish(now=False)
 
-        return await Pump(take).run(body, lambda: self.intake.is_stuck or body.is_overdue)
+        pump = Pump(take, self.intake.max_pending)
+        return await pump.run(body, lambda: self.intake.is_stuck or body.is_overdue)
 
     def _is_end(self, source: Source) -> bool:
         """Nobody named the size, and a turn's body has ended: is that the end of the blob?"""

@@ -52,6 +52,7 @@ from proxy.pull.fill import Fill, FlightSettings
 from proxy.pull.intake import Intake
 from proxy.pull.reader import Crowd, Reader
 from proxy.pull.sources import Key, Source, Sources
+from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -76,6 +77,7 @@ class Flight:
         *,
         store: Store,
         settings: FlightSettings,
+        windows: WindowBudget,
         metrics: Metrics,
         log: Logger,
         on_gone: Callable[[Flight], None],
@@ -91,6 +93,7 @@ class Flight:
             digest,
             crowd=self.readers,
             settings=settings,
+            windows=windows,
             metrics=metrics,
             log=log,
             on_full=self._disk_full,
@@ -290,6 +293,7 @@ class Flights:
     ) -> None:
         self._store = store
         self._settings = settings
+        self._windows = WindowBudget(settings.window_bytes)
         self._metrics = metrics
         self._log = log
         self._flights: dict[Digest, Flight] = {}
@@ -323,6 +327,7 @@ class Flights:
                 source.digest,
                 store=self._store,
                 settings=self._settings,
+                windows=self._windows,
                 metrics=self._metrics,
                 log=self._log,
                 on_gone=self._gone,

@@ -25,8 +25,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from proxy.oci.digest import Digest, Verifier
+from proxy.pull.pump import MAX_PENDING
 from proxy.pull.reader import Crowd, FileSpan, Piece
-from proxy.pull.window import Window
+from proxy.pull.window import Window, WindowBudget
 from proxy.store.blobs import FileLease, Staging, StoreFull
 from proxy.store.store import Store
 from proxy.store.work import finish
@@ -44,7 +45,7 @@ class Intake:
         self,
         digest: Digest,
         *,
-        window_bytes: int,
+        windows: WindowBudget,
         patience: float,
         crowd: Crowd,
         progress: Callable[[bool], None],
@@ -53,7 +54,7 @@ class Intake:
         self.verifier: Verifier = digest.verifier()
         self.window: Window | None = None
         self._digest = digest
-        self._window_bytes = window_bytes
+        self._windows = windows
         self._patience = patience
         self._crowd = crowd
         self._progress = progress
@@ -62,6 +63,7 @@ class Intake:
         self._lease: FileLease | None = None
         self._backlog: deque[memoryview] = deque()
         self._moved = asyncio.Event()
+        self._is_released = False
 
     # -- what readers see ------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class Intake:
 
     def _open_window(self, error: Exception) -> None:
         self._on_full(error)
-        self.window = Window(self.received, self._window_bytes)
+        self.window = Window(self.received, self._windows.take())
 
     async def take(self, chunks: Sequence[bytes], *, wait: bool) -> None:
         """Take in the next bytes. With ``wait`` the turn had better not be cut, and the readers are
@@ -136,6 +138,11 @@ class Intake:
     def _hash(self, chunks: Sequence[bytes]) -> None:
         for chunk in chunks:
             self.verifier.update(chunk)
+
+    @property
+    def max_pending(self) -> int:
+        """Bytes that may come in ahead of being taken: a window has no use for many."""
+        return MAX_PENDING if self.window is None else self.window.capacity // 2
 
     @property
     def is_stuck(self) -> bool:
@@ -202,10 +209,15 @@ class Intake:
             await finish(asyncio.ensure_future(self._staging.discard()))
 
     def release(self) -> None:
-        """Nobody reads any more: give the file back."""
+        """Nobody reads any more: give file and window back. Idempotent."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.close()
+        if self.window is not None and not self._is_released:
+            self._is_released = True
+            self._windows.give(self.window.capacity)
+            self.window.clear()
+            self._backlog.clear()
 
     def __repr__(self) -> str:
         place = self.window or self._staging or "no place yet"

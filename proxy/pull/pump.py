@@ -31,8 +31,9 @@ class Readable(Protocol):
 class Pump:
     """Moves one turn's body into ``take``, which is never called twice at once."""
 
-    def __init__(self, take: Take) -> None:
+    def __init__(self, take: Take, max_pending: int = MAX_PENDING) -> None:
         self._take = take
+        self._max_pending = max_pending
         self._pending: list[bytes] = []
         self._size = 0
         self._has_room = asyncio.Event()
@@ -63,7 +64,7 @@ class Pump:
             if self._writing is None or self._writing.done():
                 await self._finish_writing()
                 self._writing = asyncio.ensure_future(self._write())
-            elif self._size >= MAX_PENDING:
+            elif self._size >= self._max_pending:
                 self._has_room.clear()
                 await self._has_room.wait()
             if is_cut():

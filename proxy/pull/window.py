@@ -9,6 +9,38 @@ from __future__ import annotations
 
 from collections import deque
 
+#: Windows that a budget holds at their full size before they become smaller.
+FULL_SIZE = 4
+#: The least window, in bytes: its turns are small, but it goes on.
+LEAST = 256 << 10
+
+
+class WindowBudget:
+    """The bytes that all windows of a process share, so that a full disk under many blobs does not
+    become full memory.
+
+    A window gets up to ``largest`` bytes, later ones half of what is left, and at the least
+    ``LEAST``: nobody waits for a window, because the reader who holds one may never go on.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._left = FULL_SIZE * largest
+
+    def take(self) -> int:
+        """The capacity of one more window; give it back."""
+        least = min(LEAST, self._largest)
+        capacity = min(self._largest, max(least, self._left // 2))
+        self._left -= capacity
+        return capacity
+
+    def give(self, capacity: int) -> None:
+        """A window of ``capacity`` bytes is gone."""
+        self._left += capacity
+
+    def __repr__(self) -> str:
+        return f"<WindowBudget {self._left} bytes left>"
+
 
 class Window:
     """Bytes ``start`` … ``end`` of a body, never more than ``capacity`` of them.
@@ -49,6 +81,11 @@ class Window:
                 return data[position - at :] if position > at else data
             at += len(data)
         raise AssertionError(f"the pieces of {self!r} do not reach its end")
+
+    def clear(self) -> None:
+        """Give up everything: nobody reads it any more."""
+        self._pieces.clear()
+        self.start = self.end
 
     def __repr__(self) -> str:
         return f"<Window {self.start}-{self.end}, at most {self.capacity}>"

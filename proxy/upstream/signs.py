@@ -26,6 +26,9 @@ _DATABASE = re.compile(
     re.IGNORECASE,
 )
 
+#: What Harbor says of a project that does not exist: with 401 and an empty challenge too.
+_UNKNOWN = re.compile(rb"project [^\"]{1,300} not found", re.IGNORECASE)
+
 #: Statuses by which an upstream says in the open that it cannot now.
 BUSY = frozenset({500, 502, 503, 504})
 
@@ -56,7 +59,8 @@ def read_sign(refusal: Refusal) -> tuple[Sign, str]:
 
     1. The database speaks: overload, whatever the status.
     2. 403 is a decision somebody made: denial.
-    3. 401 that names no way to authenticate: nobody who meant it would leave that out.
+    3. 401 that names no way to authenticate: nobody who meant it would leave that out, but for
+       Harbor about a project that it does not have.
     4. A token without the access: unproven.
     5. Only Basic is offered to a token that has the access: Harbor could not look the project up.
     6. Anything else: the upstream wants other credentials, and there are none.
@@ -66,6 +70,8 @@ def read_sign(refusal: Refusal) -> tuple[Sign, str]:
     if refusal.status != 401:
         return Sign.DENIAL, "refused"
     bearer, basic = pick_bearer(refusal.challenges), offers_basic(refusal.challenges)
+    if bearer is None and not basic and _UNKNOWN.search(refusal.body):
+        return Sign.DENIAL, "unknown project"
     if bearer is None and not basic:
         return Sign.OVERLOAD, "401 without a challenge"
     if refusal.scheme == "bearer" and refusal.granted is False:

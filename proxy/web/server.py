@@ -3,14 +3,23 @@
 A request line or header that is not HTTP is answered by aiohttp itself, as plain text and with a
 trace in its own log. Here it becomes what every other refusal is: OCI JSON, one access-log line.
 Errors that reach this point from a handler mean that its connection is of no use any more.
+
+A client that stops reading would hold its descriptors, and maybe a window, for ever: the kernel
+ends a connection whose bytes it could not deliver for ``STUCK_SECONDS`` (tcp(7): also when the
+peer's window stays closed).
 """
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+
+#: Seconds that a client may take no byte; CRI gives a whole pull up after as many.
+STUCK_SECONDS = 300
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 #: Makes the answer to what could not be parsed, from the parser's words.
@@ -37,6 +46,10 @@ class _Protocol(web.RequestHandler):
         super().__init__(manager, **options)
         self._malformed = malformed
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        limit_delivery(transport.get_extra_info("socket"))
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -49,3 +62,9 @@ class _Protocol(web.RequestHandler):
         if status != 400 or request.writer.output_size > 0:
             raise ConnectionResetError("the handler gave its connection up") from exc
         return self._malformed(request, message or "")
+
+
+def limit_delivery(sock: socket.socket | None, seconds: float = STUCK_SECONDS) -> None:
+    """Let the kernel give the connection up when it can deliver nothing for ``seconds``."""
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

@@ -32,6 +32,11 @@ def test_a_401_that_names_no_way_in_is_an_overload(challenges: tuple[str, ...]) 
     assert sign_of(refusal(*challenges, scheme="", granted=None)) is Sign.OVERLOAD
 
 
+def test_an_unknown_project_is_a_denial_although_harbor_sends_an_empty_challenge() -> None:
+    body = b'{"errors":[{"code":"UNAUTHORIZED","message":"project nowhere not found"}]}'
+    assert sign_of(refusal("", body=body, scheme="", granted=None)) is Sign.DENIAL
+
+
 @pytest.mark.parametrize(
     "words",
     [

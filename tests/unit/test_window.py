@@ -6,7 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.pull.window import Window
+from proxy.pull.window import LEAST, Window, WindowBudget
+
+
+def test_windows_share_a_budget_and_nobody_waits_for_one() -> None:
+    largest = 16 << 20
+    budget = WindowBudget(largest)
+    taken = [budget.take() for _ in range(60)]
+    assert taken[:3] == [largest] * 3
+    assert min(taken) == LEAST
+    assert sum(taken) <= 5 * largest
+    for capacity in taken:
+        budget.give(capacity)
+    assert budget.take() == largest
+
+
+def test_a_window_that_is_given_back_holds_nothing() -> None:
+    window = Window(0, 8)
+    window.append(b"abcd")
+    window.clear()
+    assert (window.start, window.end) == (4, 4)
 
 
 def test_a_new_window_is_empty_and_lets_readers_wait_at_its_end() -> None:
