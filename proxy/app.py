@@ -42,6 +42,7 @@ from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
+from proxy.web.clients import Clients
 from proxy.web.registry import Registry
 from proxy.web.server import RegistryServer
 from proxy.web.watch import LoopWatch
@@ -193,6 +194,7 @@ class Proxy:
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
+            clients=Clients(self.settings.trusted_proxies),
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.

@@ -53,6 +53,8 @@ __all__ = [
 _PREFIX = "PULLPOOL_"
 # Named after its flag, as people look for it there.
 _ALIASES: Mapping[str, Location] = {f"{_PREFIX}CACHE_SIZE": ("cache", "max_size")}
+# A variable holds a JSON array for them, or one element.
+_LISTS: frozenset[Location] = frozenset({("tags", "immutable"), ("trusted_proxies",)})
 # Read by the command line itself.
 _OF_THE_COMMANDS = (f"{_PREFIX}CONFIG",)
 
@@ -132,13 +134,13 @@ def _environment(environ: Mapping[str, str]) -> Layer:
 
 def _decoded(text: str, location: Location) -> object:
     """The text, or for a key that holds a table or an array the JSON value in it."""
-    if location not in {("upstreams",), ("tags", "immutable")}:
+    if location != ("upstreams",) and location not in _LISTS:
         return text
     try:
         return json.loads(text)
     except ValueError:
-        # One pattern may stand by itself; text is never a table, and is reported as such.
-        return [text] if location[0] == "tags" else text
+        # One of a list may stand by itself; text is never a table, and is reported as such.
+        return [text] if location in _LISTS else text
 
 
 @dataclass(frozen=True, slots=True)

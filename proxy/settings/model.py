@@ -27,6 +27,7 @@ from proxy.settings.types import (
     Share,
     Shown,
     Size,
+    TrustedNetwork,
     Url,
 )
 from proxy.settings.upstream import Upstream, chosen_upstreams, clashing_caps, clashing_names
@@ -175,6 +176,10 @@ class Settings(BaseSettings):
     allow_anonymous: bool = Field(
         default=False,
         description="Serve what credentials may pull to everybody who reaches the listener.",
+    )
+    trusted_proxies: tuple[TrustedNetwork, ...] = Field(
+        default=(),
+        description="Networks of proxies in front of pullpool whose X-Forwarded-For is believed.",
     )
     fast_transport: bool = Field(
         default=True, description="Send files by aiofastnet's transports (off: uvloop's own)."

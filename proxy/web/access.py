@@ -40,14 +40,19 @@ class Visit:
     )
 
     def __init__(
-        self, request: web.BaseRequest, request_id: str, clock: Callable[[], float]
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        clock: Callable[[], float],
+        client: str,
     ) -> None:
-        """``clock`` is monotonic and finer than the loop's, which uvloop keeps in milliseconds."""
+        """``client`` is the client's address. ``clock`` is monotonic and finer than the loop's,
+        which uvloop keeps in milliseconds."""
         self.request = request
         self.request_id = request_id
         self._clock = clock
         self.arrived = clock()
-        self.client = client_of(request)
+        self.client = client
         self.ask: Ask | None = None
         self.kind: Kind | None = None
         self.cache = CacheWord.NONE
@@ -146,8 +151,3 @@ class AccessLog:
             fields["reason"] = visit.error.reason
             fields["error"] = str(visit.error)  # may say more than the client hears
         return fields
-
-
-def client_of(request: web.BaseRequest) -> str:
-    """Who asks, for fairness and logs: the peer's address."""
-    return request.remote or "unknown"

@@ -41,6 +41,7 @@ from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog, Visit
+from proxy.web.clients import Clients
 from proxy.web.sending import BodyResponse, Sender, break_off
 
 COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
@@ -70,6 +71,7 @@ class Registry:
         metrics: Metrics,
         access_log: AccessLog,
         clock: Callable[[], float],
+        clients: Clients | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._puller = puller
@@ -77,6 +79,7 @@ class Registry:
         self._metrics = metrics
         self._access_log = access_log
         self._clock = clock
+        self._clients = clients or Clients()
         self._is_draining = is_draining
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -116,7 +119,7 @@ class Registry:
         self._metrics.http_inflight.inc()
         self._under_way += 1
         self._idle.clear()
-        return Visit(request, secrets.token_hex(8), self._clock)
+        return Visit(request, secrets.token_hex(8), self._clock, self._clients.address(request))
 
     def _end(self, visit: Visit) -> None:
         self._metrics.http_inflight.dec()

@@ -130,6 +130,10 @@ def test_a_wrong_upstream_is_refused(tmp_path: Path, keys: str, path: str, words
         ("max_connections = 0", "max_connections", "greater than or equal to 1"),
         ("max_connections = 1.5", "max_connections", "whole number"),
         ("admin = '127.0.0.1:5050'", "admin", "same address"),
+        ("trusted_proxies = '10.0.0.0/8'", "trusted_proxies", "list"),
+        ("trusted_proxies = ['10.0.0.0/33']", "trusted_proxies[0]", "network such as"),
+        ("trusted_proxies = ['10.0.0.1/8']", "trusted_proxies[0]", "'10.0.0.0/8'"),
+        ("trusted_proxies = [10]", "trusted_proxies[0]", "network such as"),
         ("upstream_url = 'harbor.example.com'", "upstream_url", "https://"),
     ],
 )

@@ -1,0 +1,24 @@
+"""Who asks: the name a client is known by, for fairness and for the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from proxy.web.forwarded import Network, client_address
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """Tells clients apart. ``trusted_proxies`` are believed when they say whom they speak for."""
+
+    trusted_proxies: tuple[Network, ...] = ()
+
+    def address(self, request: web.BaseRequest) -> str:
+        """The client's address: the peer's, or what a trusted proxy says."""
+        peer = request.remote or "unknown"
+        if not self.trusted_proxies:
+            return peer
+        forwarded = request.headers.getall("X-Forwarded-For", ())
+        return client_address(peer, forwarded, self.trusted_proxies)
