@@ -43,8 +43,11 @@ from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
 from proxy.web.clients import Clients
+from proxy.web.listener import Listener
 from proxy.web.registry import Registry
+from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import RegistryServer
+from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import CannotTrust, make_clients
 
@@ -90,19 +93,21 @@ class Proxy:
         self._is_started = False
         self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
+        self.certificates: Reloader | None = None
 
     @property
     def url(self) -> str:
         """Where clients pull from."""
-        return f"http://{self.address}"
+        scheme = "http" if self.settings.tls.files is None else "https"
+        return f"{scheme}://{self.address}"
 
     @property
     def admin_url(self) -> str:
         return f"http://{self.admin_address}"
 
     async def __aenter__(self) -> Proxy:
-        """Open everything. Raises ``CacheDirError``, ``CannotTrust`` and ``OSError``; then nothing
-        stays open."""
+        """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``Unusable`` (a certificate)
+        and ``OSError``; then nothing stays open."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -210,7 +215,29 @@ class Proxy:
             auto_decompress=False,  # no body is read, only skipped
         )
         runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
-        return await _listen(stack, runner, self.settings.listen)
+        return await self._listen_to_clients(stack, runner)
+
+    async def _listen_to_clients(
+        self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
+    ) -> HostPort:
+        files = self.settings.tls.files
+        if files is None:
+            return await _listen(stack, runner, self.settings.listen)
+        tls = await asyncio.to_thread(server_context, files)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        address = self.settings.listen
+        listener = Listener(runner, address.host, address.port, tls)
+        stack.push_async_callback(listener.close)
+        await listener.start()
+        self.certificates = await stack.enter_async_context(self._certificates(files, listener))
+        return HostPort(address.host, listener.port)
+
+    def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
+        async def reload() -> None:
+            await listener.replace_tls(await asyncio.to_thread(server_context, files))
+
+        return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
         settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
@@ -354,7 +381,7 @@ async def serve(settings: Settings) -> int:
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
             is_done = await proxy.finish(settings.shutdown_grace)
-    except (CacheDirError, CannotTrust, OSError) as error:
+    except (CacheDirError, CannotTrust, Unusable, OSError) as error:
         proxy.log.error("cannot_start", error=str(error))
         return 1
     proxy.log.info("stopped", pulls_cut_off=not is_done)

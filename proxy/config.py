@@ -26,6 +26,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import InitSettingsSource
 
 from proxy.settings.faults import ConfigError, Fault, Layer, Location, collect, read_toml
+from proxy.settings.listener import Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
 from proxy.settings.upstream import Upstream
@@ -43,6 +44,7 @@ __all__ = [
     "Row",
     "Settings",
     "Tags",
+    "Tls",
     "Upstream",
     "json_schema",
     "load_settings",

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.settings.faults import Conflict, Fault, key_path, raise_conflicts, suggestion
+from proxy.settings.listener import Tls
 from proxy.settings.types import (
     Address,
     Duration,
@@ -190,6 +191,7 @@ class Settings(BaseSettings):
     cache: Cache = Field(default_factory=Cache)
     queue: Queue = Field(default_factory=Queue)
     tags: Tags = Field(default_factory=Tags)
+    tls: Tls = Field(default_factory=Tls)
     upstreams: Mapping[str, Upstream] = Field(
         default_factory=dict,
         description="Registries to pull from. None: the well-known public ones.",
@@ -230,6 +232,7 @@ class Settings(BaseSettings):
     def _conflicts(self) -> Iterator[Conflict]:
         yield from self.cache.conflicts()
         yield from self.queue.conflicts()
+        yield from self.tls.conflicts()
         for name, upstream in self.upstreams.items():
             yield from upstream.conflicts(name)
             yield from self._exposure(name, upstream)
@@ -244,17 +247,20 @@ class Settings(BaseSettings):
 
     def _exposure(self, name: str, upstream: Upstream) -> Iterator[Conflict]:
         lent = upstream.access == "shared" and bool(upstream.credential_keys)
-        if not lent or self.listen.is_loopback or self.allow_anonymous:
+        known = self.allow_anonymous or self.tls.client_ca_file is not None
+        if not lent or self.listen.is_loopback or known:
             return
         here = ("upstreams", name)
         yield Conflict(
             (*here, "access"),
             f"everybody who reaches {self.listen} could pull what these credentials may pull:"
-            " listen on 127.0.0.1, or set allow_anonymous = true if that is meant,"
+            " listen on 127.0.0.1, or let clients show who they are (tls.client_ca_file),"
+            " or set allow_anonymous = true if that is meant,"
             " or access = 'public' if all of it is public anyway",
             (
                 ("listen",),
                 ("allow_anonymous",),
+                ("tls",),
                 *((*here, key) for key in upstream.credential_keys),
             ),
         )
@@ -275,4 +281,5 @@ class Settings(BaseSettings):
     def missing(self, environ: Mapping[str, str]) -> list[Fault]:
         """Files and variables that the settings name and that cannot be read (looks at disk)."""
         named = self.upstreams.items()
-        return [fault for name, one in named for fault in one.missing(name, environ)]
+        found = [fault for name, one in named for fault in one.missing(name, environ)]
+        return [*self.tls.missing(), *found]

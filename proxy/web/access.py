@@ -37,6 +37,7 @@ class Visit:
         "request_id",
         "sent",
         "status",
+        "user",
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class Visit:
         self._clock = clock
         self.arrived = clock()
         self.client = client
+        self.user: str | None = None
         self.ask: Ask | None = None
         self.kind: Kind | None = None
         self.cache = CacheWord.NONE
@@ -67,6 +69,12 @@ class Visit:
         """The headers leave now."""
         self.status = status
         self.first_byte = self._clock()
+
+    @property
+    def key(self) -> str:
+        """What the client is told apart by: its name, where it has shown one, or its address."""
+        # No address holds a slash: nobody gets another's turns by a well-chosen name.
+        return self.client if self.user is None else f"user/{self.user}"
 
     @property
     def has_answered(self) -> bool:
@@ -141,6 +149,8 @@ class AccessLog:
             "ms": round(seconds * 1000, 1),
             "agent": request.headers.get("User-Agent", "-")[:MAX_TEXT],
         }
+        if visit.user is not None:
+            fields["user"] = visit.user
         if visit.first_byte is not None:
             fields["first_byte_ms"] = round((visit.first_byte - visit.arrived) * 1000, 1)
         if visit.ask is not None:

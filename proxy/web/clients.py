@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from proxy.web.forwarded import Network, client_address
+from proxy.web.tls import certificate_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +23,11 @@ class Clients:
             return peer
         forwarded = request.headers.getall("X-Forwarded-For", ())
         return client_address(peer, forwarded, self.trusted_proxies)
+
+
+def certified(request: web.BaseRequest) -> str | None:
+    """The name in the certificate that the client has shown, if it has."""
+    transport = request.transport
+    if transport is None:
+        return None
+    return certificate_name(transport.get_extra_info("peercert"))

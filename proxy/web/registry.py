@@ -41,7 +41,7 @@ from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog, Visit
-from proxy.web.clients import Clients
+from proxy.web.clients import Clients, certified
 from proxy.web.sending import BodyResponse, Sender, break_off
 
 COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
@@ -144,6 +144,7 @@ class Registry:
         return await self._refuse(request, visit, failure)
 
     async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
+        visit.user = certified(request)
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
         parsed = parse_request(request)
@@ -154,7 +155,7 @@ class Registry:
             return await self._ping(request, visit)
         route = self._routes.route(parsed.target.repository, parsed.ns)
         arrived = asyncio.get_running_loop().time()
-        visit.ask = Ask(route, visit.client, arrived)
+        visit.ask = Ask(route, visit.key, arrived)
         handlers = {
             Kind.MANIFEST: self._manifest,
             Kind.BLOB: self._blob,

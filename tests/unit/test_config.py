@@ -44,6 +44,8 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
         text = (choices | water | networks).get(row.key) or values.get(row.type, "7")
         variable = "PULLPOOL_" + row.key.replace(".", "_").upper()
         extra = {"PULLPOOL_UPSTREAMS": '{"docker.io": {}, "a": {}}'} if "default" in row.key else {}
+        if row.key.startswith("tls."):
+            extra = {"PULLPOOL_TLS_CERT_FILE": "/cert", "PULLPOOL_TLS_KEY_FILE": "/key"}
         settings = load(tmp_path, "", {variable: text, **extra})
         assert settings != default, variable
 
@@ -265,13 +267,16 @@ def test_every_setting_is_described() -> None:
     assert by_key["upstreams.NAME.access"].type == "public or shared or passthrough"
 
 
+SECTIONS = ("cache", "queue", "tags", "tls")
+
+
 def test_the_schema_names_every_key_and_no_default_that_the_file_could_not_hold() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["properties"]["listen"]["default"] == "127.0.0.1:5050"
     assert schema["additionalProperties"] is False
     tables = {"": schema["properties"]}
-    for prefix, name in (("cache", "Cache"), ("queue", "Queue"), ("tags", "Tags")):
-        tables[f"{prefix}."] = schema["$defs"][name]["properties"]
+    for section in SECTIONS:
+        tables[f"{section}."] = schema["$defs"][section.capitalize()]["properties"]
     tables["upstreams.NAME."] = schema["$defs"]["Upstream"]["properties"]
     named = {prefix + key for prefix, table in tables.items() for key in table}
-    assert {row.key for row in settings_table()} == named - {"cache", "queue", "tags", "upstreams"}
+    assert {row.key for row in settings_table()} == named - {*SECTIONS, "upstreams"}

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import trustme
 
 from proxy.config import ConfigError, load_settings
 from tests.unit.configs import HARBOR, faults, load
@@ -134,6 +135,9 @@ def test_a_wrong_upstream_is_refused(tmp_path: Path, keys: str, path: str, words
         ("trusted_proxies = ['10.0.0.0/33']", "trusted_proxies[0]", "network such as"),
         ("trusted_proxies = ['10.0.0.1/8']", "trusted_proxies[0]", "'10.0.0.0/8'"),
         ("trusted_proxies = [10]", "trusted_proxies[0]", "network such as"),
+        ("[tls]\ncert_file = '/c'", "tls.cert_file", "key_file"),
+        ("[tls]\nkey_file = '/k'", "tls.key_file", "cert_file"),
+        ("[tls]\nclient_ca_file = '/a'", "tls.client_ca_file", "cert_file and key_file"),
         ("upstream_url = 'harbor.example.com'", "upstream_url", "https://"),
     ],
 )
@@ -186,6 +190,9 @@ def test_credentials_are_not_lent_to_strangers_by_accident(
     assert set(found) == {f"{HARBOR}.access"}
     assert "allow_anonymous = true" in found[f"{HARBOR}.access"].message
     load(tmp_path, f"allow_anonymous = true\n{text}")
+    tls = "cert_file = '/c'\nkey_file = '/k'"
+    assert set(faults(tmp_path, f"{text}\n[tls]\n{tls}")) == {f"{HARBOR}.access"}
+    load(tmp_path, f"{text}\n[tls]\n{tls}\nclient_ca_file = '/a'")
 
 
 def test_a_rule_is_silent_about_keys_that_are_wrong_themselves(tmp_path: Path) -> None:
@@ -220,6 +227,20 @@ def test_files_and_variables_that_are_named_have_to_be_there(tmp_path: Path) -> 
     (tmp_path / "ca.pem").touch()
     (left,) = settings.missing({"HARBOR_PASSWORD": "p"})
     assert left.path == "upstreams.other.docker_config"
+
+
+def test_a_certificate_has_to_go_with_its_key(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    settings = load(tmp_path, f"[tls]\ncert_file = '{cert}'\nkey_file = '{key}'")
+    assert {fault.path for fault in settings.missing({})} == {"tls.cert_file", "tls.key_file"}
+    issued = ca.issue_cert("pullpool.example.com")
+    issued.cert_chain_pems[0].write_to_path(cert)
+    ca.issue_cert("pullpool.example.com").private_key_pem.write_to_path(key)
+    (fault,) = settings.missing({})
+    assert str(fault) == f"tls: {cert} with {key}: key values mismatch"
+    issued.private_key_pem.write_to_path(key)
+    assert settings.missing({}) == []
 
 
 # --- secrets ----------------------------------------------------------------------------------
