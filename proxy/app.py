@@ -42,8 +42,10 @@ from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
+from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
 from proxy.web.listener import Listener
+from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import RegistryServer
@@ -94,6 +96,7 @@ class Proxy:
         self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
         self.certificates: Reloader | None = None
+        self.accounts: Reloader | None = None
 
     @property
     def url(self) -> str:
@@ -106,8 +109,8 @@ class Proxy:
         return f"http://{self.admin_address}"
 
     async def __aenter__(self) -> Proxy:
-        """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``Unusable`` (a certificate)
-        and ``OSError``; then nothing stays open."""
+        """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``OSError`` and ``Unusable``
+        (a certificate, an htpasswd file); then nothing stays open."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -200,6 +203,7 @@ class Proxy:
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
+            authentication=await self._authentication(stack),
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
@@ -216,6 +220,20 @@ class Proxy:
         )
         runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
+
+    async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
+        file = self.settings.auth.htpasswd_file
+        if file is None:
+            return None
+        hashes = await asyncio.to_thread(read_htpasswd, file)
+        passwords = Passwords(hashes, clock=self._around.clock)
+        stack.callback(passwords.close)
+
+        async def reload() -> None:
+            passwords.replace(await asyncio.to_thread(read_htpasswd, file))
+
+        self.accounts = await stack.enter_async_context(Reloader([file], reload, log=self.log))
+        return Authentication(passwords)
 
     async def _listen_to_clients(
         self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner

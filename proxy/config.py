@@ -26,7 +26,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import InitSettingsSource
 
 from proxy.settings.faults import ConfigError, Fault, Layer, Location, collect, read_toml
-from proxy.settings.listener import Tls
+from proxy.settings.listener import Auth, Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
 from proxy.settings.upstream import Upstream
@@ -34,6 +34,7 @@ from proxy.settings.values import HostPort, Rate, format_duration, format_size
 
 __all__ = [
     "Access",
+    "Auth",
     "Cache",
     "ConfigError",
     "Fault",

@@ -1,4 +1,4 @@
-"""[tls]: how clients reach pullpool, and who they have to be."""
+"""[tls] and [auth]: how clients reach pullpool, and who they have to be."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from pydantic import Field
 
 from proxy.settings.faults import Conflict, Fault
 from proxy.settings.types import FilePath, Section
+from proxy.web.passwords import read_htpasswd
 from proxy.web.reload import Unusable
 from proxy.web.tls import TlsFiles, server_context
 
@@ -57,6 +58,27 @@ class Tls(Section):
             server_context(self.files)
         except Unusable as error:
             yield Fault("tls", str(error))
+
+
+class Auth(Section):
+    """[auth]: who may pull."""
+
+    htpasswd_file: FilePath | None = Field(
+        default=None,
+        description="File of names and bcrypt hashes (htpasswd -B); clients need one of them, then."
+        " Read again when it changes.",
+    )
+
+    def missing(self) -> Iterator[Fault]:
+        """Files that these keys name and that cannot be used (looks at disk)."""
+        unread = list(unreadable(self, "auth"))
+        yield from unread
+        if self.htpasswd_file is None or unread:
+            return
+        try:
+            read_htpasswd(self.htpasswd_file)
+        except Unusable as error:
+            yield Fault("auth.htpasswd_file", str(error))
 
 
 def unreadable(section: Section, table: str) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.settings.faults import Conflict, Fault, key_path, raise_conflicts, suggestion
-from proxy.settings.listener import Tls
+from proxy.settings.listener import Auth, Tls
 from proxy.settings.types import (
     Address,
     Duration,
@@ -192,6 +192,7 @@ class Settings(BaseSettings):
     queue: Queue = Field(default_factory=Queue)
     tags: Tags = Field(default_factory=Tags)
     tls: Tls = Field(default_factory=Tls)
+    auth: Auth = Field(default_factory=Auth)
     upstreams: Mapping[str, Upstream] = Field(
         default_factory=dict,
         description="Registries to pull from. None: the well-known public ones.",
@@ -247,20 +248,23 @@ class Settings(BaseSettings):
 
     def _exposure(self, name: str, upstream: Upstream) -> Iterator[Conflict]:
         lent = upstream.access == "shared" and bool(upstream.credential_keys)
-        known = self.allow_anonymous or self.tls.client_ca_file is not None
-        if not lent or self.listen.is_loopback or known:
+        keys = (self.tls.client_ca_file, self.auth.htpasswd_file)
+        is_meant = self.allow_anonymous or any(key is not None for key in keys)
+        if not lent or self.listen.is_loopback or is_meant:
             return
         here = ("upstreams", name)
         yield Conflict(
             (*here, "access"),
             f"everybody who reaches {self.listen} could pull what these credentials may pull:"
-            " listen on 127.0.0.1, or let clients show who they are (tls.client_ca_file),"
+            " listen on 127.0.0.1, or let clients show who they are (auth.htpasswd_file,"
+            " tls.client_ca_file),"
             " or set allow_anonymous = true if that is meant,"
             " or access = 'public' if all of it is public anyway",
             (
                 ("listen",),
                 ("allow_anonymous",),
                 ("tls",),
+                ("auth",),
                 *((*here, key) for key in upstream.credential_keys),
             ),
         )
@@ -276,10 +280,15 @@ class Settings(BaseSettings):
             if upstream.credential_keys and upstream.url.startswith("http://"):
                 path = key_path(("upstreams", name, "url"))
                 found.append(f"{path}: credentials go over http, which anybody can read")
+        if self.auth.htpasswd_file and not self.tls.files and not self.listen.is_loopback:
+            found.append(
+                "auth.htpasswd_file: passwords of clients come over http, which anybody can read,"
+                " unless something in front of pullpool speaks TLS"
+            )
         return found
 
     def missing(self, environ: Mapping[str, str]) -> list[Fault]:
         """Files and variables that the settings name and that cannot be read (looks at disk)."""
         named = self.upstreams.items()
         found = [fault for name, one in named for fault in one.missing(name, environ)]
-        return [*self.tls.missing(), *found]
+        return [*self.tls.missing(), *self.auth.missing(), *found]

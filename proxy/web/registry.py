@@ -41,6 +41,7 @@ from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog, Visit
+from proxy.web.auth import Authentication
 from proxy.web.clients import Clients, certified
 from proxy.web.sending import BodyResponse, Sender, break_off
 
@@ -72,6 +73,7 @@ class Registry:
         access_log: AccessLog,
         clock: Callable[[], float],
         clients: Clients | None = None,
+        authentication: Authentication | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._puller = puller
@@ -80,6 +82,7 @@ class Registry:
         self._access_log = access_log
         self._clock = clock
         self._clients = clients or Clients()
+        self._authentication = authentication
         self._is_draining = is_draining
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -145,6 +148,8 @@ class Registry:
 
     async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
         visit.user = certified(request)
+        if self._authentication is not None:
+            visit.user = await self._authentication.name(request)
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
         parsed = parse_request(request)

@@ -267,7 +267,7 @@ def test_every_setting_is_described() -> None:
     assert by_key["upstreams.NAME.access"].type == "public or shared or passthrough"
 
 
-SECTIONS = ("cache", "queue", "tags", "tls")
+SECTIONS = ("cache", "queue", "tags", "tls", "auth")
 
 
 def test_the_schema_names_every_key_and_no_default_that_the_file_could_not_hold() -> None:

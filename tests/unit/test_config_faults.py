@@ -193,6 +193,7 @@ def test_credentials_are_not_lent_to_strangers_by_accident(
     tls = "cert_file = '/c'\nkey_file = '/k'"
     assert set(faults(tmp_path, f"{text}\n[tls]\n{tls}")) == {f"{HARBOR}.access"}
     load(tmp_path, f"{text}\n[tls]\n{tls}\nclient_ca_file = '/a'")
+    load(tmp_path, f"{text}\n[auth]\nhtpasswd_file = '/h'")
 
 
 def test_a_rule_is_silent_about_keys_that_are_wrong_themselves(tmp_path: Path) -> None:
@@ -241,6 +242,27 @@ def test_a_certificate_has_to_go_with_its_key(tmp_path: Path) -> None:
     assert str(fault) == f"tls: {cert} with {key}: key values mismatch"
     issued.private_key_pem.write_to_path(key)
     assert settings.missing({}) == []
+
+
+def test_an_htpasswd_file_has_to_hold_bcrypt(tmp_path: Path) -> None:
+    file = tmp_path / "htpasswd"
+    settings = load(tmp_path, f"[auth]\nhtpasswd_file = '{file}'")
+    assert [fault.path for fault in settings.missing({})] == ["auth.htpasswd_file"]
+    file.write_text("anna:{SHA}hunter2\n")
+    (fault,) = settings.missing({})
+    assert (
+        str(fault)
+        == f"auth.htpasswd_file: {file}: line 1 does not hold a bcrypt hash (htpasswd -B)"
+    )
+    file.write_text(f"anna:$2y$05${'.' * 53}\n")
+    assert settings.missing({}) == []
+
+
+def test_passwords_of_clients_over_http_are_allowed_with_a_warning(tmp_path: Path) -> None:
+    text = "[auth]\nhtpasswd_file = '/h'"
+    assert load(tmp_path, text).warnings() == []
+    settings = load(tmp_path, f"listen = '0.0.0.0:5050'\n{text}")
+    assert [one.split(":")[0] for one in settings.warnings()] == ["auth.htpasswd_file"]
 
 
 # --- secrets ----------------------------------------------------------------------------------
