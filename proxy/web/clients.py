@@ -19,7 +19,8 @@ class Clients:
     def address(self, request: web.BaseRequest) -> str:
         """The client's address: the peer's, or what a trusted proxy says."""
         peer = request.remote or "unknown"
-        if not self.trusted_proxies:
+        # What could not be parsed comes with a plain dict for its headers, which is empty.
+        if not self.trusted_proxies or not request.headers:
             return peer
         forwarded = request.headers.getall("X-Forwarded-For", ())
         return client_address(peer, forwarded, self.trusted_proxies)

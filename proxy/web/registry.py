@@ -119,10 +119,11 @@ class Registry:
         return response
 
     def _begin(self, request: web.BaseRequest) -> Visit:
+        client = self._clients.address(request)
         self._metrics.http_inflight.inc()
         self._under_way += 1
         self._idle.clear()
-        return Visit(request, secrets.token_hex(8), self._clock, self._clients.address(request))
+        return Visit(request, secrets.token_hex(8), self._clock, client)
 
     def _end(self, visit: Visit) -> None:
         self._metrics.http_inflight.dec()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.web.forwarded import MAX_HOPS, Network, client_address, parse_address
-from tests.unit.proxy_kit import blob_path, manifest_path, pulling
+from tests.unit.proxy_kit import RawClient, blob_path, manifest_path, pulling
 
 TRUSTED = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
 
@@ -100,6 +100,14 @@ async def test_the_log_names_whom_a_trusted_proxy_speaks_for(tmp_path: Path) -> 
         await pool.get(manifest_path("v1"), X_Forwarded_For="203.0.113.9, 198.51.100.7")
         await pool.get(blob_path())
         assert [line["client"] for line in pool.access_log] == ["198.51.100.7", "127.0.0.1"]
+
+
+async def test_what_is_no_http_is_the_trusted_proxy_s_own(tmp_path: Path) -> None:
+    async with pulling(tmp_path, trusted_proxies=["127.0.0.0/8"]) as (pool, _):
+        async with RawClient.connected(pool.address) as client:
+            await client.send("no HTTP\nX-Forwarded-For: 198.51.100.7\n\n")
+            assert " 400 " in await client.head()
+        assert [line["client"] for line in pool.access_log] == ["127.0.0.1"]
 
 
 async def test_nobody_is_believed_by_default(tmp_path: Path) -> None:
