@@ -48,7 +48,7 @@ from proxy.web.listener import Listener
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import RegistryServer
+from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import CannotTrust, make_clients
@@ -211,6 +211,7 @@ class Proxy:
         server = RegistryServer(
             self.registry,
             self.registry.malformed,
+            proxies=self._proxies(),
             access_log=None,
             keepalive_timeout=KEEPALIVE,
             handler_cancellation=True,
@@ -220,6 +221,15 @@ class Proxy:
         )
         runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
+
+    def _proxies(self) -> Proxies | None:
+        if not self.settings.proxy_protocol:
+            return None
+
+        def refused(client: str, reason: str) -> None:
+            self.log.warning("connection_refused", client=client, error=reason)
+
+        return Proxies(self.settings.trusted_proxies, refused)
 
     async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
         file = self.settings.auth.htpasswd_file

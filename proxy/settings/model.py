@@ -182,6 +182,10 @@ class Settings(BaseSettings):
         default=(),
         description="Networks of proxies in front of pullpool whose X-Forwarded-For is believed.",
     )
+    proxy_protocol: bool = Field(
+        default=False,
+        description="Connections from trusted_proxies begin with the PROXY protocol (v1 or v2).",
+    )
     fast_transport: bool = Field(
         default=True, description="Send files by aiofastnet's transports (off: uvloop's own)."
     )
@@ -234,6 +238,12 @@ class Settings(BaseSettings):
         yield from self.cache.conflicts()
         yield from self.queue.conflicts()
         yield from self.tls.conflicts()
+        about = (("trusted_proxies",), ("tls",))
+        if self.proxy_protocol and not self.trusted_proxies:
+            yield Conflict(("proxy_protocol",), "needs trusted_proxies beside it", about)
+        if self.proxy_protocol and self.tls.files is not None:
+            message = "is not available together with tls yet"
+            yield Conflict(("proxy_protocol",), message, about)
         for name, upstream in self.upstreams.items():
             yield from upstream.conflicts(name)
             yield from self._exposure(name, upstream)

@@ -33,7 +33,7 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[Networ
     is not believed, nor anything to the left of it: nobody vouches for that. When every entry is
     trusted, the leftmost is the client.
     """
-    if not _is_trusted(parse_address(peer), trusted):
+    if not is_trusted(parse_address(peer), trusted):
         return peer
     believed = peer
     for hop, entry in enumerate(_from_the_right(forwarded)):
@@ -41,7 +41,7 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[Networ
         if address is None or hop == MAX_HOPS:
             break
         believed = str(address)
-        if not _is_trusted(address, trusted):
+        if not is_trusted(address, trusted):
             break
     return believed
 
@@ -61,7 +61,8 @@ def parse_address(text: str) -> Address | None:
     return address
 
 
-def _is_trusted(address: Address | None, trusted: Iterable[Network]) -> bool:
+def is_trusted(address: Address | None, trusted: Iterable[Network]) -> bool:
+    """Whether one of the networks holds this address."""
     return address is not None and any(address in network for network in trusted)
 
 

@@ -44,6 +44,8 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
         text = (choices | water | networks).get(row.key) or values.get(row.type, "7")
         variable = "PULLPOOL_" + row.key.replace(".", "_").upper()
         extra = {"PULLPOOL_UPSTREAMS": '{"docker.io": {}, "a": {}}'} if "default" in row.key else {}
+        if row.key == "proxy_protocol":
+            extra = {"PULLPOOL_TRUSTED_PROXIES": "10.0.0.0/8"}
         if row.key.startswith("tls."):
             extra = {"PULLPOOL_TLS_CERT_FILE": "/cert", "PULLPOOL_TLS_KEY_FILE": "/key"}
         settings = load(tmp_path, "", {variable: text, **extra})

@@ -135,6 +135,7 @@ def test_a_wrong_upstream_is_refused(tmp_path: Path, keys: str, path: str, words
         ("trusted_proxies = ['10.0.0.0/33']", "trusted_proxies[0]", "network such as"),
         ("trusted_proxies = ['10.0.0.1/8']", "trusted_proxies[0]", "'10.0.0.0/8'"),
         ("trusted_proxies = [10]", "trusted_proxies[0]", "network such as"),
+        ("proxy_protocol = true", "proxy_protocol", "trusted_proxies"),
         ("[tls]\ncert_file = '/c'", "tls.cert_file", "key_file"),
         ("[tls]\nkey_file = '/k'", "tls.key_file", "cert_file"),
         ("[tls]\nclient_ca_file = '/a'", "tls.client_ca_file", "cert_file and key_file"),
