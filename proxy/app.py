@@ -42,8 +42,14 @@ from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
+from proxy.web.auth import Authentication
+from proxy.web.clients import Clients
+from proxy.web.listener import Listener
+from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.registry import Registry
-from proxy.web.server import RegistryServer
+from proxy.web.reload import Reloader, Unusable
+from proxy.web.server import Proxies, RegistryServer
+from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import CannotTrust, make_clients
 
@@ -89,19 +95,22 @@ class Proxy:
         self._is_started = False
         self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
+        self.certificates: Reloader | None = None
+        self.accounts: Reloader | None = None
 
     @property
     def url(self) -> str:
         """Where clients pull from."""
-        return f"http://{self.address}"
+        scheme = "http" if self.settings.tls.files is None else "https"
+        return f"{scheme}://{self.address}"
 
     @property
     def admin_url(self) -> str:
         return f"http://{self.admin_address}"
 
     async def __aenter__(self) -> Proxy:
-        """Open everything. Raises ``CacheDirError``, ``CannotTrust`` and ``OSError``; then nothing
-        stays open."""
+        """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``OSError`` and ``Unusable``
+        (a certificate, an htpasswd file); then nothing stays open."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -193,6 +202,8 @@ class Proxy:
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
+            clients=Clients(self.settings.trusted_proxies),
+            authentication=await self._authentication(stack),
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
@@ -200,6 +211,7 @@ class Proxy:
         server = RegistryServer(
             self.registry,
             self.registry.malformed,
+            proxies=self._proxies(),
             access_log=None,
             keepalive_timeout=KEEPALIVE,
             handler_cancellation=True,
@@ -208,7 +220,52 @@ class Proxy:
             auto_decompress=False,  # no body is read, only skipped
         )
         runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
-        return await _listen(stack, runner, self.settings.listen)
+        return await self._listen_to_clients(stack, runner)
+
+    def _proxies(self) -> Proxies | None:
+        if not self.settings.proxy_protocol:
+            return None
+
+        def refused(client: str, reason: str) -> None:
+            self.log.warning("connection_refused", client=client, error=reason)
+
+        return Proxies(self.settings.trusted_proxies, refused)
+
+    async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
+        file = self.settings.auth.htpasswd_file
+        if file is None:
+            return None
+        hashes = await asyncio.to_thread(read_htpasswd, file)
+        passwords = Passwords(hashes, clock=self._around.clock)
+        stack.callback(passwords.close)
+
+        async def reload() -> None:
+            passwords.replace(await asyncio.to_thread(read_htpasswd, file))
+
+        self.accounts = await stack.enter_async_context(Reloader([file], reload, log=self.log))
+        return Authentication(passwords)
+
+    async def _listen_to_clients(
+        self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
+    ) -> HostPort:
+        files = self.settings.tls.files
+        if files is None:
+            return await _listen(stack, runner, self.settings.listen)
+        tls = await asyncio.to_thread(server_context, files)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        address = self.settings.listen
+        listener = Listener(runner, address.host, address.port, tls)
+        stack.push_async_callback(listener.close)
+        await listener.start()
+        self.certificates = await stack.enter_async_context(self._certificates(files, listener))
+        return HostPort(address.host, listener.port)
+
+    def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
+        async def reload() -> None:
+            await listener.replace_tls(await asyncio.to_thread(server_context, files))
+
+        return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
         settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
@@ -354,7 +411,7 @@ async def serve(settings: Settings) -> int:
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
             is_done = await proxy.finish(settings.shutdown_grace)
-    except (CacheDirError, CannotTrust, OSError) as error:
+    except (CacheDirError, CannotTrust, Unusable, OSError) as error:
         proxy.log.error("cannot_start", error=str(error))
         return 1
     proxy.log.info("stopped", pulls_cut_off=not is_done)

@@ -26,6 +26,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import InitSettingsSource
 
 from proxy.settings.faults import ConfigError, Fault, Layer, Location, collect, read_toml
+from proxy.settings.listener import Auth, Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
 from proxy.settings.upstream import Upstream
@@ -33,6 +34,7 @@ from proxy.settings.values import HostPort, Rate, format_duration, format_size
 
 __all__ = [
     "Access",
+    "Auth",
     "Cache",
     "ConfigError",
     "Fault",
@@ -43,6 +45,7 @@ __all__ = [
     "Row",
     "Settings",
     "Tags",
+    "Tls",
     "Upstream",
     "json_schema",
     "load_settings",
@@ -53,6 +56,8 @@ __all__ = [
 _PREFIX = "PULLPOOL_"
 # Named after its flag, as people look for it there.
 _ALIASES: Mapping[str, Location] = {f"{_PREFIX}CACHE_SIZE": ("cache", "max_size")}
+# A variable holds a JSON array for them, or one element.
+_LISTS: frozenset[Location] = frozenset({("tags", "immutable"), ("trusted_proxies",)})
 # Read by the command line itself.
 _OF_THE_COMMANDS = (f"{_PREFIX}CONFIG",)
 
@@ -132,13 +137,13 @@ def _environment(environ: Mapping[str, str]) -> Layer:
 
 def _decoded(text: str, location: Location) -> object:
     """The text, or for a key that holds a table or an array the JSON value in it."""
-    if location not in {("upstreams",), ("tags", "immutable")}:
+    if location != ("upstreams",) and location not in _LISTS:
         return text
     try:
         return json.loads(text)
     except ValueError:
-        # One pattern may stand by itself; text is never a table, and is reported as such.
-        return [text] if location[0] == "tags" else text
+        # One of a list may stand by itself; text is never a table, and is reported as such.
+        return [text] if location in _LISTS else text
 
 
 @dataclass(frozen=True, slots=True)

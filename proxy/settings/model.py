@@ -18,6 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.settings.faults import Conflict, Fault, key_path, raise_conflicts, suggestion
+from proxy.settings.listener import Auth, Tls
 from proxy.settings.types import (
     Address,
     Duration,
@@ -27,6 +28,7 @@ from proxy.settings.types import (
     Share,
     Shown,
     Size,
+    TrustedNetwork,
     Url,
 )
 from proxy.settings.upstream import Upstream, chosen_upstreams, clashing_caps, clashing_names
@@ -176,6 +178,14 @@ class Settings(BaseSettings):
         default=False,
         description="Serve what credentials may pull to everybody who reaches the listener.",
     )
+    trusted_proxies: tuple[TrustedNetwork, ...] = Field(
+        default=(),
+        description="Networks of proxies in front of pullpool whose X-Forwarded-For is believed.",
+    )
+    proxy_protocol: bool = Field(
+        default=False,
+        description="Connections from trusted_proxies begin with the PROXY protocol (v1 or v2).",
+    )
     fast_transport: bool = Field(
         default=True, description="Send files by aiofastnet's transports (off: uvloop's own)."
     )
@@ -185,6 +195,8 @@ class Settings(BaseSettings):
     cache: Cache = Field(default_factory=Cache)
     queue: Queue = Field(default_factory=Queue)
     tags: Tags = Field(default_factory=Tags)
+    tls: Tls = Field(default_factory=Tls)
+    auth: Auth = Field(default_factory=Auth)
     upstreams: Mapping[str, Upstream] = Field(
         default_factory=dict,
         description="Registries to pull from. None: the well-known public ones.",
@@ -225,6 +237,13 @@ class Settings(BaseSettings):
     def _conflicts(self) -> Iterator[Conflict]:
         yield from self.cache.conflicts()
         yield from self.queue.conflicts()
+        yield from self.tls.conflicts()
+        about = (("trusted_proxies",), ("tls",))
+        if self.proxy_protocol and not self.trusted_proxies:
+            yield Conflict(("proxy_protocol",), "needs trusted_proxies beside it", about)
+        if self.proxy_protocol and self.tls.files is not None:
+            message = "is not available together with tls yet"
+            yield Conflict(("proxy_protocol",), message, about)
         for name, upstream in self.upstreams.items():
             yield from upstream.conflicts(name)
             yield from self._exposure(name, upstream)
@@ -239,17 +258,23 @@ class Settings(BaseSettings):
 
     def _exposure(self, name: str, upstream: Upstream) -> Iterator[Conflict]:
         lent = upstream.access == "shared" and bool(upstream.credential_keys)
-        if not lent or self.listen.is_loopback or self.allow_anonymous:
+        keys = (self.tls.client_ca_file, self.auth.htpasswd_file)
+        is_meant = self.allow_anonymous or any(key is not None for key in keys)
+        if not lent or self.listen.is_loopback or is_meant:
             return
         here = ("upstreams", name)
         yield Conflict(
             (*here, "access"),
             f"everybody who reaches {self.listen} could pull what these credentials may pull:"
-            " listen on 127.0.0.1, or set allow_anonymous = true if that is meant,"
+            " listen on 127.0.0.1, or let clients show who they are (auth.htpasswd_file,"
+            " tls.client_ca_file),"
+            " or set allow_anonymous = true if that is meant,"
             " or access = 'public' if all of it is public anyway",
             (
                 ("listen",),
                 ("allow_anonymous",),
+                ("tls",),
+                ("auth",),
                 *((*here, key) for key in upstream.credential_keys),
             ),
         )
@@ -265,9 +290,15 @@ class Settings(BaseSettings):
             if upstream.credential_keys and upstream.url.startswith("http://"):
                 path = key_path(("upstreams", name, "url"))
                 found.append(f"{path}: credentials go over http, which anybody can read")
+        if self.auth.htpasswd_file and not self.tls.files and not self.listen.is_loopback:
+            found.append(
+                "auth.htpasswd_file: passwords of clients come over http, which anybody can read,"
+                " unless something in front of pullpool speaks TLS"
+            )
         return found
 
     def missing(self, environ: Mapping[str, str]) -> list[Fault]:
         """Files and variables that the settings name and that cannot be read (looks at disk)."""
         named = self.upstreams.items()
-        return [fault for name, one in named for fault in one.missing(name, environ)]
+        found = [fault for name, one in named for fault in one.missing(name, environ)]
+        return [*self.tls.missing(), *self.auth.missing(), *found]

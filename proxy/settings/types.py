@@ -17,7 +17,15 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from proxy.settings.values import HostPort, Rate, parse_duration, parse_registry_url, parse_size
+from proxy.settings.values import (
+    HostPort,
+    Network,
+    Rate,
+    parse_duration,
+    parse_network,
+    parse_registry_url,
+    parse_size,
+)
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY_PREFIX = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*/?")
@@ -75,6 +83,12 @@ Address = Annotated[
     PlainSerializer(str),
     _text_schema("127.0.0.1:5050", "[::1]:5050"),
     Shown("host:port"),
+]
+TrustedNetwork = Annotated[
+    Network,
+    PlainValidator(parse_network),
+    PlainSerializer(str),
+    _text_schema("10.0.0.0/8", "192.0.2.7"),
 ]
 Size = Annotated[
     int, BeforeValidator(parse_size), _amount_schema("integer", "50GiB"), Shown("size")

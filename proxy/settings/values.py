@@ -27,6 +27,8 @@ _BYTES = {"b": 1} | {
 _SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)")
 _RATE = re.compile(r"([0-9]{1,9})\s*/\s*([0-9]{0,9})\s*([smh])")
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class HostPort:
@@ -64,6 +66,21 @@ class HostPort:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+def parse_network(value: object) -> Network:
+    """A network such as "10.0.0.0/8", or one address; raise ValueError otherwise."""
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a network such as '10.0.0.0/8' or an address")
+    try:
+        network = ipaddress.ip_network(value.strip(), strict=False)
+    except ValueError:
+        raise ValueError("must be a network such as '10.0.0.0/8' or an address") from None
+    if network.network_address != ipaddress.ip_interface(value.strip()).ip:
+        raise ValueError(f"must end where the network does: '{network}'")
+    return network
 
 
 def _host(text: str) -> str:

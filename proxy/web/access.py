@@ -37,17 +37,24 @@ class Visit:
         "request_id",
         "sent",
         "status",
+        "user",
     )
 
     def __init__(
-        self, request: web.BaseRequest, request_id: str, clock: Callable[[], float]
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        clock: Callable[[], float],
+        client: str,
     ) -> None:
-        """``clock`` is monotonic and finer than the loop's, which uvloop keeps in milliseconds."""
+        """``client`` is the client's address. ``clock`` is monotonic and finer than the loop's,
+        which uvloop keeps in milliseconds."""
         self.request = request
         self.request_id = request_id
         self._clock = clock
         self.arrived = clock()
-        self.client = client_of(request)
+        self.client = client
+        self.user: str | None = None
         self.ask: Ask | None = None
         self.kind: Kind | None = None
         self.cache = CacheWord.NONE
@@ -62,6 +69,12 @@ class Visit:
         """The headers leave now."""
         self.status = status
         self.first_byte = self._clock()
+
+    @property
+    def key(self) -> str:
+        """What the client is told apart by: its name, where it has shown one, or its address."""
+        # No address holds a slash: nobody gets another's turns by a well-chosen name.
+        return self.client if self.user is None else f"user/{self.user}"
 
     @property
     def has_answered(self) -> bool:
@@ -136,6 +149,8 @@ class AccessLog:
             "ms": round(seconds * 1000, 1),
             "agent": request.headers.get("User-Agent", "-")[:MAX_TEXT],
         }
+        if visit.user is not None:
+            fields["user"] = visit.user
         if visit.first_byte is not None:
             fields["first_byte_ms"] = round((visit.first_byte - visit.arrived) * 1000, 1)
         if visit.ask is not None:
@@ -146,8 +161,3 @@ class AccessLog:
             fields["reason"] = visit.error.reason
             fields["error"] = str(visit.error)  # may say more than the client hears
         return fields
-
-
-def client_of(request: web.BaseRequest) -> str:
-    """Who asks, for fairness and logs: the peer's address."""
-    return request.remote or "unknown"

@@ -41,6 +41,8 @@ from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog, Visit
+from proxy.web.auth import Authentication
+from proxy.web.clients import Clients, certified
 from proxy.web.sending import BodyResponse, Sender, break_off
 
 COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
@@ -70,6 +72,8 @@ class Registry:
         metrics: Metrics,
         access_log: AccessLog,
         clock: Callable[[], float],
+        clients: Clients | None = None,
+        authentication: Authentication | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._puller = puller
@@ -77,6 +81,8 @@ class Registry:
         self._metrics = metrics
         self._access_log = access_log
         self._clock = clock
+        self._clients = clients or Clients()
+        self._authentication = authentication
         self._is_draining = is_draining
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -113,10 +119,11 @@ class Registry:
         return response
 
     def _begin(self, request: web.BaseRequest) -> Visit:
+        client = self._clients.address(request)
         self._metrics.http_inflight.inc()
         self._under_way += 1
         self._idle.clear()
-        return Visit(request, secrets.token_hex(8), self._clock)
+        return Visit(request, secrets.token_hex(8), self._clock, client)
 
     def _end(self, visit: Visit) -> None:
         self._metrics.http_inflight.dec()
@@ -141,6 +148,9 @@ class Registry:
         return await self._refuse(request, visit, failure)
 
     async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
+        visit.user = certified(request)
+        if self._authentication is not None:
+            visit.user = await self._authentication.name(request)
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
         parsed = parse_request(request)
@@ -151,7 +161,7 @@ class Registry:
             return await self._ping(request, visit)
         route = self._routes.route(parsed.target.repository, parsed.ns)
         arrived = asyncio.get_running_loop().time()
-        visit.ask = Ask(route, visit.client, arrived)
+        visit.ask = Ask(route, visit.key, arrived)
         handlers = {
             Kind.MANIFEST: self._manifest,
             Kind.BLOB: self._blob,

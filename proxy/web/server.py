@@ -14,9 +14,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+
+from proxy.web.forwarded import Network, is_trusted, parse_address
+from proxy.web.proxyline import NotProxied, parse_header
 
 #: Seconds that a client may take no byte; CRI gives a whole pull up after as many.
 STUCK_SECONDS = 300
@@ -26,29 +30,86 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Malformed = Callable[[web.BaseRequest, str], web.StreamResponse]
 
 
-class RegistryServer(web.Server):
-    """Makes one protocol per connection."""
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """Peers whose connections begin with a header of the PROXY protocol.
 
-    def __init__(self, handler: Handler, malformed: Malformed, **options: Any) -> None:
+    ``refused`` is told the peer and the reason when one does not.
+    """
+
+    trusted: tuple[Network, ...]
+    refused: Callable[[str, str], None]
+
+
+class RegistryServer(web.Server):
+    """Makes one protocol per connection. ``proxies`` None: nobody speaks the PROXY protocol."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        malformed: Malformed,
+        *,
+        proxies: Proxies | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(handler, **options)
         self._malformed = malformed
+        self._proxies = proxies
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
         options = {k: v for k, v in self._options.items() if k != "handler_cancellation"}
-        return _Protocol(self, self._malformed, loop=self._loop, **options)
+        return _Protocol(self, self._malformed, self._proxies, loop=self._loop, **options)
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ("_malformed",)
+    __slots__ = ("_client", "_header", "_malformed", "_proxies")
 
-    def __init__(self, manager: web.Server, malformed: Malformed, **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, malformed: Malformed, proxies: Proxies | None, **options: Any
+    ) -> None:
         super().__init__(manager, **options)
         self._malformed = malformed
+        self._proxies = proxies
+        self._client: str | None = None
+        # What has come of a header that is still to come; None when none is.
+        self._header: bytes | None = None
+
+    @property
+    def peername(self) -> Any:
+        """Whom the connection is from; what a request takes for its peer."""
+        if self._client is not None or self.transport is None:
+            return self._client
+        return self.transport.get_extra_info("peername")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))
+        if self._proxies is not None and is_trusted(
+            parse_address(self._peer()), self._proxies.trusted
+        ):
+            self._header = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self._header is None or self._proxies is None:
+            super().data_received(data)
+            return
+        self._header += data
+        try:
+            header = parse_header(self._header)
+        except NotProxied as error:
+            self._proxies.refused(self._peer(), str(error))
+            self.force_close()
+            return
+        if header is not None:
+            rest, self._header = self._header[header.length :], None
+            self._client = header.address
+            if rest:
+                super().data_received(rest)
+
+    def _peer(self) -> str:
+        peer = self.peername
+        return str(peer[0]) if isinstance(peer, tuple) else str(peer)
 
     def handle_error(
         self,

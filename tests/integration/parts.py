@@ -92,6 +92,8 @@ class Serving:
     credentials: tuple[str, str] | None = None
     ca_file: Path | None = None
     tag_ttl: str = "1h"
+    tables: str = ""
+    """More tables of the configuration file."""
 
 
 def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
@@ -114,6 +116,7 @@ def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
             f'ttl = "{serving.tag_ttl}"',
             f'[upstreams."{NAME}"]',
             *(f"{key} = {json.dumps(value)}" for key, value in upstream.items()),
+            serving.tables,
         ]
     )
 

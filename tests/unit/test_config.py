@@ -37,12 +37,17 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
     }  # fmt: skip
     choices = {"log_level": "error", "log_format": "json", "cache.on_abandon": "cancel"}
     water = {"cache.low_water": "0.07", "cache.high_water": "0.97", "fast_transport": "false"}
+    networks = {"trusted_proxies": "10.0.0.0/8"}
     for row in settings_table():
         if row.key.startswith("upstreams."):
             continue
-        text = (choices | water).get(row.key) or values.get(row.type, "7")
+        text = (choices | water | networks).get(row.key) or values.get(row.type, "7")
         variable = "PULLPOOL_" + row.key.replace(".", "_").upper()
         extra = {"PULLPOOL_UPSTREAMS": '{"docker.io": {}, "a": {}}'} if "default" in row.key else {}
+        if row.key == "proxy_protocol":
+            extra = {"PULLPOOL_TRUSTED_PROXIES": "10.0.0.0/8"}
+        if row.key.startswith("tls."):
+            extra = {"PULLPOOL_TLS_CERT_FILE": "/cert", "PULLPOOL_TLS_KEY_FILE": "/key"}
         settings = load(tmp_path, "", {variable: text, **extra})
         assert settings != default, variable
 
@@ -79,6 +84,15 @@ def test_upstreams_can_come_from_a_variable_as_json(tmp_path: Path) -> None:
     environ = {"PULLPOOL_UPSTREAMS": '{"harbor": {"url": "http://h:1", "rate": "5/s"}}'}
     (upstream,) = load(tmp_path, "", environ).upstreams.values()
     assert (upstream.url, upstream.rate) == ("http://h:1", Rate(5, 1))
+
+
+def test_trusted_proxies_are_networks_or_addresses(tmp_path: Path) -> None:
+    settings = load(tmp_path, "trusted_proxies = ['10.0.0.0/8', 'fd00::/8', '192.0.2.7']")
+    found = [str(network) for network in settings.trusted_proxies]
+    assert found == ["10.0.0.0/8", "fd00::/8", "192.0.2.7/32"]
+    for text in ("10.0.0.0/8", '["10.0.0.0/8"]'):
+        settings = load(tmp_path, "", {"PULLPOOL_TRUSTED_PROXIES": text})
+        assert [str(network) for network in settings.trusted_proxies] == ["10.0.0.0/8"]
 
 
 def test_one_pattern_of_immutable_tags_needs_no_json_in_its_variable(tmp_path: Path) -> None:
@@ -255,13 +269,16 @@ def test_every_setting_is_described() -> None:
     assert by_key["upstreams.NAME.access"].type == "public or shared or passthrough"
 
 
+SECTIONS = ("cache", "queue", "tags", "tls", "auth")
+
+
 def test_the_schema_names_every_key_and_no_default_that_the_file_could_not_hold() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["properties"]["listen"]["default"] == "127.0.0.1:5050"
     assert schema["additionalProperties"] is False
     tables = {"": schema["properties"]}
-    for prefix, name in (("cache", "Cache"), ("queue", "Queue"), ("tags", "Tags")):
-        tables[f"{prefix}."] = schema["$defs"][name]["properties"]
+    for section in SECTIONS:
+        tables[f"{section}."] = schema["$defs"][section.capitalize()]["properties"]
     tables["upstreams.NAME."] = schema["$defs"]["Upstream"]["properties"]
     named = {prefix + key for prefix, table in tables.items() for key in table}
-    assert {row.key for row in settings_table()} == named - {"cache", "queue", "tags", "upstreams"}
+    assert {row.key for row in settings_table()} == named - {*SECTIONS, "upstreams"}

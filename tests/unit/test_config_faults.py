@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import trustme
 
 from proxy.config import ConfigError, load_settings
 from tests.unit.configs import HARBOR, faults, load
@@ -130,6 +131,14 @@ def test_a_wrong_upstream_is_refused(tmp_path: Path, keys: str, path: str, words
         ("max_connections = 0", "max_connections", "greater than or equal to 1"),
         ("max_connections = 1.5", "max_connections", "whole number"),
         ("admin = '127.0.0.1:5050'", "admin", "same address"),
+        ("trusted_proxies = '10.0.0.0/8'", "trusted_proxies", "list"),
+        ("trusted_proxies = ['10.0.0.0/33']", "trusted_proxies[0]", "network such as"),
+        ("trusted_proxies = ['10.0.0.1/8']", "trusted_proxies[0]", "'10.0.0.0/8'"),
+        ("trusted_proxies = [10]", "trusted_proxies[0]", "network such as"),
+        ("proxy_protocol = true", "proxy_protocol", "trusted_proxies"),
+        ("[tls]\ncert_file = '/c'", "tls.cert_file", "key_file"),
+        ("[tls]\nkey_file = '/k'", "tls.key_file", "cert_file"),
+        ("[tls]\nclient_ca_file = '/a'", "tls.client_ca_file", "cert_file and key_file"),
         ("upstream_url = 'harbor.example.com'", "upstream_url", "https://"),
     ],
 )
@@ -182,6 +191,10 @@ def test_credentials_are_not_lent_to_strangers_by_accident(
     assert set(found) == {f"{HARBOR}.access"}
     assert "allow_anonymous = true" in found[f"{HARBOR}.access"].message
     load(tmp_path, f"allow_anonymous = true\n{text}")
+    tls = "cert_file = '/c'\nkey_file = '/k'"
+    assert set(faults(tmp_path, f"{text}\n[tls]\n{tls}")) == {f"{HARBOR}.access"}
+    load(tmp_path, f"{text}\n[tls]\n{tls}\nclient_ca_file = '/a'")
+    load(tmp_path, f"{text}\n[auth]\nhtpasswd_file = '/h'")
 
 
 def test_a_rule_is_silent_about_keys_that_are_wrong_themselves(tmp_path: Path) -> None:
@@ -216,6 +229,41 @@ def test_files_and_variables_that_are_named_have_to_be_there(tmp_path: Path) -> 
     (tmp_path / "ca.pem").touch()
     (left,) = settings.missing({"HARBOR_PASSWORD": "p"})
     assert left.path == "upstreams.other.docker_config"
+
+
+def test_a_certificate_has_to_go_with_its_key(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    settings = load(tmp_path, f"[tls]\ncert_file = '{cert}'\nkey_file = '{key}'")
+    assert {fault.path for fault in settings.missing({})} == {"tls.cert_file", "tls.key_file"}
+    issued = ca.issue_cert("pullpool.example.com")
+    issued.cert_chain_pems[0].write_to_path(cert)
+    ca.issue_cert("pullpool.example.com").private_key_pem.write_to_path(key)
+    (fault,) = settings.missing({})
+    assert str(fault) == f"tls: {cert} with {key}: key values mismatch"
+    issued.private_key_pem.write_to_path(key)
+    assert settings.missing({}) == []
+
+
+def test_an_htpasswd_file_has_to_hold_bcrypt(tmp_path: Path) -> None:
+    file = tmp_path / "htpasswd"
+    settings = load(tmp_path, f"[auth]\nhtpasswd_file = '{file}'")
+    assert [fault.path for fault in settings.missing({})] == ["auth.htpasswd_file"]
+    file.write_text("anna:{SHA}hunter2\n")
+    (fault,) = settings.missing({})
+    assert (
+        str(fault)
+        == f"auth.htpasswd_file: {file}: line 1 does not hold a bcrypt hash (htpasswd -B)"
+    )
+    file.write_text(f"anna:$2y$05${'.' * 53}\n")
+    assert settings.missing({}) == []
+
+
+def test_passwords_of_clients_over_http_are_allowed_with_a_warning(tmp_path: Path) -> None:
+    text = "[auth]\nhtpasswd_file = '/h'"
+    assert load(tmp_path, text).warnings() == []
+    settings = load(tmp_path, f"listen = '0.0.0.0:5050'\n{text}")
+    assert [one.split(":")[0] for one in settings.warnings()] == ["auth.htpasswd_file"]
 
 
 # --- secrets ----------------------------------------------------------------------------------
