@@ -204,13 +204,14 @@ async def test_closing_leaves_no_thread_no_file_and_no_unfinished_fill(tmp_path:
     await asyncio.sleep(0)
     await asyncio.gather(store.close(), store.close())
     await store.close()
+    late = await creating  # whoever was creating has to hear of it before its file is back
     assert threads_of_stores() == []
     assert descriptors() == before
     assert staging_files(tmp_path) == []
     with pytest.raises(StoreFailed, match="dropped"):
         await fill.append([B[10:]])
     with pytest.raises(StoreFailed, match="dropped"):
-        await (await creating).append([C])
+        await late.append([C])
 
 
 async def test_a_commit_under_way_is_finished_before_the_store_closes(tmp_path: Path) -> None:
