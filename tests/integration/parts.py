@@ -92,6 +92,8 @@ class Serving:
     credentials: tuple[str, str] | None = None
     ca_file: Path | None = None
     tag_ttl: str = "1h"
+    cache: Path | None = None
+    min_free: str = "1GiB"
     tables: str = ""
     """More tables of the configuration file."""
 
@@ -111,6 +113,7 @@ def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
             "[cache]",
             f"dir = {json.dumps(str(cache))}",
             'max_size = "4GiB"',
+            f'min_free = "{serving.min_free}"',
             f'on_abandon = "{serving.on_abandon}"',
             "[tags]",
             f'ttl = "{serving.tag_ttl}"',
@@ -126,7 +129,7 @@ class Pullpool:
 
     def __init__(self, rig: Rig, serving: Serving) -> None:
         place = rig.place("pullpool")
-        self.cache = place / "cache"
+        self.cache = serving.cache or place / "cache"
         self.port = free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.host}"
