@@ -21,11 +21,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import uvloop
 from aiohttp import web
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
+from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.asking import Pause, Questions, short_pause
@@ -368,18 +368,6 @@ async def _listen(
     site = web.TCPSite(runner, address.host, address.port, backlog=4096)
     await site.start()
     return HostPort(address.host, int(runner.addresses[0][1]))
-
-
-def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop, with aiofastnet's transports on top unless they are switched off (D17)."""
-    if not fast_transport:
-        return uvloop.new_event_loop
-    import aiofastnet
-
-    factory: Callable[[], asyncio.AbstractEventLoop] = aiofastnet.loop_factory(
-        uvloop.new_event_loop
-    )
-    return factory
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.app import Proxy, loop_factory, serve
+from proxy.app import Proxy, serve
 from proxy.config import HostPort
 from proxy.observe.logs import make_logger
 from proxy.testing import FakeRegistry, Fault, Stall
@@ -131,14 +131,6 @@ class TestStart:
         line = json.loads(capsys.readouterr().err.splitlines()[-1])
         assert line["event"] == "cannot_start"
         assert str(os.getpid()) in line["error"]
-
-    @pytest.mark.parametrize("fast", [True, False])
-    def test_the_loop_is_uvloop_with_and_without_the_fast_transports(self, fast: bool) -> None:
-        loop = loop_factory(fast_transport=fast)()
-        try:
-            assert "uvloop" in "".join(str(base) for base in type(loop).__mro__)
-        finally:
-            loop.close()
 
 
 class Process:
