@@ -29,7 +29,7 @@ from proxy.config import HostPort, Settings
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.asking import Pause, Questions, short_pause
-from proxy.pull.blobs import Blobs, Deadlines
+from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
@@ -51,7 +51,7 @@ from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients
+from proxy.wiring import CannotTrust, make_clients, make_waits
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -204,6 +204,7 @@ class Proxy:
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
+            header_deadline=self.settings.queue.header_deadline,
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
@@ -268,7 +269,7 @@ class Proxy:
         return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
-        settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
+        settings, tags = self.settings, self.settings.tags
         around = self._around
         policy = TagPolicy(
             ttl=tags.ttl,
@@ -278,13 +279,7 @@ class Proxy:
             upstream_timeout=tags.upstream_timeout,
             immutable=tags.immutable,
         )
-        upstreams = settings.upstreams.items()
-        deadlines = Deadlines(
-            header=queue.header_deadline,
-            blob=queue.blob_deadline,
-            manifest=queue.manifest_deadline,
-            spill=frozenset(name for name, up in upstreams if up.overload == "spill"),
-        )
+        waits = make_waits(settings, clients, self.metrics)
         permissions = Permissions(
             self.store,
             proofs=Questions(log=self.log, pause=around.short_pause),
@@ -314,7 +309,7 @@ class Proxy:
             flights=flights,
             clients=clients,
             permissions=permissions,
-            deadlines=deadlines,
+            waits=waits,
         )
         return Puller(
             clients=clients,
@@ -323,7 +318,7 @@ class Proxy:
             flights=flights,
             permissions=permissions,
             listings=Questions(log=self.log, pause=around.short_pause),
-            deadlines=deadlines,
+            waits=waits,
         )
 
     def status(self) -> Mapping[str, Any]:

@@ -168,8 +168,9 @@ class Flight:
             self._task.add_done_callback(self._ended)
         return reader
 
-    def leave(self, reader: Reader) -> None:
-        """``reader`` is gone; the last one decides what becomes of the fill."""
+    def leave(self, reader: Reader, *, for_good: bool = False) -> None:
+        """``reader`` is gone; the last one decides what becomes of the fill. One that is gone
+        ``for_good`` wants nothing begun."""
         if reader not in self.readers:
             return
         if self.readers.discard(reader):
@@ -181,7 +182,7 @@ class Flight:
             self.intake.release()
         elif self.state in (State.WAITING, State.FILLING):
             keep = self.settings.on_abandon == "finish" and self.intake.window is None
-            self._abandon(keep=keep)
+            self._abandon(keep=keep and not (for_good and self.is_waiting))
 
     def _disk_full(self) -> None:
         """There is no file to finish any more."""

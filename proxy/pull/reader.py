@@ -252,6 +252,11 @@ class Reader:
         """Leave the flight. Idempotent. No piece may be used after this."""
         self.flight.leave(self)
 
+    def give_up(self) -> None:
+        """The same for one whose client goes elsewhere: a flight that has nothing yet, and nobody
+        else, leaves the queue."""
+        self.flight.leave(self, for_good=True)
+
     def __repr__(self) -> str:
         return f"<Reader of {self.flight.digest} at {self.position} for {self.client}>"
 
