@@ -81,8 +81,10 @@ class Flight:
         metrics: Metrics,
         log: Logger,
         on_gone: Callable[[Flight], None],
+        image: Key | None = None,
     ) -> None:
-        """``on_gone`` is called when it takes no more readers, and again when its task ends."""
+        """``on_gone`` is called when it takes no more readers, and again when its task ends.
+        ``image``: the repository whose turns it takes, its first reader's."""
         self.digest = digest
         self.state = State.WAITING
         self.error: PullError | None = None
@@ -97,6 +99,7 @@ class Flight:
             metrics=metrics,
             log=log,
             on_full=self._disk_full,
+            image=image,
         )
         self._metrics = metrics
         self._store = store
@@ -332,6 +335,7 @@ class Flights:
                 metrics=self._metrics,
                 log=self._log,
                 on_gone=self._gone,
+                image=source.key,
             )
             self._flights[source.digest] = flight
             self._running.add(flight)

@@ -214,7 +214,7 @@ class Reader:
 
     async def _own_turn(self) -> AsyncGenerator[bytes, None]:
         length = min(self._own_bytes, self._own_end() - self.position)
-        ticket = Ticket(class_for_blob(length), [self.client])
+        ticket = Ticket(class_for_blob(length), [self.client], image=self.source.key)
         held: list[bytes] = []
         self._in_turn = True
         self.flight.reader_moved()
