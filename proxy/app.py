@@ -277,6 +277,7 @@ class Proxy:
             stale_if_error=tags.stale_if_error,
             negative_ttl=tags.negative_ttl,
             upstream_timeout=tags.upstream_timeout,
+            check_deadline=settings.queue.manifest_deadline,
             immutable=tags.immutable,
         )
         waits = make_waits(settings, clients, self.metrics)

@@ -84,12 +84,12 @@ class Questions(Generic[V]):
         question: Callable[[Ticket], Awaitable[V]],
         *,
         named: bool = False,
-        linger: bool = False,
+        linger: float = 0.0,
     ) -> tuple[V, bool]:
         """The answer, and whether somebody else was asking already. Raises ``PullError``.
 
         ``named`` says that a manifest names what is asked for: then "not found" means "late".
-        With ``linger`` the question goes on when everybody who asked has left.
+        Until the loop's time is ``linger`` it goes on when everybody who asked has left.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
