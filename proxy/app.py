@@ -46,6 +46,7 @@ from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
 from proxy.web.listener import Listener
 from proxy.web.passwords import Passwords, read_htpasswd
+from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
@@ -144,8 +145,10 @@ class Proxy:
         stack.push_async_callback(self.puller.close)
         self._observe()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        self.admin_address = await self._serve_admin(stack, watch)
-        self.address = await self._serve_registry(stack, clients)
+        upstreams = [client.upstream for client in clients.values()]
+        routes = Routes(upstreams, settings.default_upstream)
+        self.admin_address = await self._serve_admin(stack, watch, routes)
+        self.address = await self._serve_registry(stack, routes)
         self._is_started = True
         self.log.info(
             "serving",
@@ -175,13 +178,17 @@ class Proxy:
         stack.push_async_callback(store.close)
         return store
 
-    async def _serve_admin(self, stack: contextlib.AsyncExitStack, watch: LoopWatch) -> HostPort:
+    async def _serve_admin(
+        self, stack: contextlib.AsyncExitStack, watch: LoopWatch, routes: Routes
+    ) -> HostPort:
+        host = self.settings.admin.host
         admin = Admin(
             metrics=self.metrics,
             is_started=lambda: self._is_started,
             is_draining=lambda: self.is_draining,
             loop_lag=watch.lag,
             status=self.status,
+            refresh=Refresh(puller=self.puller, routes=routes, host=host).post,
         )
         runner = web.AppRunner(
             admin.application(),
@@ -191,14 +198,11 @@ class Proxy:
         )
         return await _listen(stack, runner, self.settings.admin)
 
-    async def _serve_registry(
-        self, stack: contextlib.AsyncExitStack, clients: Mapping[str, UpstreamClient]
-    ) -> HostPort:
+    async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
-        upstreams = [client.upstream for client in clients.values()]
         self.registry = Registry(
             puller=self.puller,
-            routes=Routes(upstreams, self.settings.default_upstream),
+            routes=routes,
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
@@ -335,6 +339,7 @@ class Proxy:
                     "connections": {"active": gate.active, "idle": gate.idle},
                     "limit": gate.limit,
                     "reason": reasons[gate.upstream],
+                    "round_seconds": round(gate.round_seconds, 1),
                 }
                 for gate in gates
             ],

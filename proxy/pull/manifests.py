@@ -214,7 +214,10 @@ class Manifests:
         self._permissions.forget(ask)
         question = (*key, f"refresh {next(self._refreshes)}")
         known = None if entry is None else entry.digest
-        return await self._check(ask, key, known, question=question)
+        checked = await self._check(ask, key, known, question=question)
+        was, now = str(known), str(checked.digest)
+        self._log.info("tag_refreshed", tag=":".join(key[1:]), was=was, now=now)
+        return checked
 
     async def _refused(self, ask: Ask, key: TagKey, error: PullError) -> None:
         self._permissions.remember(ask, key[2], error)

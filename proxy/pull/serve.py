@@ -8,13 +8,13 @@ from urllib.parse import urlencode
 from proxy.oci.digest import Digest
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
-from proxy.oci.reference import Reference
+from proxy.oci.reference import Reference, Tag
 from proxy.pull.asking import Questions
 from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Waits
 from proxy.pull.flight import Flights
-from proxy.pull.manifests import Manifests
+from proxy.pull.manifests import Checked, Manifests
 from proxy.pull.permissions import Permissions
 from proxy.upstream.client import Page, UpstreamClient
 from proxy.upstream.turns import Ticket
@@ -46,6 +46,10 @@ class Puller:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
         work = self._manifests.answer(ask, reference, head=head)
         return await self._waits.short(ask, work)
+
+    async def refresh(self, ask: Ask, tag: Tag) -> Checked:
+        """Ask the upstream what the tag is now, whatever is known. Raises PullError."""
+        return await self._waits.short(ask, self._manifests.refresh(ask, tag))
 
     async def blob(
         self, ask: Ask, digest: Digest, wanted: ByteRange | None, *, head: bool
