@@ -259,7 +259,11 @@ async def test_it_starts_and_serves_its_cache_while_the_upstream_is_down(tmp_pat
             started = await pullpool.line("serving")
             for path in (manifest_path("v1"), *paths):
                 await get(started, path)
-            pullpool.process.send_signal(signal.SIGTERM)  # what was pulled is stored then
+            stored = 0
+            while stored < len(IMAGE.blobs) + 1:
+                async with session.get(f"http://{started['admin']}/api/v1/status") as status:
+                    stored = (await status.json())["cache"]["blobs"]
+            pullpool.process.send_signal(signal.SIGTERM)
             assert await pullpool.process.wait() == 0
         async with Process.serving(tmp_path, fake.url) as pullpool:
             started = await pullpool.line("serving")
