@@ -21,6 +21,7 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     DigestMismatch,
     NotFound,
+    Overloaded,
     PullError,
     StoreFailed,
     UpstreamTimeout,
@@ -142,9 +143,10 @@ class Manifests:
     async def _unknown_tag(self, ask: Ask, tag: Tag, key: TagKey, *, head: bool) -> ManifestAnswer:
         self._permissions.check(ask, str(tag))
         if head:
+            asked = self._clock()
             known = await self._head(ask, str(tag), None, named=False)
             if known is not None:
-                await self._book.confirm(key, known.digest)
+                await self._book.confirm(key, known.digest, asked=asked)
                 return known
         manifest, word = await self._fetch(ask, str(tag), None, named=False)
         return _answer(manifest, word)
@@ -170,14 +172,19 @@ class Manifests:
     async def _check_quickly(
         self, ask: Ask, key: TagKey, entry: TagEntry, standing: Standing
     ) -> Checked:
-        """Ask what the tag is now; whoever could be answered otherwise does not wait for long."""
+        """Ask what the tag is now; whoever can be answered otherwise does not wait for long."""
         patience = self._policy.upstream_timeout
         try:
-            async with asyncio.timeout(patience if standing is Standing.WHOLE else None):
+            async with asyncio.timeout(patience if standing else None):
                 return await self._check(ask, key, entry.digest)
         except TimeoutError:
             message = f"no answer about this tag within {patience:g} s"
-            raise UpstreamTimeout(message) from None
+            error: PullError = UpstreamTimeout(message)
+            if isinstance(ask.timing.failure, Overloaded):
+                error = ask.timing.failure.bare()
+            if covers(standing, error):
+                raise error from None
+        return await self._check(ask, key, entry.digest)  # the question is still there
 
     async def _check(
         self, ask: Ask, key: TagKey, known: Digest | None, *, question: Key | None = None

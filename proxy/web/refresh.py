@@ -61,7 +61,9 @@ class Refresh:
 
     async def refresh(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Ask for all of them at the same time; what came of each, in their order."""
-        return list(await asyncio.gather(*map(self._one, names)))
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._one(name)) for name in names]
+        return [task.result() for task in asked]
 
     async def _one(self, name: str) -> dict[str, Any]:
         try:

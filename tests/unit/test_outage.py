@@ -216,6 +216,20 @@ class TestWhatStandsIn:
 
         play(tmp_path, scenario)
 
+    def test_one_that_hangs_gets_its_time_if_the_old_answer_leads_nowhere(
+        self, tmp_path: Path
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pull(pool, blobs=1)
+            fake.script(Fault(Hang()))
+            await asyncio.sleep(31)
+            asyncio.get_running_loop().call_later(15, fake.release)
+            answer, took = await timed(pool)
+            assert (answer.word, took) == ("revalidated", within(15))
+            assert fake.counters.heads == 1
+
+        play(tmp_path, scenario)
+
     def test_an_upstream_that_is_not_there_leads_only_to_what_is_held(self, tmp_path: Path) -> None:
         async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
             await pull(pool, blobs=2)
@@ -231,9 +245,12 @@ class TestWhatStandsIn:
 
         play(tmp_path, scenario)
 
-    def test_an_overloaded_upstream_costs_what_one_that_hangs_does(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("blobs", [1, 3])
+    def test_an_overloaded_upstream_costs_what_one_that_hangs_does(
+        self, tmp_path: Path, blobs: int
+    ) -> None:
         async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
-            await pull(pool)
+            await pull(pool, blobs=blobs)
             fake.script(Fault(FALSE_401, times=None))
             await asyncio.sleep(31)
             answer, took = await timed(pool)
