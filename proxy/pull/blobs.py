@@ -6,11 +6,12 @@ the flight's first bytes come, or at ``header_deadline`` without them: nobody wa
 one thing that is never answered early is a blob whose permission is still being proved.
 
 Who was answered early and has no byte by ``blob_deadline`` is let go by FIN: a body that may be
-asked for again. What clients do then, for an answer of no byte at all: containerd asks again at
-once, up to three times; podman since c/image 5.23 does so once; dockerd tries the layer again,
-after 5, 10, 15 and 20 s; skopeo before that fails. None of them goes to another mirror, for it has
-had its 200. So their place in the queue is kept for ``KEEP_PLACE``: who comes back joins the same
-flight, whose ticket stands where it stood, and has lost nothing by the deadline.
+asked for again. What clients do then, tried with an answer of no byte at all: containerd 1.6 asks
+again at once, three times; dockerd 20.10 five times, after 5, 10, … 25 s, and then docker.io;
+podman 4.3 and skopeo 1.9 give the pull up. For those who come back the place in the queue is kept
+for ``KEEP_PLACE``: they join the same flight, whose ticket stands where it stood, and have lost
+nothing by the deadline. For the others only a longer deadline helps, which is for the operator to
+set: a client that has had its 200 cannot be told anything else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from proxy.upstream.blob import BlobSource
 from proxy.upstream.client import UpstreamClient
 
 #: Seconds that a place is kept for a client whose body was let go without a byte: dockerd comes
-#: back after 20 s at the latest.
+#: back after 25 s at the latest.
 KEEP_PLACE = 30.0
 
 
