@@ -151,6 +151,8 @@ class Blobs:
             async with self._waits.headers(ask):
                 await self._cleared(ask, reader, link)
         except TimeoutError:
+            if self._waits_for_proof(reader, link):
+                raise self._waits.late_proof(ask) from None
             if self._waits.spills(ask.upstream):
                 error = self._waits.late_blob(ask, reader.flight.ticket)
                 reader.give_up()
@@ -165,8 +167,14 @@ class Blobs:
     async def _cleared(self, ask: Ask, reader: Reader, link: Link | None) -> None:
         """Wait for the flight's first bytes; they may have come through another repository."""
         await reader.started()
-        if link is None and reader.source.key not in reader.flight.proved:
+        if self._waits_for_proof(reader, link):
             await self._prove(ask, reader.flight.digest)
+
+    @staticmethod
+    def _waits_for_proof(reader: Reader, link: Link | None) -> bool:
+        """Have bytes come, but only through others?"""
+        flight = reader.flight
+        return link is None and not flight.is_waiting and reader.source.key not in flight.proved
 
     def _answer(
         self,

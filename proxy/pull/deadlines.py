@@ -115,13 +115,19 @@ class Waits:
             async with asyncio.timeout_at(ask.arrived + after):
                 return await work
         except TimeoutError:
-            if timing.is_queued:
-                self._count(ask, TurnClass.METADATA)
-            spills = self.spills(ask.upstream)
-            raise late(ask.upstream, timing, after=after, spills=spills) from None
+            raise self._gave_up(ask, after) from None
         finally:
             if timing.asked:
                 timing.upstream = max(0.0, loop.time() - ask.arrived - timing.queue)
+
+    def late_proof(self, ask: Ask) -> PullError:
+        """Why a proof has not come by the time the blob's headers must leave."""
+        return self._gave_up(ask, self._deadlines.headers(ask.upstream))
+
+    def _gave_up(self, ask: Ask, after: float) -> PullError:
+        if ask.timing.is_queued:
+            self._count(ask, TurnClass.METADATA)
+        return late(ask.upstream, ask.timing, after=after, spills=self.spills(ask.upstream))
 
     def late_blob(self, ask: Ask, ticket: Ticket) -> Overloaded:
         """Why a blob has not come in time; its flight's ``ticket`` tells whether it stands in the

@@ -269,6 +269,28 @@ class TestWaiting:
 
         play(tmp_path, scenario, pause=0.7)
 
+    @pytest.mark.parametrize(("fault", "status"), [(FALSE_401, 503), (Hang(), 504)])
+    def test_bytes_that_came_through_another_repository_are_not_promised_before_the_proof(
+        self, tmp_path: Path, fault: Scripted | Hang, status: int
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pool.get(manifest_path("v1"))
+            other = "team/other"
+            fake.script(Fault(Scripted(503), kind="blob", repository=other))
+            fake.script(Fault(fault, kind="blob", repository=other, times=None))
+            with fake.hold(kind="blob", repository=other, method="GET") as hold:
+                async with Patient.asking(pool.address, blob_path(name=other)) as stranger:
+                    await hold.arrived()
+                    owner = asyncio.create_task(pool.get(blob_path()))
+                    await until(lambda: pool.count("coalesced_requests_total", kind="blob") == 1)
+                    hold.release()
+                    # The first source fails for a moment; the second one brings the bytes.
+                    assert (await owner).body == LAYER.data
+                    assert (await stranger.head()).startswith(f"HTTP/1.1 {status} ")
+                    assert stranger.waited == within(20)
+
+        play(tmp_path, scenario, pause=0.7)
+
     def test_an_upstream_that_hangs_is_a_time_out_of_the_gateway(self, tmp_path: Path) -> None:
         async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
             fake.script(Fault(Hang(), times=None))
