@@ -32,6 +32,7 @@ from benchmarks.load import Answer, Plan, Want
 from benchmarks.overload_clients import unleash
 from benchmarks.parts import (
     LOOPBACK,
+    KIB,
     MIB,
     TIMES,
     PartFailed,
@@ -67,25 +68,26 @@ class Size:
     clients: int
     images: int
     layers: int
-    layer_size: int
+    layer_sizes: tuple[int, ...]
     rate: int
     service_time: float
 
     @property
     def answers(self) -> int:
-        """A manifest, a config and the layers for each client."""
-        return self.clients * (2 + self.layers)
+        """A manifest, a config and the layers of every image for each client."""
+        return self.clients * self.images * (2 + self.layers)
 
     def title(self) -> str:
-        layers = f"{self.layers} {TIMES} {self.layer_size / MIB:g} MiB"
+        smallest, largest = min(self.layer_sizes), max(self.layer_sizes)
         return (
-            f"overload: {self.clients} clients, {self.images} cold images, {layers}, breaks beyond"
+            f"overload: {self.clients} clients {TIMES} {self.images} cold images of {self.layers} "
+            f"layers ({smallest / KIB:g} KiB to {largest / MIB:g} MiB), breaks beyond"
             f" {BREAKS_BEYOND} requests, pullpool's cap {CAP}"
         )
 
 
-FULL = Size(120, 12, 4, 6 * MIB, rate=2 * MIB, service_time=0.1)
-FAST = Size(24, 4, 2, MIB // 4, rate=2 * MIB, service_time=0.02)
+FULL = Size(120, 12, 24, (16*KIB, 64*KIB, 256*KIB, 64*KIB, 32*KIB, 3*MIB//2), rate=MIB, service_time=0.1)
+FAST = Size(12, 4, 2, (MIB // 4,), rate=2 * MIB, service_time=0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def harbor(directory: Path, size: Size) -> Iterator[Harbor]:
     command = (
         *(sys.executable, "-m", "proxy.testing", "harbor", f"--users={USER}:{PASSWORD}"),
         *(f"--breaks-beyond={BREAKS_BEYOND}", f"--token-ttl={TOKEN_TTL}"),
-        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={size.layer_size}"),
+        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={','.join(map(str, size.layer_sizes))}"),
         *(f"--rate={size.rate}", f"--service-time={size.service_time}"),
     )
     with running("harbor", command, directory) as part:
@@ -280,7 +282,7 @@ def play(subject: Subject, upstream: Harbor, size: Size, directory: Path) -> Rou
     ):
         upstream.settle()
         upstream.begin()
-        report = unleash(Plan(LOOPBACK, front.port, wants, verify=True), login)
+        report = unleash(Plan(LOOPBACK, front.port, wants, verify=True, each=size.images), login)
         upstream.settle()
         if front.part is not None:
             front.part.check()

@@ -124,8 +124,8 @@ async def crowd_with_login(plan: Plan, login: str) -> Report:
     before, epoch = time.process_time(), time.monotonic()
     clients = [LoginClient(number, plan, epoch, login) for number in range(len(plan.wants))]
     async with asyncio.TaskGroup() as group:
-        for client, want in zip(clients, plan.wants, strict=True):
-            group.create_task(client.run(want))
+        for client in clients:
+            group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
     return Report(answers, time.process_time() - before)
 

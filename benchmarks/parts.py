@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
+KIB = 1024
 MIB = 1024 * 1024
 TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]

@@ -51,7 +51,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--rate", type=int, metavar="BYTES", help="bytes per second and connection")
     add("--images", type=int, default=1, metavar="K")
     add("--layers", type=int, default=3, metavar="L")
-    add("--layer-size", type=int, default=1 << 20, metavar="BYTES")
+    add(
+        "--layer-size",
+        type=_read_sizes,
+        default=[1 << 20],
+        metavar="BYTES[,BYTES...]",
+        help="of the layers in turn",
+    )
     add("--seed", type=int, default=1)
     add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
 
@@ -105,6 +111,11 @@ def _natural(text: str) -> int:
     if number < 0:
         raise ValueError(f"{number} is negative")
     return number
+
+
+def _read_sizes(text: str) -> list[int]:
+    """`1000,20` as sizes. Raises ValueError."""
+    return [_natural(size) for size in text.split(",")]
 
 
 def _read_kinds(text: str) -> dict[str, float]:
@@ -187,7 +198,8 @@ def _overload(options: argparse.Namespace) -> Overload | None:
 
 
 def _images(options: argparse.Namespace) -> list[FakeImage]:
-    sizes = [options.layer_size] * options.layers
+    given: list[int] = options.layer_size
+    sizes = [given[number % len(given)] for number in range(options.layers)]
     return [
         make_image(f"demo/app-{number}", "latest", layers=sizes, seed=options.seed + number)
         for number in range(options.images)
