@@ -31,8 +31,8 @@ from rich.table import Table
 from benchmarks.load import Answer, Plan, Want
 from benchmarks.overload_clients import unleash
 from benchmarks.parts import (
-    LOOPBACK,
     KIB,
+    LOOPBACK,
     MIB,
     TIMES,
     PartFailed,
@@ -86,7 +86,14 @@ class Size:
         )
 
 
-FULL = Size(120, 12, 24, (16*KIB, 64*KIB, 256*KIB, 64*KIB, 32*KIB, 3*MIB//2), rate=MIB, service_time=0.1)
+FULL = Size(
+    120,
+    12,
+    24,
+    (16 * KIB, 64 * KIB, 256 * KIB, 64 * KIB, 32 * KIB, 3 * MIB // 2),
+    rate=MIB,
+    service_time=0.1,
+)
 FAST = Size(12, 4, 2, (MIB // 4,), rate=2 * MIB, service_time=0.02)
 
 
@@ -128,7 +135,11 @@ def harbor(directory: Path, size: Size) -> Iterator[Harbor]:
     command = (
         *(sys.executable, "-m", "proxy.testing", "harbor", f"--users={USER}:{PASSWORD}"),
         *(f"--breaks-beyond={BREAKS_BEYOND}", f"--token-ttl={TOKEN_TTL}"),
-        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={','.join(map(str, size.layer_sizes))}"),
+        *(
+            f"--images={size.images}",
+            f"--layers={size.layers}",
+            f"--layer-size={','.join(map(str, size.layer_sizes))}",
+        ),
         *(f"--rate={size.rate}", f"--service-time={size.service_time}"),
     )
     with running("harbor", command, directory) as part:

@@ -49,6 +49,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=0, help="0: a free one")
     add("--limit", type=int, help="sockets at once; beyond it Harbor's 401")
     add("--rate", type=int, metavar="BYTES", help="bytes per second and connection")
+    add("--repository", default="demo/app", metavar="NAME", help="of the images: NAME-0, NAME-1, …")
     add("--images", type=int, default=1, metavar="K")
     add("--layers", type=int, default=3, metavar="L")
     add(
@@ -201,7 +202,9 @@ def _images(options: argparse.Namespace) -> list[FakeImage]:
     given: list[int] = options.layer_size
     sizes = [given[number % len(given)] for number in range(options.layers)]
     return [
-        make_image(f"demo/app-{number}", "latest", layers=sizes, seed=options.seed + number)
+        make_image(
+            f"{options.repository}-{number}", "latest", layers=sizes, seed=options.seed + number
+        )
         for number in range(options.images)
     ]
 
