@@ -178,21 +178,28 @@ address = "{place}/grpc"
 
 
 class Containerd:
-    """`ctr images pull --hosts-dir`: the mirror stands in the upstream's hosts.toml, with `ns`."""
+    """`ctr images pull --hosts-dir`: the mirror stands in the upstream's hosts.toml, with `ns`.
 
-    def __init__(self, rig: Rig, mirror: str) -> None:
+    `server` is where it goes when the mirror fails it. Another `ctr` than the distribution's does
+    the whole pull itself, and the daemon only stores.
+    """
+
+    def __init__(
+        self, rig: Rig, mirror: str, *, server: str = f"https://{NAME}", ctr: Path | None = None
+    ) -> None:
         place = rig.place("containerd")
         (place / "config.toml").write_text(_CONTAINERD.format(place=place))
         self._hosts = place / "certs.d"
         (self._hosts / NAME).mkdir(parents=True)
         (self._hosts / NAME / "hosts.toml").write_text(
             f"""
-            server = "https://{NAME}"
+            server = "{server}"
             [host."http://{mirror}"]
             capabilities = ["pull", "resolve"]
             """
         )
-        self._ctr = [debian("ctr"), "--address", f"{place}/grpc"]
+        self._ctr = [ctr or debian("ctr"), "--address", f"{place}/grpc"]
+        self._how = ["--local"] if ctr else []
         rig.start(
             Daemon(
                 "containerd",
@@ -216,8 +223,8 @@ class Containerd:
         _expect_all([self._pulling(image) for image in images], {})
         return self._held()
 
-    def _pulling(self, image: Image) -> list[str]:
-        flags = ["--snapshotter=native", f"--hosts-dir={self._hosts}"]
+    def _pulling(self, image: Image) -> list[str | Path]:
+        flags = ["--snapshotter=native", f"--hosts-dir={self._hosts}", *self._how]
         return [*self._ctr, "images", "pull", *flags, self._name(image)]
 
     def _held(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
-"""The overloaded Harbor as a part of the suite: `python -m proxy.testing harbor`.
+"""`python -m proxy.testing` as a part of the suite: the bundled registry, the overloaded Harbor.
 
-Its images are made of a seed, so this process makes them again and knows their digests. What it
-counted is asked on its second port, which costs it no socket of those that it counts.
+Their images are made of a seed, so this process makes them again and knows their digests. What
+they counted is asked on a second port, which costs no socket of those that they count.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from proxy.testing.images import FakeImage, make_image
@@ -44,15 +44,16 @@ class Content:
         )
 
 
-class Harbor:
-    """A private Harbor that breaks as `options` say; its users are `LOGIN`."""
+class FakeRegistryProgram:
+    """`python -m proxy.testing registry` with these images and options."""
+
+    COMMAND: ClassVar[Sequence[str]] = ("registry",)
 
     def __init__(self, rig: Rig, content: Content, *options: str) -> None:
-        place = rig.place("harbor")
-        command = [sys.executable, "-m", "proxy.testing", "harbor", f"--users={':'.join(LOGIN)}"]
+        place = rig.place(self.COMMAND[0])
         self._daemon = Daemon(
-            "harbor",
-            [*command, *content.options(), *options],
+            self.COMMAND[0],
+            [sys.executable, "-m", "proxy.testing", *self.COMMAND, *content.options(), *options],
             directory=place,
             ready=self._has_spoken,
         )
@@ -71,3 +72,9 @@ class Harbor:
 
     def _has_spoken(self) -> bool:
         return "\n" in self._daemon.log.read_text()
+
+
+class Harbor(FakeRegistryProgram):
+    """A private Harbor that breaks as the options say; `LOGIN` may pull from it."""
+
+    COMMAND = ("harbor", f"--users={':'.join(LOGIN)}")
