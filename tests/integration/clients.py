@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -316,3 +317,32 @@ class Dockerd:
             [debian("docker"), "--host", self.socket, "version"], capture_output=True, check=False
         )
         return asked.returncode == 0
+
+
+class Oras:
+    """The `oras` package: artifacts that no container engine made."""
+
+    def __init__(self, registry: str) -> None:
+        self._registry = registry
+        self._command = [sys.executable, "-m", "tests.integration.oras_client"]
+
+    def push(self, repository: str, file: Path) -> None:
+        """Push one file as an artifact tagged v1."""
+        run([*self._command, "push", self._name(repository), file])
+
+    def crowd(
+        self, rig: Rig, repositories: Sequence[str]
+    ) -> tuple[list[str], list[dict[str, bytes]]]:
+        """Pull all these at the same time: the errors of those that failed, and the files."""
+        targets = [rig.place("pulled") for _ in repositories]
+        commands: list[list[str | Path]] = [
+            [*self._command, "pull", self._name(repository), target]
+            for repository, target in zip(repositories, targets, strict=True)
+        ]
+        failed = _run_all(commands, _private_home(rig))
+        return failed, [
+            {path.name: path.read_bytes() for path in target.iterdir()} for target in targets
+        ]
+
+    def _name(self, repository: str) -> str:
+        return f"{self._registry}/{repository}:v1"
