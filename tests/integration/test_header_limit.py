@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.integration.clients import Containerd
-from tests.integration.golang import NotToBeHad, build_ctr
 from tests.integration.harbor import Content, FakeRegistryProgram
 from tests.integration.parts import Pullpool, Serving
 from tests.integration.rig import PartFailed, Rig, as_root, free_port, needs, wait_until
@@ -28,22 +27,13 @@ PACE = 1_000_000
 CONTENT = Content(repository="team/app", images=19, layers=(2_200_000,))
 
 
-@pytest.fixture(scope="session")
-def ctr(session_rig: Rig) -> Path:
-    """ctr of containerd 2.4."""
-    try:
-        return build_ctr(session_rig.place("ctr"))
-    except NotToBeHad as reason:
-        pytest.skip(str(reason))
-
-
 def read(url: str) -> int:
     with urllib.request.urlopen(url) as answer:
         return len(answer.read())
 
 
 @as_root
-@needs("containerd")
+@needs("containerd", "go")
 def test_a_blob_that_waits_for_its_slot_longer_than_containerd_waits_for_headers(
     rig: Rig, serve: Callable[[Serving], Pullpool], ctr: Path
 ) -> None:
