@@ -135,6 +135,12 @@ def _add_harbor(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="of any other one, before its headers; none by default",
     )
+    _add_logins(command)
+    command.set_defaults(make=_harbor)
+
+
+def _add_logins(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--users",
         type=_read_users,
@@ -157,7 +163,6 @@ def _add_harbor(command: argparse.ArgumentParser) -> None:
         help="how long a token lives, %(default)g by default",
     )
     add("--opaque-tokens", action="store_true", help="tokens that nobody else can read")
-    command.set_defaults(make=_harbor)
 
 
 def _natural(text: str) -> int:

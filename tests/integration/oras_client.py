@@ -1,7 +1,7 @@
 """Pushes and pulls one artifact by the `oras` package, as Apptainer's `oras://` does.
 
-    python -m tests.integration.oras_client push 127.0.0.1:5000/tools/samtools:1.0 samtools.sif
-    python -m tests.integration.oras_client pull 127.0.0.1:5000/tools/samtools:1.0 DIRECTORY
+    python oras_client.py push 127.0.0.1:5000/tools/samtools:1.0 samtools.sif
+    python oras_client.py pull 127.0.0.1:5000/tools/samtools:1.0 DIRECTORY
 
 The package would ask again five times, for two minutes, whatever went wrong. Apptainer does not ask
 again after a 401, which is why its users see it (dragonflyoss/dragonfly#3662); nor does this.
