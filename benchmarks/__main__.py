@@ -87,10 +87,19 @@ def show(console: Console, findings: Findings, surroundings: Mapping[str, str]) 
     type=click.Path(file_okay=False, path_type=Path),
     help="Where results.json and results.md go: docs/, or nowhere with --fast or --only.",
 )
+@click.option("--page", is_flag=True, help="Make results.md of results.json; measure nothing.")
 def main(
-    names: tuple[str, ...], rounds: int | None, fast: bool, only: tuple[str, ...], into: Path | None
+    names: tuple[str, ...],
+    rounds: int | None,
+    fast: bool,
+    only: tuple[str, ...],
+    into: Path | None,
+    page: bool,
 ) -> None:
     """Measures pullpool beside its rivals; all scenarios, or those named."""
+    if page:
+        results.write(into or PROJECT / "docs", {}, SCENARIOS)
+        return
     # A file or a pipe has no width of its own; the tables are wider than what is assumed then.
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     options = Options(rounds, fast, frozenset(only), log=console.log)

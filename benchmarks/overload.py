@@ -381,13 +381,13 @@ def measure(options: Options) -> Findings:
     return Findings(
         about=ABOUT,
         sheets=(overload_table(size.title(), rounds),),
-        promises=tuple(_promises([one for one in rounds if one.subject == "pullpool"])),
+        promises=tuple(promises([one for one in rounds if one.subject == "pullpool"])),
         configurations={"the overloaded Harbor": " ".join(harbor_command(size)), **fronts},
         figures=[one.figures() for one in rounds],
     )
 
 
-def _promises(rounds: Sequence[Round]) -> Iterator[Promise]:
+def promises(rounds: Sequence[Round]) -> Iterator[Promise]:
     """What pullpool has to reach, in its worst round; nothing when it did not run."""
     if not rounds:
         return

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks.__main__ import SCENARIOS, Processors, main, show
-from benchmarks.overload import FAST, Round, _promises
-from benchmarks.parts import PartFailed, shown
-from benchmarks.results import entry, read_document, write
+from benchmarks.overload import FAST, Round, promises
+from benchmarks.parts import PROJECT, PartFailed, shown
+from benchmarks.results import entry, read_document, render, write
 from benchmarks.scenario import Findings, Options, Promise, Sheet
 from benchmarks.subjects import Subject, chosen, nothing
 
@@ -37,7 +37,7 @@ def played(about: str = "What it is about.") -> dict[str, Any]:
     return entry(findings(about), MACHINE, "python -m benchmarks one")
 
 
-def test_the_page_shows_tables_promises_machine_and_configurations(tmp_path: Path) -> None:
+def test_the_page_shows_tablespromises_machine_and_configurations(tmp_path: Path) -> None:
     write(tmp_path, {"one": played()}, ["one"])
     page = (tmp_path / "results.md").read_text()
     assert "## one\n\nWhat it is about.\n" in page
@@ -66,6 +66,21 @@ def test_a_run_replaces_what_it_played_and_keeps_the_rest_in_order(tmp_path: Pat
     page = (tmp_path / "results.md").read_text()
     assert page.index("## one") < page.index("## two")
     assert "two, first" not in page
+
+
+def test_the_page_is_made_again_of_its_document(tmp_path: Path) -> None:
+    write(tmp_path, {"overload": played()}, SCENARIOS)
+    page = (tmp_path / "results.md").read_text()
+    (tmp_path / "results.md").unlink()
+    ended = CliRunner().invoke(main, ["--page", f"--into={tmp_path}"])
+    assert ended.exit_code == 0
+    assert (tmp_path / "results.md").read_text() == page
+
+
+def test_the_page_of_this_project_is_what_its_document_says() -> None:
+    document = read_document(PROJECT / "docs")
+    assert list(document) == [name for name in SCENARIOS if name in document]
+    assert (PROJECT / "docs/results.md").read_text() == render(document)
 
 
 def test_the_terminal_shows_which_figures_were_missed() -> None:
@@ -126,4 +141,4 @@ def overloaded(served: int, broken: int, requests: int) -> Round:
     ],
 )
 def test_a_promise_is_judged_by_the_worst_round(rounds: list[Round], kept: list[bool]) -> None:
-    assert [promise.kept for promise in _promises(rounds)] == kept
+    assert [promise.kept for promise in promises(rounds)] == kept
