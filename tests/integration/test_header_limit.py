@@ -53,7 +53,8 @@ def test_a_blob_that_waits_for_its_slot_longer_than_containerd_waits_for_headers
             threads.submit(read, f"{proxy.url}/v2/{other.name}/blobs/{other.layers[0].digest}")
             for other in others
         ]
-        wait_until(lambda: proxy.metric("pullpool_queue_depth") == len(others) - 1, "a queue")
+        # Enough to wait behind, should the first of them be done before the last have come.
+        wait_until(lambda: proxy.metric("pullpool_queue_depth") >= len(others) - 2, "a queue")
         began = time.monotonic()
         assert through_pullpool.pull(image) == digests(image)
         assert time.monotonic() - began > PATIENCE

@@ -73,7 +73,7 @@ def test_all_clients_at_once_pull_everything_from_an_overloaded_harbor(
 def test_all_clients_at_once_pull_everything_through_a_limit_they_were_not_told(
     rig: Rig, serve: Serve, registry: Registry
 ) -> None:
-    # Lower than the first cap, and each answer takes a while: it is met for certain.
+    # Lower than the first cap, which then doubles, and each answer takes a while: it is met.
     front = Front(connections=3, rate="600k")
     upstream = Nginx(rig, front, registry_port=registry.port)
     images = [
