@@ -24,9 +24,9 @@ tables and writes this page and [results.json](results.json), where every round'
 `python -m benchmarks SCENARIO… --rounds N` (of {names}) plays some alone and leaves the others.
 
 Counts of what must not happen are from the worst round, times are medians. Clients, rivals,
-upstream and pullpool share the cores of one machine. What else kept it busy in the meantime is told
-in the table below each scenario (*meanwhile*): on a machine that is shared with more than a tenth of
-a core of other work, times are slower for everybody and mean little; counts hold all the same.
+upstream and pullpool share the cores of one machine. What else kept it busy is told in the table
+below each scenario (*meanwhile*): with more than a tenth of a core of other work times are slower
+for everybody and mean little; counts hold all the same.
 """
 
 
