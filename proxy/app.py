@@ -51,7 +51,7 @@ from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients
+from proxy.wiring import CannotTrust, make_clients, make_throttles
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -204,6 +204,7 @@ class Proxy:
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
+            throttles=make_throttles(self.settings, self.metrics, clock),
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.

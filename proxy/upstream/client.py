@@ -39,6 +39,7 @@ from proxy.upstream.errors import refusal, translated
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
+from proxy.upstream.throttle import Stream, Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -88,12 +89,16 @@ class Reply:
     turn: Turn
     url: URL
     metrics: Metrics
+    stream: Stream | None = None  # through the cap on the upstream's bytes, if there is one
 
     async def read(self) -> bytes:
         """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``."""
+        most = -1 if self.stream is None else self.stream.piece
         with translated(self.origin.key.label, self.metrics):
-            data = await self.response.content.readany()
+            data = await self.turn.read(most)
         self.origin.count_bytes(len(data))
+        if self.stream is not None and data:
+            await self.stream.take(len(data))
         return data
 
     @property
@@ -121,6 +126,7 @@ class UpstreamClient:
         redirect_settings: OriginSettings,
         authenticator: Authenticator,
         metrics: Metrics,
+        throttle: Throttle | None = None,
     ) -> None:
         self.upstream = upstream
         self.origin = origin
@@ -128,6 +134,7 @@ class UpstreamClient:
         self._origins = origins
         self._redirect_settings = redirect_settings
         self._authenticator = authenticator
+        self._throttle = throttle
         self._base = URL(upstream.url.rstrip("/"), encoded=True)
 
     @property
@@ -230,10 +237,16 @@ class UpstreamClient:
                 self._weigh(turn, response)
                 if response.status not in REDIRECTS:
                     _expect_identity(origin, response)
-                    yield Reply(response, turn, url, self.metrics)
+                    stream = self._stream(ticket)
+                    yield Reply(response, turn, url, self.metrics, stream)
                     return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
+
+    def _stream(self, ticket: Ticket) -> Stream | None:
+        if self._throttle is None:
+            return None
+        return self._throttle.stream(prompt=ticket.turn_class is TurnClass.METADATA)
 
     @contextlib.contextmanager
     def _weighed(self, turn: Turn) -> Iterator[None]:
@@ -419,7 +432,7 @@ async def _refusal(
 async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:
     response = await turn.request("GET", url, headers)
     body = bytearray()
-    while data := await response.content.readany():
+    while data := await turn.read():
         body += data
         if len(body) > MAX_TOKEN_BODY:
             raise TooLarge(MAX_TOKEN_BODY, f"{url.host}: a token answer larger than that")

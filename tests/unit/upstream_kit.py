@@ -24,6 +24,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import Credentials, StaticCredentials
 from proxy.upstream.origin import Origin, Origins, OriginSettings
 from proxy.upstream.routing import Upstream
+from proxy.upstream.throttle import Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -146,6 +147,7 @@ class Puller:
         settings: OriginSettings | None = None,
         origins: Origins | None = None,
         clock: FakeClock | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics()
@@ -167,6 +169,7 @@ class Puller:
                 on_refresh=self.refreshes.append,
             ),
             metrics=self.metrics,
+            throttle=throttle,
         )
 
     async def __aenter__(self) -> Puller:
