@@ -39,6 +39,7 @@ from proxy.testing.holds import Hold, Parking
 from proxy.testing.images import FakeImage, FakeIndex
 from proxy.testing.listener import Connection, Listener
 from proxy.testing.overload import POISONED_TOKEN, Load, Misbehaviour, Overload
+from proxy.testing.pattern import Pattern, digests
 from proxy.testing.signed import SignedUrls
 from proxy.testing.tokens import Accounts, Guard, Policy, Service, TokenService
 from proxy.testing.transmit import Transmitter
@@ -185,6 +186,12 @@ class FakeRegistry:
     def retag(self, name: str, tag: str, image: FakeImage | FakeIndex) -> None:
         """Point `name:tag` at an image, storing it there as well."""
         self.content.push(image, name, tag)
+
+    def put_pattern(self, name: str, size: int) -> tuple[Pattern, Digest]:
+        """Have a blob of any size in a repository, without keeping it in memory."""
+        pattern, [digest] = Pattern(size), digests(size, 1)
+        self.content.put_blob(name, pattern, digest)
+        return pattern, digest
 
     def put_blob(self, name: str, data: bytes, algorithm: str = "sha256") -> Digest:
         """Store one blob in a repository."""

@@ -58,6 +58,7 @@ class Tls:
     server: ssl.SSLContext
     client: ssl.SSLContext
     stranger: ssl.SSLContext
+    authority: bytes  # PEM of whom the client trusts
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def tls() -> Tls:
     client, stranger = ssl.create_default_context(), ssl.create_default_context()
     authority.configure_trust(client)
     other.configure_trust(stranger)
-    return Tls(server, client, stranger)
+    return Tls(server, client, stranger, authority.cert_pem.bytes())
 
 
 @functools.cache
