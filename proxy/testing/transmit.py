@@ -1,8 +1,8 @@
 """Puts an answer on the wire: in pieces, at a pace, and with the connection faults carried out.
 
-Bodies stay in memory, but for patterns, which are made here. They leave as views of at most 256 KiB,
-each awaited until the kernel has it, so 200 concurrent readers cost 200 views. A client that leaves
-ends the transfer quietly; only what the kernel had taken by then is counted.
+Bodies stay in memory, but for patterns, which are made here. They leave as views of 256 KiB at
+most, each awaited until the kernel has it, so 200 concurrent readers cost 200 views. A client that
+leaves ends the transfer quietly; only what the kernel had taken by then is counted.
 """
 
 from __future__ import annotations

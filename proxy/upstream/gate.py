@@ -36,7 +36,7 @@ from typing import Protocol
 
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import QueueFull
-from proxy.upstream.turns import Ticket, TurnClass, TurnQueue
+from proxy.upstream.turns import Ticket, TurnClass, TurnQueue, TurnTimes
 
 #: From this limit on one slot is kept for metadata (D3).
 RESERVE_FROM = 4
@@ -119,7 +119,8 @@ class Gate:
         self._is_open = is_open
         self._is_warm = is_warm
         self._limit = capacity
-        self._queue = TurnQueue(on_move=self._grant)
+        self._times = TurnTimes()
+        self._queue = TurnQueue(on_move=self._grant, row=self._times.row)
         self._waiters: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
         self._granted: dict[int, TurnClass] = {}
@@ -185,6 +186,7 @@ class Gate:
         if turn_class is None:
             raise ValueError(f"{slot} of {self.name} is not held")
         self._bulk -= turn_class is not TurnClass.METADATA
+        self._times.ended(turn_class, self._clock() - slot.since)
         self._free.append(slot.number)
         self._grant()
 
