@@ -28,6 +28,9 @@ from proxy.testing.images import FakeImage, make_image
 from proxy.testing.overload import Misbehaviour, Overload
 from proxy.testing.registry import FakeRegistry
 
+#: The repository of `--patterns`.
+PATTERNS = "demo/patterns"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve. Exits with 2 when the command line is wrong."""
@@ -52,6 +55,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1, metavar="K")
     add("--layers", type=int, default=3, metavar="L")
     add("--layer-size", type=int, default=1 << 20, metavar="BYTES")
+    add("--patterns", type=int, default=0, metavar="K", help="large blobs made as they are sent")
+    add("--pattern-size", type=int, default=64 << 20, metavar="BYTES")
     add("--seed", type=int, default=1)
     add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
 
@@ -131,12 +136,15 @@ async def _serve(options: argparse.Namespace, out: TextIO) -> None:
     async with options.make(options, images) as registry:
         for image in images:
             registry.push(image)
+        patterns = registry.put_patterns(PATTERNS, options.pattern_size, options.patterns)
         control = web.ServerRunner(web.Server(_Control(registry, options).answer, access_log=None))
         await control.setup()
         try:
             await web.TCPSite(control, "127.0.0.1", 0).start()
             host, port = control.addresses[0][:2]
-            out.write(json.dumps(_announcement(registry, images, f"http://{host}:{port}")) + "\n")
+            said = _announcement(registry, images, f"http://{host}:{port}")
+            said["patterns"] = {"name": PATTERNS, "digests": [str(digest) for digest in patterns]}
+            out.write(json.dumps(said) + "\n")
             out.flush()
             await stop.wait()
         finally:

@@ -187,11 +187,12 @@ class FakeRegistry:
         """Point `name:tag` at an image, storing it there as well."""
         self.content.push(image, name, tag)
 
-    def put_pattern(self, name: str, size: int) -> tuple[Pattern, Digest]:
-        """Have a blob of any size in a repository, without keeping it in memory."""
-        pattern, [digest] = Pattern(size), digests(size, 1)
-        self.content.put_blob(name, pattern, digest)
-        return pattern, digest
+    def put_patterns(self, name: str, size: int, count: int) -> list[Digest]:
+        """Have blobs of any size in a repository, without keeping them in memory."""
+        found = digests(size, count) if count else []
+        for number, digest in enumerate(found):
+            self.content.put_blob(name, Pattern(size, number), digest)
+        return found
 
     def put_blob(self, name: str, data: bytes, algorithm: str = "sha256") -> Digest:
         """Store one blob in a repository."""

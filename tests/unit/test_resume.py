@@ -67,7 +67,7 @@ def test_a_gibibyte_that_breaks_ten_times_arrives_whole(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with broken(tmp_path) as (pool, fake):
-            _, digest = fake.put_pattern(NAME, GIB)
+            [digest] = fake.put_patterns(NAME, GIB, 1)
             fake.script(*breaks(10, within=48 * MIB, seed=3))
             assert await digest_of(pool, digest) == digest
             assert pool.count("upstream_resumes_total", upstream=UPSTREAM) == 10
@@ -82,7 +82,7 @@ def test_a_gibibyte_that_breaks_ten_times_arrives_whole(tmp_path: Path) -> None:
 async def test_a_body_over_tls_that_breaks_ten_times_arrives_whole(tmp_path: Path) -> None:
     size = 32 * MIB
     async with broken(tmp_path, tls_server=tls().server) as (pool, fake):
-        _, digest = fake.put_pattern(NAME, size)
+        [digest] = fake.put_patterns(NAME, size, 1)
         fake.script(*breaks(10, within=size // 16, seed=4))
         assert await digest_of(pool, digest) == digest
         assert size <= fake.counters.bytes_by_digest[digest] <= size + 10 * PER_BREAK
@@ -135,7 +135,7 @@ async def test_wrong_bytes_after_a_break_are_a_reset_and_nothing_is_kept(tmp_pat
 
 async def test_a_client_that_leaves_after_a_break_leaves_a_fill_that_ends(tmp_path: Path) -> None:
     async with broken(tmp_path) as (pool, fake):
-        _, digest = fake.put_pattern(NAME, 24 * MIB)
+        [digest] = fake.put_patterns(NAME, 24 * MIB, 1)
         fake.script(Fault(Cut(MIB), kind="blob"), Fault(Stall(MIB), kind="blob"))
         async with RawClient.connected(pool.address) as client:
             await client.ask(blob_path(digest))
@@ -169,7 +169,7 @@ def statuses(registry: FakeRegistry) -> list[int | None]:
 async def test_a_signed_url_that_expires_between_two_turns_is_renewed(tmp_path: Path) -> None:
     clock, size = FakeClock(), 66 * MIB  # a turn and a bit
     async with redirected(tmp_path, clock) as (pool, fake, cdn):
-        _, digest = fake.put_pattern(NAME, size)
+        [digest] = fake.put_patterns(NAME, size, 1)
         cdn.script(Fault(Stall(MIB)))
         asking = asyncio.create_task(digest_of(pool, digest))
         await cdn.stalls.arrived()
@@ -185,7 +185,7 @@ async def test_a_signed_url_that_expires_between_two_turns_is_renewed(tmp_path: 
 
 async def test_a_signed_url_is_used_again_while_it_is_good(tmp_path: Path) -> None:
     async with redirected(tmp_path, FakeClock()) as (pool, fake, cdn):
-        _, digest = fake.put_pattern(NAME, 66 * MIB)
+        [digest] = fake.put_patterns(NAME, 66 * MIB, 1)
         assert await digest_of(pool, digest) == digest
         assert (statuses(fake), statuses(cdn)) == ([307], [206, 206])
 
