@@ -2,9 +2,9 @@
 
 `python -m benchmarks.fairness` starts every part itself and prints a table. Fifty clients each pull
 a cold image with a layer of 1 MiB through pullpool, from the bundled registry that allows 8 sockets
-and gives each 32 MiB a second; then again, beside one client that has asked for 500 blobs of 64 MiB
-at once and holds every slot by then. What counts is how much longer the fifty take: at most one
-turn, which is 64 MiB or 2 s at that pace.
+and gives each 8 MiB a second, which two cores can carry; then again, beside one client that has
+asked for 500 blobs of 64 MiB at once and holds every slot by then. What counts is how much longer
+the fifty take: at most one turn, which is about 2 s.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from benchmarks.parts import (
 from benchmarks.subjects import pullpool
 from benchmarks.tables import environment_table
 from benchmarks.wire import Received, Wire
+from proxy.upstream.origin import TURN_SECONDS
 
 CAP = 8
 HEAVY = "127.9.0.1"  # the address of the client that wants much
@@ -62,8 +63,8 @@ class Size:
 
     @property
     def turn(self) -> float:
-        """Seconds that the largest turn lasts: 64 MiB, or about 2 s."""
-        return min(64 * MIB, self.blob_size) / self.rate
+        """Seconds that a turn of the client with much lasts."""
+        return min(TURN_SECONDS, self.blob_size / self.rate)
 
     def title(self) -> str:
         return (
@@ -73,7 +74,7 @@ class Size:
         )
 
 
-FULL = Size(50, MIB, 500, 64 * MIB, rate=32 * MIB, ahead=5.0)
+FULL = Size(50, MIB, 500, 64 * MIB, rate=8 * MIB, ahead=12.0)
 FAST = Size(10, MIB // 8, 24, MIB, rate=4 * MIB, ahead=0.2, whole=True)
 
 

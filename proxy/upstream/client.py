@@ -37,6 +37,7 @@ from proxy.oci.ranges import parse_content_range
 from proxy.oci.token import grants
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
+from proxy.upstream.reply import Reply
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
 from proxy.upstream.throttle import Stream, Throttle
@@ -79,39 +80,6 @@ class Page:
     media_type: str
     link: str | None
     filters: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer whose body has not been read, inside its turn."""
-
-    response: aiohttp.ClientResponse
-    turn: Turn
-    url: URL
-    metrics: Metrics
-    stream: Stream | None = None  # through the cap on the upstream's bytes, if there is one
-
-    async def read(self) -> bytes:
-        """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``."""
-        most = -1 if self.stream is None else self.stream.piece
-        with translated(self.origin.key.label, self.metrics):
-            data = await self.turn.read(most)
-        self.origin.count_bytes(len(data))
-        if self.stream is not None and data:
-            await self.stream.take(len(data))
-        return data
-
-    @property
-    def status(self) -> int:
-        return self.response.status
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return self.response.headers
-
-    @property
-    def origin(self) -> Origin:
-        return self.turn.origin
 
 
 class UpstreamClient:
