@@ -182,7 +182,8 @@ class Throttle:
         try:
             await waiter.future
         except BaseException:
-            if not waiter.future.cancelled():
+            # False if the bytes have been taken, or if it was cancelled already.
+            if not waiter.future.cancel() and not waiter.future.cancelled():
                 self._allowance.give_back(count)
                 self._serve()
             raise

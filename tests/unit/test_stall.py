@@ -178,7 +178,7 @@ async def test_a_body_is_not_given_up_while_the_clock_says_that_there_is_time() 
         assert await reading == noise(MIB)
 
 
-async def test_a_disk_that_is_slow_for_an_hour_is_no_stall() -> None:
+async def test_a_disk_that_is_slow_for_days_is_no_stall() -> None:
     """The pump stops reading, TCP stops the upstream, and its bytes are there when it reads on."""
     clock, size = FakeClock(), 48 * MIB
     begun, go = asyncio.Event(), asyncio.Event()
@@ -200,7 +200,7 @@ async def test_a_disk_that_is_slow_for_an_hour_is_no_stall() -> None:
                 sent = registry.counters.bytes_sent
                 await asyncio.sleep(0.05)
             assert sent < size
-            clock.advance(3600.0)
+            clock.advance(1e6)
             go.set()
             assert await pumping
         assert taken == noise(size)
