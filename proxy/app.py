@@ -52,7 +52,7 @@ from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients, make_waits
+from proxy.wiring import CannotTrust, make_clients, make_throttles, make_waits
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -209,6 +209,7 @@ class Proxy:
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
             header_deadline=self.settings.queue.header_deadline,
+            throttles=make_throttles(self.settings, self.metrics, clock),
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.

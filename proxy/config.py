@@ -30,11 +30,12 @@ from proxy.settings.listener import Auth, Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
 from proxy.settings.upstream import Upstream
-from proxy.settings.values import HostPort, Rate, format_duration, format_size
+from proxy.settings.values import ByteRate, HostPort, Rate, format_duration, format_size
 
 __all__ = [
     "Access",
     "Auth",
+    "ByteRate",
     "Cache",
     "ConfigError",
     "Fault",
@@ -216,7 +217,8 @@ class _Schema(GenerateJsonSchema):
     """Writes our value types as the text that the file holds."""
 
     def encode_default(self, dft: Any) -> Any:
-        return str(dft) if isinstance(dft, HostPort | Rate) else super().encode_default(dft)
+        is_ours = isinstance(dft, ByteRate | HostPort | Rate)
+        return str(dft) if is_ours else super().encode_default(dft)
 
 
 def json_schema() -> dict[str, Any]:

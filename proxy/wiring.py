@@ -28,6 +28,8 @@ from proxy.upstream.credentials import (
 )
 from proxy.upstream.origin import Origins, OriginSettings
 from proxy.upstream.routing import Upstream
+from proxy.upstream.stall import StallLimit
+from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 
 
@@ -64,6 +66,16 @@ def make_waits(
     return Waits(deadlines, metrics=metrics, gates=gates)
 
 
+def make_throttles(
+    settings: Settings, metrics: Metrics, clock: Callable[[], float]
+) -> Throttles | None:
+    """What holds each client to its byte rate, if there is one."""
+    if settings.client_rate is None:
+        return None
+    waited = metrics.throttled.labels("client").inc
+    return Throttles(settings.client_rate.per_second, clock=clock, on_wait=waited)
+
+
 class _Parts:
     """What one upstream's client is made of."""
 
@@ -82,6 +94,10 @@ class _Parts:
         rate = None
         if settings.rate is not None:
             rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
+        throttle = None
+        if settings.max_rate is not None:
+            waited = metrics.throttled.labels("upstream").inc
+            throttle = Throttle(settings.max_rate.per_second, clock=clock, on_wait=waited)
         limits = replace(self._limits(settings.max_connections), starts_low=True)
         return UpstreamClient(
             Upstream(
@@ -96,6 +112,7 @@ class _Parts:
             redirect_settings=self._limits(settings.max_redirect_connections),
             authenticator=self._authenticator(metrics, clock),
             metrics=metrics,
+            throttle=throttle,
         )
 
     def _limits(self, connections: int) -> OriginSettings:
@@ -104,6 +121,7 @@ class _Parts:
             max_waiting=self._max_waiting,
             connect_timeout=self._settings.connect_timeout,
             read_timeout=self._settings.read_timeout,
+            stall=StallLimit(self._settings.stall_rate.per_second, self._settings.stall_time),
             tls=self._tls,
         )
 

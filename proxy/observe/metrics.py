@@ -148,6 +148,12 @@ class Metrics:
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
+        self.upstream_stalls = self._counter(
+            "upstream_stalls_total", "Answers given up because they came too slowly", labels
+        )
+        self.upstream_replays = self._counter(
+            "upstream_replays_total", "Requests sent again as their idle socket was closed", labels
+        )
         self.upstream_without_range = self._counter(
             "upstream_without_range_total", "Ranges answered with the whole body", labels
         )
@@ -156,6 +162,9 @@ class Metrics:
         )
 
     def _make_flow(self) -> None:
+        self.throttled = self._counter(
+            "throttled_seconds_total", "Time that bodies waited for a byte rate", ("side",)
+        )
         self.coalesced = self._counter(
             "coalesced_requests_total", "Requests that joined a flight", ("kind",)
         )

@@ -302,6 +302,13 @@ class UpstreamTimeout(UpstreamError):
     status = 504
 
 
+class UpstreamStalled(UpstreamTimeout):
+    """The upstream's bytes came too slowly for too long."""
+
+    reason = "upstream_stalled"
+    default_message = "the upstream's answer came to a halt"
+
+
 class DigestMismatch(UpstreamError):
     """The bytes that came are not the bytes that were asked for. Nothing of them is kept."""
 

@@ -24,6 +24,7 @@ from proxy.settings.types import (
     Duration,
     FilePath,
     Limit,
+    MaybeBytesInTime,
     Section,
     Share,
     Shown,
@@ -167,6 +168,9 @@ class Settings(BaseSettings):
     )
     max_connections: Limit = Field(
         default=16, description="Most sockets to an upstream that sets no limit of its own."
+    )
+    client_rate: MaybeBytesInTime = Field(
+        default=None, description="Most bytes in a time to each client, such as 20MiB/s."
     )
     log_format: Literal["console", "json"] = Field(
         default="console", description="Form of log lines: for people, or for machines."

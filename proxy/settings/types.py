@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from proxy.settings.values import (
+    ByteRate,
     HostPort,
     Network,
     Rate,
@@ -102,6 +103,14 @@ MaybeRate = Annotated[
     Annotated[Rate, PlainValidator(Rate.parse), PlainSerializer(str), _text_schema("100/s")] | None,
     Shown("rate"),
 ]
+BytesInTime = Annotated[
+    ByteRate,
+    PlainValidator(ByteRate.parse),
+    PlainSerializer(str),
+    _text_schema("50MiB/s"),
+    Shown("byte rate"),
+]
+MaybeBytesInTime = Annotated[BytesInTime | None, Shown("byte rate")]
 Url = Annotated[
     str, BeforeValidator(parse_registry_url), _text_schema("https://harbor.example.com")
 ]

@@ -11,10 +11,12 @@ from proxy.settings.faults import Conflict, Fault, key_path
 from proxy.settings.types import (
     NAME,
     Access,
+    BytesInTime,
     Duration,
     FilePath,
     Helper,
     Limit,
+    MaybeBytesInTime,
     MaybeRate,
     Name,
     Overload,
@@ -24,7 +26,7 @@ from proxy.settings.types import (
     Url,
     Variable,
 )
-from proxy.settings.values import origin, parse_registry_url, registry_name
+from proxy.settings.values import ByteRate, origin, parse_registry_url, registry_name
 
 # What `pullpool serve` offers when it is told of no upstream, and what an upstream of one of these
 # names starts from.
@@ -73,11 +75,23 @@ class Upstream(Section):
     rate: MaybeRate = Field(
         default=None, description="Most requests in a time, such as 100/s, 600/m or 100/6h."
     )
+    max_rate: MaybeBytesInTime = Field(
+        default=None,
+        description="Most bytes in a time from this registry and where it redirects to, such as"
+        " 50MiB/s.",
+    )
     connect_timeout: Duration = Field(
         default=10.0, gt=0, description="Longest time for a connection to be made."
     )
     read_timeout: Duration = Field(
         default=60.0, gt=0, description="Longest silence of the upstream within an answer."
+    )
+    stall_rate: BytesInTime = Field(
+        default=ByteRate(1024),
+        description="An answer that comes slower than this for stall_time is asked for again.",
+    )
+    stall_time: Duration = Field(
+        default=30.0, gt=0, description="How long an answer may be slower than stall_rate."
     )
     username: str | None = Field(
         default=None, min_length=1, description="Account to pull with; needs one password key."

@@ -25,6 +25,7 @@ _BYTES = {"b": 1} | {
     for unit, base in (("ib", 1024), ("b", 1000))
 }
 _SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)")
+_BYTE_RATE = re.compile(rf"({_NUMBER}\s*[A-Za-z]+)\s*/\s*([smh])")
 _RATE = re.compile(r"([0-9]{1,9})\s*/\s*([0-9]{0,9})\s*([smh])")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -181,6 +182,37 @@ def format_size(size: int) -> str:
         if size and size % unit == 0:
             return f"{size // unit}{prefix.upper()}iB"
     return str(size)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ByteRate:
+    """At most so many bytes a second."""
+
+    per_second: int
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Read "50MiB/s", "400 kB/s" or "6GiB/h"; raise ValueError otherwise.
+
+        Both units have to be written: "100/s" is a rate of requests, "100MB" an amount.
+        """
+        if isinstance(value, cls):
+            return value
+        form = "must be bytes in a time, such as '50MiB/s' or '400kB/s'"
+        match = _BYTE_RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError(form)
+        try:
+            rate = int(parse_size(match[1]) / _SECONDS[match[2]])
+        except ValueError:
+            raise ValueError(form) from None
+        if rate < 1:
+            raise ValueError("must be at least one byte a second; leave the key out for no limit")
+        return cls(rate)
+
+    def __str__(self) -> str:
+        size = format_size(self.per_second)
+        return f"{size}{'B' if size.isdigit() else ''}/s"
 
 
 def parse_registry_url(value: object) -> str:

@@ -48,6 +48,8 @@ kinds of misbehaviour, each drawn by its weight (1 unless given) for a request t
 
 example:
   python -m proxy.testing harbor --users ann:pw --breaks-beyond 6 --misbehave empty-access,500=2"""
+#: The repository of `--patterns`.
+PATTERNS = "demo/patterns"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +95,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="BYTES[,BYTES...]",
         help="of the layers in turn; 1 MiB by default",
     )
+    add("--patterns", type=int, default=0, metavar="K", help="large blobs made as they are sent")
+    add("--pattern-size", type=int, default=64 << 20, metavar="BYTES", help="of each of them")
     add("--seed", type=int, default=1, help="of the images and of what breaks")
     add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
 
@@ -201,12 +205,15 @@ async def _serve(options: argparse.Namespace, out: TextIO) -> None:
     async with options.make(options, images) as registry:
         for image in images:
             registry.push(image)
+        patterns = registry.put_patterns(PATTERNS, options.pattern_size, options.patterns)
         control = web.ServerRunner(web.Server(_Control(registry, options).answer, access_log=None))
         await control.setup()
         try:
             await web.TCPSite(control, "127.0.0.1", 0).start()
             host, port = control.addresses[0][:2]
-            out.write(json.dumps(_announcement(registry, images, f"http://{host}:{port}")) + "\n")
+            said = _announcement(registry, images, f"http://{host}:{port}")
+            said["patterns"] = {"name": PATTERNS, "digests": [str(digest) for digest in patterns]}
+            out.write(json.dumps(said) + "\n")
             out.flush()
             await stop.wait()
         finally:

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode
 from proxy.oci.digest import Digest
 from proxy.testing.content import Content, parse_digest
 from proxy.testing.images import INDEX_TYPE
+from proxy.testing.pattern import Pattern
 from proxy.testing.wire import Asked, Kind, Reply, error_reply, json_reply
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -118,7 +119,8 @@ def _ranged(whole: Reply, header: str | None) -> Reply:
             416, "SIZE_INVALID", "range not satisfiable", {"Content-Range": f"bytes */{size}"}
         )
     # A view, because a copy per request would double the memory of 200 concurrent readers.
-    part = memoryview(whole.body)[start:stop]
+    body = whole.body if isinstance(whole.body, Pattern) else memoryview(whole.body)
+    part = body[start:stop]
     headers = {**whole.headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}
     return Reply(206, part, headers, content=whole.content)
 

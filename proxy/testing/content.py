@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.testing.images import FakeBlob, FakeImage, FakeIndex
+from proxy.testing.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Content:
 
     def __init__(self) -> None:
         self._repositories: dict[str, Contents] = {}
-        self._blobs: dict[Digest, bytes] = {}
+        self._blobs: dict[Digest, bytes | Pattern] = {}
 
     def push(self, image: FakeImage | FakeIndex, name: str, tag: str) -> None:
         """Store an image, or an index with all its images, and point the tag at it."""
@@ -62,7 +63,7 @@ class Content:
             self._store_image(image, name)
         self.put_manifest(name, image.manifest, image.media_type, image.digest, tag)
 
-    def put_blob(self, name: str, data: bytes, digest: Digest) -> None:
+    def put_blob(self, name: str, data: bytes | Pattern, digest: Digest) -> None:
         """Store bytes and link them to a repository."""
         self._blobs[digest] = data
         self._at(name).blobs.add(digest)
@@ -113,7 +114,7 @@ class Content:
             digest = parse_digest(reference)
         return None if digest is None else repository.manifests.get(digest)
 
-    def blob(self, name: str | None, digest: Digest) -> bytes | None:
+    def blob(self, name: str | None, digest: Digest) -> bytes | Pattern | None:
         """A blob's bytes, if the repository has it; with no repository, if anyone has."""
         repository = self.repository(name)
         if name is not None and (repository is None or digest not in repository.blobs):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from proxy.oci.digest import Digest
+from proxy.testing.pattern import Pattern
 from proxy.testing.wire import Asked, Kind, Reply
 
 
@@ -218,8 +219,8 @@ def distort(action: Action | None, reply: Reply) -> Reply:
             return reply
 
 
-def _flipped(body: bytes | memoryview, at: int) -> bytes:
-    changed = bytearray(body)
+def _flipped(body: bytes | memoryview | Pattern, at: int) -> bytes:
+    changed = bytearray(bytes(body))
     if changed:
         changed[at % len(changed)] ^= 0xFF
     return bytes(changed)

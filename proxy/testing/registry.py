@@ -39,6 +39,7 @@ from proxy.testing.holds import Hold, Parking
 from proxy.testing.images import FakeImage, FakeIndex
 from proxy.testing.listener import Connection, Listener
 from proxy.testing.overload import POISONED_TOKEN, Load, Misbehaviour, Overload
+from proxy.testing.pattern import Pattern, digests
 from proxy.testing.signed import SignedUrls
 from proxy.testing.tokens import Accounts, Guard, Policy, Service, TokenService
 from proxy.testing.transmit import Transmitter
@@ -186,6 +187,13 @@ class FakeRegistry:
         """Point `name:tag` at an image, storing it there as well."""
         self.content.push(image, name, tag)
 
+    def put_patterns(self, name: str, size: int, count: int) -> list[Digest]:
+        """Have blobs of any size in a repository, without keeping them in memory."""
+        found = digests(size, count) if count else []
+        for number, digest in enumerate(found):
+            self.content.put_blob(name, Pattern(size, number), digest)
+        return found
+
     def put_blob(self, name: str, data: bytes, algorithm: str = "sha256") -> Digest:
         """Store one blob in a repository."""
         digest = Digest.of(data, algorithm)
@@ -235,9 +243,9 @@ class FakeRegistry:
         """Let every stalled or hanging request go on; `stalls.arrived(n)` awaits them."""
         self.stalls.release()
 
-    async def drop_connections(self, *, idle_only: bool = False) -> None:
-        """Close the connections that are open, as a server does that restarts."""
-        await self._listener.drop_connections(idle_only=idle_only)
+    async def drop_connections(self, *, idle_only: bool = False, reset: bool = False) -> None:
+        """Close the connections that are open, as a server does that restarts; or reset them."""
+        await self._listener.drop_connections(idle_only=idle_only, reset=reset)
 
     def _make_guard(self, auth: str) -> Guard:
         service = Service(self.netloc, self._policy, self.content.has_project)

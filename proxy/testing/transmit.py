@@ -1,8 +1,8 @@
 """Puts an answer on the wire: in pieces, at a pace, and with the connection faults carried out.
 
-Bodies stay in memory and leave as views of at most 256 KiB, each awaited until the kernel has it,
-so 200 concurrent readers cost 200 views. A client that leaves ends the transfer quietly; only what
-the kernel had taken by then is counted.
+Bodies stay in memory, but for patterns, which are made here. They leave as views of 256 KiB at
+most, each awaited until the kernel has it, so 200 concurrent readers cost 200 views. A client that
+leaves ends the transfer quietly; only what the kernel had taken by then is counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from aiohttp import web
 from proxy.testing.faults import Action, Cut, Disconnect, Reset, Stall
 from proxy.testing.holds import Parking
 from proxy.testing.listener import Connection
+from proxy.testing.pattern import Pattern
 from proxy.testing.wire import Reply
 
 _PIECE = 256 * 1024
@@ -64,7 +65,7 @@ class Transmitter:
         reply: Reply,
         action: Action | None,
     ) -> None:
-        body = memoryview(reply.body)
+        body = reply.body if isinstance(reply.body, Pattern) else memoryview(reply.body)
         match action:
             case Cut(after):
                 await self._send_pieces(response, connection, reply, body[:after])
@@ -84,11 +85,12 @@ class Transmitter:
         response: web.StreamResponse,
         connection: Connection,
         reply: Reply,
-        body: memoryview,
+        body: memoryview | Pattern,
     ) -> None:
         step = _PIECE if self.rate is None else max(1, min(_PIECE, self.rate // _SLICES))
         for start in range(0, len(body), step):
-            piece = body[start : start + step]
+            cut = body[start : start + step]
+            piece = memoryview(bytes(cut)) if isinstance(cut, Pattern) else cut
             await self._pace(connection, len(piece))
             await self._send_piece(response, connection, reply, piece)
 

@@ -16,6 +16,7 @@ from aiohttp import web
 from multidict import CIMultiDictProxy, MultiMapping
 
 from proxy.oci.digest import Digest
+from proxy.testing.pattern import Pattern
 
 TOKEN_PATH = "/service/token"
 SIGNED_PATH = "/signed/"
@@ -87,7 +88,7 @@ class Reply:
     """
 
     status: int
-    body: bytes | memoryview = b""
+    body: bytes | memoryview | Pattern = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     declared: int | None = None
     content: Digest | None = None

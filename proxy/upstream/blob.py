@@ -21,9 +21,10 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
-from proxy.upstream.client import Reply, UpstreamClient, drain
+from proxy.upstream.client import UpstreamClient, drain
 from proxy.upstream.errors import refusal
 from proxy.upstream.origin import Origin, OriginKey
+from proxy.upstream.reply import Reply
 from proxy.upstream.turns import Ticket
 
 #: What a CDN answers when a signed URL has expired.

@@ -37,8 +37,10 @@ from proxy.oci.ranges import parse_content_range
 from proxy.oci.token import grants
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
+from proxy.upstream.reply import Reply
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
+from proxy.upstream.throttle import Stream, Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -80,35 +82,6 @@ class Page:
     filters: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer whose body has not been read, inside its turn."""
-
-    response: aiohttp.ClientResponse
-    turn: Turn
-    url: URL
-    metrics: Metrics
-
-    async def read(self) -> bytes:
-        """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``."""
-        with translated(self.origin.key.label, self.metrics):
-            data = await self.response.content.readany()
-        self.origin.count_bytes(len(data))
-        return data
-
-    @property
-    def status(self) -> int:
-        return self.response.status
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return self.response.headers
-
-    @property
-    def origin(self) -> Origin:
-        return self.turn.origin
-
-
 class UpstreamClient:
     """Asks one upstream. Shared by all requests to it."""
 
@@ -121,6 +94,7 @@ class UpstreamClient:
         redirect_settings: OriginSettings,
         authenticator: Authenticator,
         metrics: Metrics,
+        throttle: Throttle | None = None,
     ) -> None:
         self.upstream = upstream
         self.origin = origin
@@ -128,6 +102,7 @@ class UpstreamClient:
         self._origins = origins
         self._redirect_settings = redirect_settings
         self._authenticator = authenticator
+        self._throttle = throttle
         self._base = URL(upstream.url.rstrip("/"), encoded=True)
 
     @property
@@ -230,10 +205,16 @@ class UpstreamClient:
                 self._weigh(turn, response)
                 if response.status not in REDIRECTS:
                     _expect_identity(origin, response)
-                    yield Reply(response, turn, url, self.metrics)
+                    stream = self._stream(ticket)
+                    yield Reply(response, turn, url, self.metrics, stream)
                     return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
+
+    def _stream(self, ticket: Ticket) -> Stream | None:
+        if self._throttle is None:
+            return None
+        return self._throttle.stream(prompt=ticket.turn_class is TurnClass.METADATA)
 
     @contextlib.contextmanager
     def _weighed(self, turn: Turn) -> Iterator[None]:
@@ -419,7 +400,7 @@ async def _refusal(
 async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:
     response = await turn.request("GET", url, headers)
     body = bytearray()
-    while data := await response.content.readany():
+    while data := await turn.read():
         body += data
         if len(body) > MAX_TOKEN_BODY:
             raise TooLarge(MAX_TOKEN_BODY, f"{url.host}: a token answer larger than that")

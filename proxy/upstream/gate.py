@@ -36,7 +36,7 @@ from typing import Protocol
 
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import QueueFull
-from proxy.upstream.turns import Ticket, TurnClass, TurnQueue
+from proxy.upstream.turns import Ticket, TurnClass, TurnQueue, TurnTimes
 
 #: From this limit on one slot is kept for metadata (D3).
 RESERVE_FROM = 4
@@ -119,12 +119,12 @@ class Gate:
         self._is_open = is_open
         self._is_warm = is_warm
         self._limit = capacity
-        self._queue = TurnQueue(on_move=self._grant)
+        self._times = TurnTimes()
+        self._queue = TurnQueue(on_move=self._grant, row=self._times.row)
         self._waiters: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
         self._granted: dict[int, TurnClass] = {}
         self._bulk = 0  # granted slots that are not for metadata
-        self._turn_seconds = 0.0  # what a turn for bytes takes, on average
 
     @property
     def limit(self) -> int:
@@ -185,16 +185,10 @@ class Gate:
         turn_class = self._granted.pop(slot.number, None)
         if turn_class is None:
             raise ValueError(f"{slot} of {self.name} is not held")
-        if turn_class is not TurnClass.METADATA:
-            self._bulk -= 1
-            self._learn(self._clock() - slot.since)
+        self._bulk -= turn_class is not TurnClass.METADATA
+        self._times.ended(turn_class, self._clock() - slot.since)
         self._free.append(slot.number)
         self._grant()
-
-    def _learn(self, seconds: float) -> None:
-        if not self._turn_seconds:
-            self._turn_seconds = seconds
-        self._turn_seconds += (seconds - self._turn_seconds) / 8
 
     @property
     def round_seconds(self) -> float:
@@ -203,9 +197,9 @@ class Gate:
         The kubelet gives an image up after five minutes without a byte: with more images than the
         limit can serve in that time no order of turns helps.
         """
-        images = self._queue.images(TurnClass.SMALL) + self._queue.images(TurnClass.BLOB)
-        slots = self._limit - (self._limit >= RESERVE_FROM)
-        return images * self._turn_seconds / slots
+        bulk = (TurnClass.SMALL, TurnClass.BLOB)
+        seconds = sum(self._queue.images(one) * self._times.of(one) for one in bulk)
+        return seconds / (self._limit - (self._limit >= RESERVE_FROM))
 
     def _grant(self) -> None:
         while len(self._granted) < self._limit and len(self._queue):

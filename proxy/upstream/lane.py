@@ -8,13 +8,25 @@ that is not closed on our side:
 
 * it sees every socket that is dialled (``socket_factory``); one whose descriptor is gone is closed;
 * it dials only after its previous socket is closed: ``_create_connection`` waits for that, which
-  covers a new request, aiohttp's own replay after a keep-alive socket went stale, and a request
+  covers a new request, the replay of one whose keep-alive socket had gone stale, and a request
   that was cancelled while it dialled;
 * it keeps its socket after a body that was read to the end, for the next turn on the same slot.
 
 ``abort`` is how a socket with an unfinished answer ends. Closing it would not do: uvloop with TLS
 goes on downloading until its shutdown time-out (measured: 1 GB after the client had left at
 0.4 MB). The descriptor goes away within a loop turn or two after it, on every loop we run on.
+
+Replay
+------
+The peer may close an idle socket at any time. If its FIN or RST has been seen when a request comes,
+the socket is dialled anew and nothing happened. If it has not been seen, or is on its way, the
+request goes out and finds the connection closed before a byte of an answer (RFC 9112 §9.3.1). Then,
+and only if the socket had been used before, the request is sent once more, on a fresh socket. What
+happens to a fresh one is the upstream's doing, and told to the caller.
+
+aiohttp would replay as well, but requests on fresh sockets too, which hides every other reset by an
+overloaded upstream. So its replay is off; the attribute for that is private, and ``test_replay.py``
+tells when it ceases to work.
 """
 
 from __future__ import annotations
@@ -23,7 +35,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -55,6 +67,7 @@ class _LaneConnector(aiohttp.TCPConnector):
             use_dns_cache=False,  # the resolver has its own, for all lanes
             socket_factory=self._dial,
         )
+        self.dialled = 0  # how often
         self._sockets: list[socket.socket] = []
         self._transport: asyncio.Transport | None = None
 
@@ -76,6 +89,7 @@ class _LaneConnector(aiohttp.TCPConnector):
         return self._transport is not None and not self._transport.is_closing()
 
     async def _create_connection(self, *args: Any, **kwargs: Any) -> ResponseHandler:
+        self.dialled += 1
         await self.shut()
         proto = await super()._create_connection(*args, **kwargs)
         self._transport = proto.transport
@@ -113,7 +127,9 @@ class Lane:
         resolver: AbstractResolver,
         connect_timeout: float,
         read_timeout: float,
+        on_replay: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_replay = on_replay
         self._connector = _LaneConnector(tls, resolver)
         self._session = aiohttp.ClientSession(
             connector=self._connector,
@@ -126,6 +142,7 @@ class Lane:
             raise_for_status=False,
             read_bufsize=1 << 18,
         )
+        self._session._retry_connection = False  # see "Replay"
 
     @property
     def is_open(self) -> bool:
@@ -140,7 +157,20 @@ class Lane:
     async def request(
         self, method: str, url: URL, headers: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
-        """Send a request, follow nothing. Raises what aiohttp raises."""
+        """Send a request, once more if its socket was stale; follow nothing. Raises what aiohttp
+        raises."""
+        before = self._connector.dialled
+        try:
+            return await self._send(method, url, headers)
+        except aiohttp.ClientConnectionError as error:
+            if self._connector.dialled > before or not _is_stale(error):
+                raise
+        self._on_replay()
+        return await self._send(method, url, headers)
+
+    async def _send(
+        self, method: str, url: URL, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         return await self._session.request(method, url, headers=headers, allow_redirects=False)
 
     def abort(self) -> None:
@@ -154,3 +184,11 @@ class Lane:
     async def close(self) -> None:
         await self._connector.shut()
         await self._session.close()
+
+
+def _is_stale(error: aiohttp.ClientConnectionError) -> bool:
+    """Was the socket closed under a request? Not if it was silent, or a part of an answer came."""
+    if isinstance(error, TimeoutError):
+        return False
+    # In a ServerDisconnectedError aiohttp hands on the head as far as it came.
+    return not isinstance(error, aiohttp.ServerDisconnectedError) or isinstance(error.message, str)

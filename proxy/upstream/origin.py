@@ -15,21 +15,23 @@ that idle sockets never push the count over the limit either.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from yarl import URL
 
 from proxy.observe.metrics import GateState, Metrics
-from proxy.oci.errors import ShuttingDown
+from proxy.oci.errors import ShuttingDown, UpstreamStalled
 from proxy.upstream.cap import START, Cap
 from proxy.upstream.dns import OriginResolver
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
+from proxy.upstream.stall import StallLimit, StallMeter
 from proxy.upstream.turns import Ticket
 
 #: Seconds a turn for bulk is meant to last (D2); a range is sized to it by the measured rate.
@@ -71,6 +73,7 @@ class OriginSettings:
     max_waiting: int = 10_000
     connect_timeout: float = 10.0
     read_timeout: float = 60.0
+    stall: StallLimit = field(default_factory=StallLimit)
     tls: ssl.SSLContext | None = None
 
 
@@ -81,6 +84,7 @@ class Turn:
         self.origin = origin
         self.slot = slot
         self._response: aiohttp.ClientResponse | None = None
+        self._meter = StallMeter(origin.settings.stall)
         self._answered_at: float | None = None
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
@@ -102,7 +106,31 @@ class Turn:
             self.origin.abort(self.slot)
             raise
         self._answered_at = self.origin.clock()
+        self._meter = StallMeter(self.origin.settings.stall)
         return self._response
+
+    async def read(self, most: int = -1) -> bytes:
+        """The next bytes of the answer's body, up to ``most`` (-1: all there are); ``b""`` at its
+        end. Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
+        """
+        if self._response is None:
+            raise ValueError(f"{self!r} has no answer to read")
+        content, clock, meter = self._response.content, self.origin.clock, self._meter
+        while True:
+            began, limit = clock(), asyncio.timeout(meter.patience)
+            try:
+                async with limit:
+                    data = await (content.readany() if most < 0 else content.read(most))
+            except TimeoutError:
+                if not limit.expired():  # aiohttp's own, on silence
+                    raise
+            else:
+                meter.received(len(data), clock() - began)
+                return data
+            meter.received(0, clock() - began)
+            if meter.patience <= 0:
+                self.origin.note_stall()
+                raise UpstreamStalled(f"{self.origin.key.label}: {self.origin.settings.stall}")
 
     def finish(self) -> None:
         """End the response: nothing to do if it was read to its end, else abort its socket."""
@@ -219,6 +247,7 @@ class Origin:
                 resolver=self._resolver,
                 connect_timeout=settings.connect_timeout,
                 read_timeout=settings.read_timeout,
+                on_replay=self._metrics.upstream_replays.labels(self.key.label).inc,
             )
         return lane
 
@@ -253,6 +282,9 @@ class Origin:
         if cap.limit != self.cap.limit:
             self.gate.limit = cap.limit
         self.cap = cap
+
+    def note_stall(self) -> None:
+        self._metrics.upstream_stalls.labels(self.key.label).inc()
 
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""

@@ -12,15 +12,19 @@ waits on it. Tickets stand in four classes:
 3. ``blob``       the rest
 4. ``abandoned``  flights that nobody waits for any more
 
-Between classes the better one goes first, but after three grants in a row while a lower one waits
-it lets a lower one pass; ``abandoned`` goes only when nobody else does. The gate may allow some
-classes only (the slot kept for metadata): such a grant counts in the row like any other, but is not
-given up, since nobody else could use it. Inside a class it is round robin over clients, inside a
-client round robin over *images* (the repository a ticket is for), and first come, first served
-inside an image: per class a ring of clients, per client a ring of images, per image a line of
-tickets. For the kubelet's client gives an image up that gets no byte for five minutes, however many
-others of its node do; with one line per client the last of many images would wait for all layers of
-all the others.
+Between classes the better one goes first, but after a *row* of grants while a lower one waits it
+lets a lower one pass; ``abandoned`` goes only when nobody else does. A row is three grants, times
+how much longer a turn of the lower class lasts: what has to be shared is the slots' time, and if a
+turn of 64 MiB counted like a manifest, fifty small blobs would wait for a dozen of those. The gate
+measures how long turns last (``TurnTimes``). The gate may allow some classes only (the slot kept
+for metadata): such a grant counts in the row like any other, but is not given up, since nobody else
+could use it.
+
+Inside a class it is round robin over clients, inside a client round robin over *images* (the
+repository a ticket is for), and first come, first served inside an image: per class a ring of
+clients, per client a ring of images, per image a line of tickets. For the kubelet's client gives an
+image up that gets no byte for five minutes, however many others of its node do; with one line per
+client the last of many images would wait for all layers of all the others.
 
 A ticket stands in a line of each of its clients and goes at the earliest of their turns; granting
 it takes it out of all of them, and only the client whose turn it was goes to the end of the ring,
@@ -57,8 +61,20 @@ _RANK = {turn_class: rank for rank, turn_class in enumerate(TurnClass)}
 #: The client of a ticket that nobody waits for.
 NOBODY = ""
 
-#: Grants in a row a class may take while a lower class waits: three of four (D3).
+#: Grants in a row a class may take while a lower class waits whose turns last as long: three of
+#: four (D3).
 STREAK = 3
+#: The most that a row may be longer than that.
+MAX_WEIGHT = 64.0
+#: Seconds a turn is thought to last until one has been seen.
+USUAL = {
+    TurnClass.METADATA: 0.1,
+    TurnClass.SMALL: 0.2,
+    TurnClass.BLOB: 2.0,
+    TurnClass.ABANDONED: 2.0,
+}
+#: What a turn counts that lasted no time at all, in seconds.
+SHORTEST = 0.001
 
 #: A blob up to this many bytes is ``small``.
 SMALL_BLOB = 1 << 20
@@ -67,6 +83,26 @@ SMALL_BLOB = 1 << 20
 def class_for_blob(size: int | None) -> TurnClass:
     """The class of a blob of ``size`` bytes; an unknown size counts as large."""
     return TurnClass.SMALL if size is not None and size <= SMALL_BLOB else TurnClass.BLOB
+
+
+class TurnTimes:
+    """How long turns of each class last, in seconds: of late ones more than of earlier ones."""
+
+    def __init__(self) -> None:
+        self._lasted = dict(USUAL)
+
+    def ended(self, turn_class: TurnClass, seconds: float) -> None:
+        """One more turn has ended."""
+        self._lasted[turn_class] += (max(seconds, SHORTEST) - self._lasted[turn_class]) / 4
+
+    def of(self, turn_class: TurnClass) -> float:
+        """What one turn of ``turn_class`` takes."""
+        return self._lasted[turn_class]
+
+    def row(self, turn_class: TurnClass, lower: TurnClass) -> int:
+        """Grants in a row that ``turn_class`` may take while ``lower`` waits."""
+        weight = self._lasted[lower] / self._lasted[turn_class]
+        return int(STREAK * min(MAX_WEIGHT, max(1.0, weight)))
 
 
 class Ticket:
@@ -186,11 +222,17 @@ def _yields_to(turn_class: TurnClass, lower: TurnClass) -> bool:
 class TurnQueue:
     """Tickets that wait, and the order they leave in.
 
-    ``on_move`` is called when one stands elsewhere than before: it may be able to go now.
+    ``on_move`` is called when one stands elsewhere than before: it may be able to go now. ``row``
+    says how many grants in a row a class may take while a lower one waits.
     """
 
-    def __init__(self, on_move: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        on_move: Callable[[], None] = lambda: None,
+        row: Callable[[TurnClass, TurnClass], int] = lambda _class, _lower: STREAK,
+    ) -> None:
         self.on_move = on_move
+        self._row = row
         self._rings = {turn_class: _Ring() for turn_class in TurnClass}
 
     def __len__(self) -> int:
@@ -261,14 +303,16 @@ class TurnQueue:
     def _choose(self, allowed: Collection[TurnClass]) -> TurnClass | None:
         waiting = [c for c in TurnClass if self._rings[c].count]
         candidates = [c for c in waiting if c in allowed]
-        for turn_class in candidates:
-            ring = self._rings[turn_class]
-            may_pass = any(_yields_to(turn_class, other) for other in candidates)
-            if may_pass and ring.streak >= STREAK:
-                continue
-            self._count(turn_class, is_contested=any(_yields_to(turn_class, c) for c in waiting))
-            return turn_class
-        return None
+        if not candidates:
+            return None
+        chosen = candidates[-1]
+        for turn_class in reversed(candidates[:-1]):
+            # `chosen` goes if this class does not.
+            is_done = self._rings[turn_class].streak >= self._row(turn_class, chosen)
+            if not (is_done and _yields_to(turn_class, chosen)):
+                chosen = turn_class
+        self._count(chosen, is_contested=any(_yields_to(chosen, c) for c in waiting))
+        return chosen
 
     def _count(self, granted: TurnClass, *, is_contested: bool) -> None:
         """One more grant in a row for this class; rows of better classes end with it."""

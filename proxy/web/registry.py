@@ -11,6 +11,7 @@ Draining: requests under way go on, new ones are sent away with 503 and their co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.deadlines import COME_AGAIN
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
+from proxy.upstream.throttle import Stream, Throttles
 from proxy.web.access import AccessLog, Visit
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients, certified
@@ -76,6 +78,7 @@ class Registry:
         clients: Clients | None = None,
         authentication: Authentication | None = None,
         header_deadline: float = 20.0,
+        throttles: Throttles | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         """``header_deadline`` in seconds: what a client's password may take of it, at most."""
@@ -87,6 +90,7 @@ class Registry:
         self._clients = clients or Clients()
         self._authentication = authentication
         self._header_deadline = header_deadline
+        self._throttles = throttles
         self._is_draining = is_draining
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -243,7 +247,8 @@ class Registry:
         await response.prepare(request)
         sender = Sender(request, response)
         try:
-            await sender.send_all(answer.pieces)
+            with self._stream(visit, prompt=False) as stream:
+                await sender.send_all(answer.pieces, stream)
             await response.write_eof()
         except PullError as error:
             # The status is gone: only the connection can say that this did not work.
@@ -302,11 +307,27 @@ class Registry:
         visit.answered(status)
         await response.prepare(request)
         if not head and status != 304:
+            await self._throttled(visit, len(body))
             await response.write_eof(body)
             visit.sent = len(body)
         else:
             await response.write_eof()
         return response
+
+    def _stream(
+        self, visit: Visit, *, prompt: bool
+    ) -> contextlib.AbstractContextManager[Stream | None]:
+        """The way through the client's byte rate, if there is one."""
+        if self._throttles is None:
+            return contextlib.nullcontext()
+        return self._throttles.stream(visit.key, prompt=prompt)
+
+    async def _throttled(self, visit: Visit, length: int) -> None:
+        """Wait until the client may have ``length`` bytes that are no bulk."""
+        with self._stream(visit, prompt=True) as stream:
+            while stream is not None and length > 0:
+                await stream.take(min(length, stream.piece))
+                length -= stream.piece
 
     async def _refuse(
         self, request: web.BaseRequest, visit: Visit, error: PullError

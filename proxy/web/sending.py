@@ -8,6 +8,9 @@ without a word where the file does):
 * no sendfile reaches past what the flight has published: spans come clamped from the reader;
 * a body without a length is chunked, which sendfile knows nothing of: it is copied.
 
+Where clients have a byte rate, a piece goes in parts, each when the client's throttle lets it. To
+the flight such a client is a slow one: what it was given counts as sent when all of it is.
+
 A body that cannot be finished must not end cleanly. By FIN the client may go on from where it is
 (containerd does); by RST it must not trust what it has (D7).
 """
@@ -19,12 +22,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 from aiohttp import web
 
 from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import FileSpan, Piece
+from proxy.upstream.throttle import Stream
 
 #: Bytes of one read and write where sendfile is not to be had.
 CHUNK = 256 << 10
@@ -53,18 +57,30 @@ class Sender:
         self._response = response
         self.sent = 0
 
-    async def send_all(self, pieces: AsyncGenerator[Piece, None]) -> None:
-        """Every piece, in order. Raises what the pieces raise, ``ConnectionError`` when the client
-        has left, and ``StoreFailed`` when a file cannot be read."""
+    async def send_all(
+        self, pieces: AsyncGenerator[Piece, None], stream: Stream | None = None
+    ) -> None:
+        """Every piece, in order, through the client's byte rate if there is one.
+
+        Raises what the pieces raise, ``ConnectionError`` when the client has left, and
+        ``StoreFailed`` when a file cannot be read."""
         try:
             async for piece in pieces:
-                if isinstance(piece, FileSpan):
-                    await self._send_span(piece)
-                else:
-                    await self._response.write(piece)
-                    self.sent += len(piece)
+                if stream is None:
+                    await self._send(piece)
+                    continue
+                for part in parts(piece, stream.piece):
+                    await stream.take(part.length if isinstance(part, FileSpan) else len(part))
+                    await self._send(part)
         finally:
             await pieces.aclose()
+
+    async def _send(self, piece: Piece) -> None:
+        if isinstance(piece, FileSpan):
+            await self._send_span(piece)
+        else:
+            await self._response.write(piece)
+            self.sent += len(piece)
 
     async def _send_span(self, span: FileSpan) -> None:
         transport = self._request.transport
@@ -116,6 +132,16 @@ class Sender:
             await self._response.write(data)
             position += len(data)
             self.sent += len(data)
+
+
+def parts(piece: Piece, most: int) -> Iterator[Piece]:
+    """The same bytes, at most ``most`` at a time."""
+    if isinstance(piece, FileSpan):
+        for start in range(piece.start, piece.stop, most):
+            yield FileSpan(piece.lease, start, min(start + most, piece.stop))
+    else:
+        for start in range(0, len(piece), most):
+            yield piece[start : start + most]
 
 
 def _failed(error: OSError) -> Exception:

@@ -404,8 +404,8 @@ async def test_what_comes_too_late_is_not_worth_waiting_for() -> None:
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        (Fault(Disconnect(), times=2), "reset"),
-        (Fault(Disconnect(reset=True), times=2), "reset"),
+        (Fault(Disconnect()), "reset"),
+        (Fault(Disconnect(reset=True)), "reset"),
         (Fault(Cut(5)), "body"),
         (Fault(Reset(5)), "body"),
     ],

@@ -34,6 +34,7 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
     values = {
         "size": "7KiB", "duration": "25s", "host:port": "[::1]:7", "true or false": "true",
         "path": "/seven", "list": '["seven"]', "URL": "https://docker.io", "text": "docker.io",
+        "byte rate": "7KiB/s",
     }  # fmt: skip
     choices = {"log_level": "error", "log_format": "json", "cache.on_abandon": "cancel"}
     water = {"cache.low_water": "0.07", "cache.high_water": "0.97", "fast_transport": "false"}

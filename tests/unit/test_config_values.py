@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.settings.values import (
+    ByteRate,
     HostPort,
     Rate,
     format_duration,
@@ -116,6 +117,33 @@ def test_what_is_no_rate_is_refused(text: object) -> None:
         Rate.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "rate", "shown"),
+    [
+        ("50MiB/s", 50 << 20, "50MiB/s"),
+        ("400 kB / s", 400_000, "400000B/s"),
+        ("6gib/h", (6 << 30) // 3600, "1789569B/s"),
+        ("1.5KiB/s", 1536, "1536B/s"),
+        ("60B/m", 1, "1B/s"),
+    ],
+)
+def test_a_byte_rate_is_read_as_bytes_a_second(text: str, rate: int, shown: str) -> None:
+    assert ByteRate.parse(text) == ByteRate(rate)
+    assert str(ByteRate(rate)) == shown
+
+
+@pytest.mark.parametrize("text", ["100/s", "100MB", "8Mbit/s", "1MB/d", "-1B/s", "1.5B/s", 100])
+def test_what_is_no_byte_rate_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="bytes in a time, such as '50MiB/s'"):
+        ByteRate.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0B/s", "59B/m"])
+def test_a_byte_rate_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="at least one byte a second"):
+        ByteRate.parse(text)
+
+
 def test_a_registry_url_is_normalised() -> None:
     assert parse_registry_url("HTTPS://Harbor.Example.com/") == "https://harbor.example.com"
     assert parse_registry_url("http://[::1]:5000/base/") == "http://[::1]:5000/base"
@@ -162,9 +190,15 @@ def test_a_rate_that_was_written_reads_back(count: int, every: int, unit: str) -
     assert Rate.parse(str(rate)) == rate
 
 
+@given(st.integers(1, 10**15))
+def test_a_byte_rate_that_was_written_reads_back(rate: int) -> None:
+    assert ByteRate.parse(str(ByteRate(rate))) == ByteRate(rate)
+
+
 @given(st.one_of(st.text(), st.from_regex(r"[0-9.]+ ?[a-zA-Z/:@\[\]]*[0-9]*")))
 def test_a_parser_answers_any_text_with_a_value_or_a_value_error(text: str) -> None:
-    for parse in (HostPort.parse, Rate.parse, parse_duration, parse_size, parse_registry_url):
+    parsers = (HostPort.parse, ByteRate.parse, Rate.parse, parse_duration, parse_size)
+    for parse in (*parsers, parse_registry_url):
         try:
             parse(text)
         except ValueError:

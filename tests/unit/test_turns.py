@@ -17,12 +17,14 @@ from hypothesis.stateful import (
 )
 
 from proxy.upstream.turns import (
+    MAX_WEIGHT,
     NOBODY,
     SMALL_BLOB,
     STREAK,
     Ticket,
     TurnClass,
     TurnQueue,
+    TurnTimes,
     class_for_blob,
 )
 
@@ -187,6 +189,28 @@ def test_three_classes_share_by_the_same_rule() -> None:
     waiting = [Ticket(turn_class) for turn_class in (METADATA, SMALL, BLOB) for _ in range(30)]
     order = classes(taken(queue_of(*waiting)))
     assert order.startswith("mmmsmmmsmmmsmmmbmmms")
+
+
+def test_a_row_is_longer_while_turns_of_a_lower_class_last_longer() -> None:
+    times = TurnTimes()
+    for _ in range(50):
+        times.ended(SMALL, 0.1)
+        times.ended(BLOB, 0.4)
+    assert times.row(SMALL, BLOB) == 4 * STREAK
+    queue = TurnQueue(row=times.row)
+    for ticket in tickets(SMALL, *"abcdefghijklmno") + tickets(BLOB, *"xy"):
+        queue.add(ticket)
+    assert classes(taken(queue)) == "s" * 12 + "b" + "s" * 3 + "b"
+
+
+def test_a_row_is_never_shorter_than_three_and_never_endless() -> None:
+    times = TurnTimes()
+    for _ in range(50):
+        times.ended(METADATA, 9.0)
+        times.ended(SMALL, 0.0)
+        times.ended(BLOB, 1e6)
+    assert times.row(METADATA, SMALL) == STREAK
+    assert times.row(SMALL, BLOB) == STREAK * MAX_WEIGHT
 
 
 def test_a_turn_of_a_lower_class_ends_the_row_of_a_better_one() -> None:

@@ -24,6 +24,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import Credentials, StaticCredentials
 from proxy.upstream.origin import Origin, Origins, OriginSettings
 from proxy.upstream.routing import Upstream
+from proxy.upstream.throttle import Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -57,6 +58,7 @@ class Tls:
     server: ssl.SSLContext
     client: ssl.SSLContext
     stranger: ssl.SSLContext
+    authority: bytes  # PEM of whom the client trusts
 
 
 @functools.cache
@@ -67,7 +69,7 @@ def tls() -> Tls:
     client, stranger = ssl.create_default_context(), ssl.create_default_context()
     authority.configure_trust(client)
     other.configure_trust(stranger)
-    return Tls(server, client, stranger)
+    return Tls(server, client, stranger, authority.cert_pem.bytes())
 
 
 @functools.cache
@@ -146,6 +148,7 @@ class Puller:
         settings: OriginSettings | None = None,
         origins: Origins | None = None,
         clock: FakeClock | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics()
@@ -167,6 +170,7 @@ class Puller:
                 on_refresh=self.refreshes.append,
             ),
             metrics=self.metrics,
+            throttle=throttle,
         )
 
     async def __aenter__(self) -> Puller:

@@ -1,0 +1,23 @@
+"""The fairness benchmark's small mode is right: everybody is served, whatever the clock says."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from benchmarks.fairness import CAP, FAST, measure
+from benchmarks.scenario import Options
+
+pytestmark = pytest.mark.integration
+
+
+def test_everybody_is_served_alone_and_beside_a_client_that_wants_much() -> None:
+    findings = measure(Options(fast=True))
+    alone, beside = cast(list[dict[str, Any]], findings.figures)
+    assert (alone["name"], beside["name"]) == ("alone", "beside")
+    for played in (alone, beside):
+        assert played["served"] == played["expected"] == 3 * FAST.clients
+        assert played["peak_sockets"] <= CAP
+    assert beside["heavy_served"] == FAST.blobs
+    assert beside["heavy_bytes"] == FAST.blobs * FAST.blob_size
