@@ -1,6 +1,6 @@
 """Fifty clients that want little, alone and beside one that wants very much.
 
-`python -m benchmarks.fairness` starts every part itself and prints a table. Fifty clients each pull
+`python -m benchmarks fairness` starts every part itself and prints a table. Fifty clients each pull
 a cold image with a layer of 1 MiB through pullpool, from the bundled registry that allows 8 sockets
 and gives each 8 MiB a second, which two cores can carry; then again, beside one client that has
 asked for 500 blobs of 64 MiB at once and holds every slot by then. What counts is how much longer
@@ -20,32 +20,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import click
 import uvloop
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.load import Answer, Plan, Want, crowd
 from benchmarks.parts import (
     LOOPBACK,
     MIB,
     TIMES,
-    PartFailed,
-    ended_by_signals,
-    environment,
     prime_pages,
     request,
     running,
     until,
 )
+from benchmarks.scenario import Findings, Options, Promise, Sheet
 from benchmarks.subjects import pullpool
-from benchmarks.tables import environment_table
 from benchmarks.wire import Received, Wire
 from proxy.upstream.origin import TURN_SECONDS
 
 CAP = 8
+ABOUT = """\
+Fifty clients each pull a cold image with a layer of 1 MiB through pullpool, from the bundled
+registry that allows 8 sockets and gives each 8 MiB a second; then again, beside one client that has
+asked for 500 blobs of 64 MiB at once and has held every slot for 12 s. Times are from the first
+request of the fifty to the last byte of each one's image."""
 HEAVY = "127.9.0.1"  # the address of the client that wants much
-PIPE_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +89,19 @@ class Registry:
         return int(json.loads(request(self.control, "/_counters").body)["peak_sockets"])
 
 
+def registry_command(size: Size) -> tuple[str, ...]:
+    """How it is started."""
+    return (
+        *("python", "-m", "proxy.testing", "registry", f"--limit={CAP}", f"--rate={size.rate}"),
+        *(f"--images={size.clients}", "--layers=1", f"--layer-size={size.layer_size}"),
+        *(f"--patterns={size.blobs}", f"--pattern-size={size.blob_size}"),
+    )
+
+
 @contextlib.contextmanager
 def registry(directory: Path, size: Size) -> Iterator[Registry]:
     """Starts it with its blobs. Raises PartFailed."""
-    command = (
-        *(sys.executable, "-m", "proxy.testing", "registry", f"--limit={CAP}"),
-        *(f"--rate={size.rate}", f"--images={size.clients}", "--layers=1"),
-        *(f"--layer-size={size.layer_size}", f"--patterns={size.blobs}"),
-        f"--pattern-size={size.blob_size}",
-    )
-    with running("registry", command, directory) as part:
+    with running("registry", (sys.executable, *registry_command(size)[1:]), directory) as part:
 
         def has_spoken() -> bool:
             part.check()
@@ -236,62 +237,65 @@ def play(name: str, upstream: Registry, size: Size, directory: Path) -> Round:
         )
 
 
-def run(size: Size, *, rounds: int, console: Console) -> list[Round]:
+def play_rounds(size: Size, options: Options) -> list[Round]:
     """Alone and beside, in turn. Raises PartFailed."""
     played = []
+    rounds = options.rounds or 1
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name,
         registry(Path(name), size) as upstream,
     ):
         for number in range(rounds):
             for kind in ("alone", "beside"):
-                console.log(f"fairness {number + 1}/{rounds}: {kind}")
+                options.log(f"fairness {number + 1}/{rounds}: {kind}")
                 if not size.whole:
                     prime_pages(Path(name))
                 played.append(play(kind, upstream, size, Path(name)))
     return sorted(played, key=lambda one: one.name)
 
 
-def fairness_table(size: Size, rounds: Sequence[Round]) -> Table:
+def fairness_table(size: Size, rounds: Sequence[Round]) -> Sheet:
     """One row for each round."""
-    caption = f"a turn of the client with much lasts {size.turn:.1f} s"
-    table = Table(title=size.title(), title_justify="left", title_style="bold", caption=caption)
-    table.add_column("the clients with little", no_wrap=True)
-    for column in ("answers served", "p50", "p95", "last", "the other got", "peak sockets"):
-        table.add_column(column, justify="right")
-    for played in rounds:
-        times = (f"{seconds:.2f} s" for seconds in (played.at(0.5), played.at(0.95), played.at(1)))
-        table.add_row(
+    columns = ("clients with little", "answers served", "p50", "p95", "last", "the other got")
+    found = [
+        (
             played.name,
             f"{played.served} of {played.expected}",
-            *times,
+            *(f"{seconds:.2f} s" for seconds in (played.at(0.5), played.at(0.95), played.at(1))),
             f"{played.heavy_bytes / MIB:.0f} MiB",
             str(played.peak_sockets),
         )
-    return table
+        for played in rounds
+    ]
+    caption = f"a turn of the client with much lasts about {size.turn:.1f} s"
+    return Sheet(size.title(), (*columns, "peak sockets"), tuple(found), caption)
 
 
-@click.command()
-@click.option("--rounds", default=1, show_default=True, help="Rounds of each kind.")
-@click.option("--fast", is_flag=True, help="Small: right, not telling.")
-@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path))
-def main(rounds: int, fast: bool, target: Path | None) -> None:
-    """Measures what a client with much costs clients with little."""
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    size = FAST if fast else FULL
-    surroundings = environment()
-    with ended_by_signals():
-        try:
-            played = run(size, rounds=rounds, console=console)
-        except PartFailed as error:
-            raise click.ClickException(str(error)) from error
-    console.print(environment_table(surroundings))
-    console.print(fairness_table(size, played))
-    if target is not None:
-        figures = [one.figures() for one in played]
-        document = {"environment": surroundings, "turn": size.turn, "fairness": figures}
-        target.write_text(json.dumps(document, indent=2) + "\n")
+def promises(size: Size, rounds: Sequence[Round]) -> Iterator[Promise]:
+    """What pullpool has to reach, in its worst round."""
+    failed = sum(one.expected - one.served for one in rounds)
+    yield Promise("fail no answer", "0", str(failed), not failed)
+    alone = max(one.at(0.95) for one in rounds if one.name == "alone")
+    beside = max(one.at(0.95) for one in rounds if one.name == "beside")
+    more = beside - alone
+    what = "the p95 of clients with little rises by at most a turn"
+    yield Promise(what, f"≤ {size.turn:.2f} s", f"{more:.2f} s", more <= size.turn)
+
+
+def measure(options: Options) -> Findings:
+    """Plays the clients with little, alone and beside. Raises PartFailed."""
+    size = FAST if options.fast else FULL
+    rounds = play_rounds(size, options)
+    return Findings(
+        about=ABOUT,
+        sheets=(fairness_table(size, rounds),),
+        promises=tuple(promises(size, rounds)),
+        configurations={"the bundled registry": " ".join(registry_command(size))},
+        figures=[one.figures() for one in rounds],
+    )
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.__main__ import main
+
+    main(["fairness", *sys.argv[1:]])

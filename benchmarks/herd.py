@@ -1,6 +1,6 @@
 """Crowds on a registry with a connection limit: through nothing, two rivals and pullpool.
 
-`python -m benchmarks.herd` starts every part itself, plays its scenarios in rounds, prints tables:
+`python -m benchmarks herd` starts every part itself and plays three scenes in rounds:
 
 - herd: 64 clients want one cold 64 MiB blob of a registry that allows 8 requests at a time, each at
   100 MB/s;
@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,26 +19,31 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.images import Image, make_image
 from benchmarks.load import Want
-from benchmarks.parts import MIB, TIMES, PartFailed, ended_by_signals, environment
+from benchmarks.parts import MIB, TIMES
 from benchmarks.rounds import Crowd, Round, play, rounds_in_turn
-from benchmarks.subjects import SUBJECTS, Subject
-from benchmarks.tables import Row, crowd_table, environment_table, herd_table, ratio_to_rival
+from benchmarks.scenario import Findings, Options, Promise, Sheet
+from benchmarks.subjects import SUBJECTS, Subject, chosen
+from benchmarks.tables import Row, crowd_table, herd_table, ratio_to_rival, row_of
 from benchmarks.upstreams import Upstream, fake_registry, limited_registry
 
 CAP = 8
 RATE = 100_000_000  # bytes a second for each connection
-PIPE_WIDTH = 160
+ROUNDS = 3
+
+ABOUT = """\
+A registry that allows 8 connections, each at 100 MB/s, answers 401 beyond, as Harbor does. Crowds
+come to it straight, through docker-registry's pull-through cache, through nginx with its cache lock
+tuned, and through pullpool, everything cold. *herd*: everybody wants the same blob. *crowd*: each
+client pulls one of 20 images from the bundled registry, which counts sockets when it accepts them.
+*crowd-real*: the same in front of docker-registry behind nginx's `limit_conn`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a scenario is: clients, images, layers of an image, bytes of a layer."""
+    """How large a scene is: clients, images, layers of an image, bytes of a layer."""
 
     clients: int
     images: int
@@ -48,19 +52,29 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Scenario:
+class Scene:
     """A crowd to be opened in a directory, the columns it is judged by, and its two sizes."""
 
     name: str
     full: Size
     fast: Size
     open: Callable[[Path, Size], AbstractContextManager[Crowd]]
-    table: Callable[[str, Sequence[Row]], Table]
+    table: Callable[[str, Sequence[Row]], Sheet]
 
     def title(self, size: Size) -> str:
         what = "cold image" if size.images == 1 else "cold images"
         layers = f"{size.layers} {TIMES} {size.layer_size / MIB:g} MiB"
         return f"{self.name}: {size.clients} clients, {size.images} {what}, {layers}, limit {CAP}"
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A scene that was played: a row for each subject, and how the upstream was set up."""
+
+    scene: Scene
+    size: Size
+    rows: Sequence[Row]
+    upstream: str
 
 
 @contextlib.contextmanager
@@ -110,95 +124,83 @@ def _pulling(upstream: Upstream, pulls: Sequence[Want], unique: int, size: Size)
 
 HERD_FULL, HERD_FAST = Size(64, 1, 1, 64 * MIB), Size(24, 1, 1, 4 * MIB)
 CROWD_FULL, CROWD_FAST = Size(300, 20, 4, 3 * MIB // 2), Size(40, 5, 4, MIB // 8)
-SCENARIOS = (
-    Scenario("herd", HERD_FULL, HERD_FAST, open_herd, herd_table),
-    Scenario("crowd", CROWD_FULL, CROWD_FAST, open_crowd, crowd_table),
-    Scenario("crowd-real", CROWD_FULL, CROWD_FAST, open_crowd_real, crowd_table),
+SCENES = (
+    Scene("herd", HERD_FULL, HERD_FAST, open_herd, herd_table),
+    Scene("crowd", CROWD_FULL, CROWD_FAST, open_crowd, crowd_table),
+    Scene("crowd-real", CROWD_FULL, CROWD_FAST, open_crowd_real, crowd_table),
 )
 
 
-def run_scenario(
-    scenario: Scenario, subjects: Sequence[Subject], *, rounds: int, fast: bool, console: Console
-) -> list[Row]:
-    """Plays all rounds of a scenario; one row for each subject."""
-    size = scenario.fast if fast else scenario.full
-    order = rounds_in_turn(subjects, 0 if fast else rounds, verifying=True)
+def measure(options: Options) -> Findings:
+    """Plays the three scenes. Raises PartFailed."""
+    subjects = chosen(SUBJECTS, options)
+    played = [play_scene(scene, subjects, options) for scene in SCENES]
+    fronts = {row.title: row.configuration for row in played[0].rows if row.configuration}
+    upstreams = {f"the upstream of {each.scene.name}": each.upstream for each in played}
+    return Findings(
+        about=ABOUT,
+        sheets=tuple(each.scene.table(each.scene.title(each.size), each.rows) for each in played),
+        promises=tuple(promise for each in played for promise in _promises(each)),
+        configurations={**upstreams, **fronts},
+        figures={each.scene.name: _figures(each.rows) for each in played},
+    )
+
+
+def play_scene(scene: Scene, subjects: Sequence[Subject], options: Options) -> Played:
+    """Plays all rounds of a scene. Raises PartFailed."""
+    size = scene.fast if options.fast else scene.full
+    number = 0 if options.fast else options.rounds or ROUNDS
+    order = rounds_in_turn(subjects, number, verifying=True)
     played: list[Round] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name,
-        scenario.open(Path(name), size) as crowd,
+        scene.open(Path(name), size) as crowd,
     ):
         for turn, (subject, verify) in enumerate(order, 1):
             kind = "verifying" if verify else "timed"
-            console.log(f"{scenario.name} {turn}/{len(order)}: {subject.title} ({kind})")
-            played.append(play(subject, crowd, Path(name), verify=verify, prime=not fast))
-        unique, expected = crowd.unique_size, crowd.answers_expected
-    rows = {subject: [one for one in played if one.subject == subject.name] for subject in subjects}
-    return [Row(subject.title, found, unique, expected) for subject, found in rows.items()]
+            options.log(f"{scene.name} {turn}/{len(order)}: {subject.title} ({kind})")
+            played.append(play(subject, crowd, Path(name), verify=verify, prime=not options.fast))
+        unique, expected, upstream = crowd.unique_size, crowd.answers_expected, crowd.upstream
+        found = {each: [one for one in played if one.subject == each.name] for each in subjects}
+        rows = [Row(each.title, rounds, unique, expected) for each, rounds in found.items()]
+        return Played(scene, size, rows, upstream.configuration)
 
 
-def _show(console: Console, scenario: Scenario, rows: Sequence[Row], *, fast: bool) -> None:
-    console.print(scenario.table(scenario.title(scenario.fast if fast else scenario.full), rows))
-    ratio = ratio_to_rival(rows, "pullpool", "nginx")
+def _promises(played: Played) -> Iterator[Promise]:
+    """What pullpool has to reach in a scene; nothing when it did not run."""
+    row = row_of(played.rows, "pullpool")
+    if row is None:
+        return
+    name = played.scene.name
+    served, peak = row.worst.served, max(one.upstream.peak or 0 for one in row.rounds)
+    answers = f"{served} of {row.expected}"
+    yield Promise(f"{name}: answer everything", f"{row.expected}", answers, row.is_whole)
+    ratio = row.upstream_ratio
+    yield Promise(f"{name}: fetch every byte once", "1.00", f"{ratio:.2f}", ratio < 1.005)
+    if peak:
+        yield Promise(f"{name}: stay within the cap", f"{CAP} sockets", str(peak), peak <= CAP)
+    if name == "herd":
+        yield from _speed(played.rows, row)
+
+
+def _speed(rows: Sequence[Row], row: Row) -> Iterator[Promise]:
+    first, ratio = row.middle(lambda r: r.first_byte), ratio_to_rival(rows, "pullpool", "nginx")
+    text = row.time(lambda r: r.first_byte)
+    yield Promise("herd: first byte, median", "≤ 0.1 s", text, first is not None and first <= 0.1)
     if ratio is not None:
-        console.print(f"last client done, pullpool / nginx: {ratio:.2f} {TIMES}\n")
+        done = f"{ratio:.2f} {TIMES}"
+        yield Promise("herd: last client done, beside nginx", f"≤ 0.7 {TIMES}", done, ratio <= 0.7)
 
 
-def _document(results: dict[str, list[Row]], surroundings: dict[str, str]) -> str:
-    scenarios = {
-        name: {
-            "summary": [row.summary() for row in rows],
-            "rounds": [played.figures() for row in rows for played in row.rounds],
-            "pullpool_to_nginx": ratio_to_rival(rows, "pullpool", "nginx"),
-        }
-        for name, rows in results.items()
+def _figures(rows: Sequence[Row]) -> dict[str, object]:
+    return {
+        "summary": [row.summary() for row in rows],
+        "rounds": [played.figures() for row in rows for played in row.rounds],
+        "pullpool_to_nginx": ratio_to_rival(rows, "pullpool", "nginx"),
     }
-    return json.dumps({"environment": surroundings, "scenarios": scenarios}, indent=2) + "\n"
-
-
-def _installed(console: Console, names: Sequence[str]) -> list[Subject]:
-    """The chosen subjects that this machine can run; says which it cannot."""
-    chosen = [subject for subject in SUBJECTS if not names or subject.name in names]
-    for subject in chosen:
-        if not subject.is_installed:
-            console.print(f"without {subject.title}: {subject.program} is not installed")
-    return [subject for subject in chosen if subject.is_installed]
-
-
-@click.command()
-@click.option("--rounds", default=3, show_default=True, help="Timed rounds for each subject.")
-@click.option("--fast", is_flag=True, help="Small, one verifying round: right, not fast.")
-@click.option("--only", multiple=True, type=click.Choice([subject.name for subject in SUBJECTS]))
-@click.option(
-    "--scenario", "names", multiple=True, type=click.Choice([each.name for each in SCENARIOS])
-)
-@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path))
-def main(
-    rounds: int, fast: bool, only: tuple[str, ...], names: tuple[str, ...], target: Path | None
-) -> None:
-    """Measures crowds on a registry with a connection limit."""
-    # A file or a pipe has no width of its own; the tables are wider than what is assumed then.
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    subjects = _installed(console, only)
-    surroundings = environment()
-    results: dict[str, list[Row]] = {}
-    with ended_by_signals():
-        for scenario in SCENARIOS:
-            if names and scenario.name not in names:
-                continue
-            try:
-                results[scenario.name] = run_scenario(
-                    scenario, subjects, rounds=rounds, fast=fast, console=console
-                )
-            except PartFailed as error:
-                raise click.ClickException(f"{scenario.name}: {error}") from error
-    console.print(environment_table(surroundings))
-    for scenario in SCENARIOS:
-        if scenario.name in results:
-            _show(console, scenario, results[scenario.name], fast=fast)
-    if target is not None:
-        target.write_text(_document(results, surroundings))
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.__main__ import main
+
+    main(["herd", *sys.argv[1:]])

@@ -41,13 +41,21 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A crowd: where it goes, what each client begins with, how long an answer may take (s)."""
+    """A crowd: where it goes, what each client begins with, how long an answer may take (s).
+
+    Each client asks for `each` things, one after another: its own, and those of the clients after.
+    """
 
     host: str
     port: int
     wants: tuple[Want, ...]
     verify: bool
     patience: float = 300.0
+    each: int = 1
+
+    def wants_of(self, number: int) -> list[Want]:
+        """What client `number` asks for, in its order."""
+        return [self.wants[(number + step) % len(self.wants)] for step in range(self.each)]
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -104,16 +112,20 @@ class Client:
         self._idle: list[Wire] = []
         self.answers: list[Answer] = []
 
-    async def run(self, want: Want) -> None:
+    async def run(self) -> None:
         try:
-            manifest = await self._answer(want)
-            wants = deque(_children(want.repository, manifest) if manifest else ())
-            async with asyncio.TaskGroup() as streams:
-                for _ in range(min(STREAMS, len(wants))):
-                    streams.create_task(self._stream(wants))
+            for want in self._plan.wants_of(self._number):
+                await self._pull(want)
         finally:
             for wire in self._idle:
                 wire.close()
+
+    async def _pull(self, want: Want) -> None:
+        manifest = await self._answer(want)
+        wants = deque(_children(want.repository, manifest) if manifest else ())
+        async with asyncio.TaskGroup() as streams:
+            for _ in range(min(STREAMS, len(wants))):
+                streams.create_task(self._stream(wants))
 
     async def _stream(self, wants: deque[Want]) -> None:
         while wants:
@@ -210,8 +222,8 @@ async def crowd(plan: Plan) -> Report:
     epoch = time.monotonic()
     clients = [Client(number, plan, epoch) for number in range(len(plan.wants))]
     async with asyncio.TaskGroup() as group:
-        for client, want in zip(clients, plan.wants, strict=True):
-            group.create_task(client.run(want))
+        for client in clients:
+            group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
     return Report(answers, time.process_time() - before)
 

@@ -1,13 +1,16 @@
 """A crowd on a Harbor that breaks under load: straight, through docker-registry, and pullpool.
 
-`python -m benchmarks.overload` starts every part itself and prints a table. 120 clients pull 12
-cold private images of a Harbor that breaks beyond 6 requests in progress, token requests included,
-in all the ways that the bundled one knows (see `proxy.testing.overload`). Whoever goes there has a
-login: the clients that go straight, docker-registry's proxy, and pullpool, which is told a cap of
-32 and has to find out that 6 is what the upstream bears.
+`python -m benchmarks overload` starts every part itself. 120 clients pull 12 cold private images
+each, every client beginning with another one, of a Harbor that breaks beyond 6 requests in
+progress, token requests included, in all the ways that the bundled one knows (see
+`proxy.testing.overload`). Whoever goes there has a login: the clients that go straight,
+docker-registry's proxy, and pullpool, which is told a cap of 32 and has to find out that 6 is what
+the upstream bears.
 
 What counts: answers that failed, and how much of what the upstream was asked it broke on, in the
-first 10 s, when nobody can know its limit, and afterwards.
+first 10 s, when nobody can know its limit, and afterwards. A crowd that is served from a cache asks
+the upstream once for everything: its requests are as many as the images have parts. The images have
+many layers, as images of applications have, so that a broken answer or two is not a tenth of all.
 """
 
 from __future__ import annotations
@@ -24,28 +27,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import click
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.load import Answer, Plan, Want
 from benchmarks.overload_clients import unleash
 from benchmarks.parts import (
+    KIB,
     LOOPBACK,
     MIB,
     TIMES,
-    PartFailed,
     await_http,
-    ended_by_signals,
-    environment,
     free_port,
     prime_pages,
     request,
     running,
+    shown,
     until,
 )
-from benchmarks.subjects import Front, Subject, nothing
-from benchmarks.tables import NONE, environment_table
+from benchmarks.scenario import Findings, Options, Promise, Sheet
+from benchmarks.subjects import Front, Subject, chosen, nothing
+from benchmarks.tables import NONE, failures_text
 from benchmarks.upstreams import registry_config
 
 BREAKS_BEYOND = 6  # requests in progress
@@ -54,7 +53,15 @@ EARLY = 10.0  # seconds
 USER, PASSWORD = "robot", "pull-only"  # of a registry that lives for a minute
 TOKEN_TTL = 60  # seconds
 QUIET_LOOKS, QUIET_STEP = 10, 0.1  # seconds
-PIPE_WIDTH = 160
+ROUNDS = 3
+
+ABOUT = """\
+120 clients pull 12 cold private images each, every client beginning with another one, of a Harbor
+that breaks beyond 6 requests in progress, token requests included: empty challenges, Basic
+challenges to good tokens, database text, tokens that grant nothing, 500, resets, all alike. The
+clients that go straight have a login, docker-registry and pullpool have it in their configuration.
+pullpool is told that it may open 32 sockets. An answer that failed is not asked for again.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +74,33 @@ class Size:
     clients: int
     images: int
     layers: int
-    layer_size: int
+    layer_sizes: tuple[int, ...]
     rate: int
     service_time: float
 
     @property
     def answers(self) -> int:
-        """A manifest, a config and the layers for each client."""
-        return self.clients * (2 + self.layers)
+        """A manifest, a config and the layers of every image for each client."""
+        return self.clients * self.images * (2 + self.layers)
 
     def title(self) -> str:
-        layers = f"{self.layers} {TIMES} {self.layer_size / MIB:g} MiB"
+        smallest, largest = min(self.layer_sizes), max(self.layer_sizes)
         return (
-            f"overload: {self.clients} clients, {self.images} cold images, {layers}, breaks beyond"
+            f"overload: {self.clients} clients {TIMES} {self.images} cold images of {self.layers} "
+            f"layers ({smallest / KIB:g} to {largest / KIB:g} KiB), breaks beyond"
             f" {BREAKS_BEYOND} requests, pullpool's cap {CAP}"
         )
 
 
-FULL = Size(120, 12, 4, 6 * MIB, rate=2 * MIB, service_time=0.1)
-FAST = Size(24, 4, 2, MIB // 4, rate=2 * MIB, service_time=0.02)
+FULL = Size(
+    120,
+    12,
+    24,
+    (16 * KIB, 64 * KIB, 256 * KIB, 64 * KIB, 32 * KIB, 3 * MIB // 2),
+    rate=MIB,
+    service_time=0.1,
+)
+FAST = Size(12, 4, 2, (MIB // 4,), rate=2 * MIB, service_time=0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +135,21 @@ class Harbor:
         return [(at, kind) for at, kind in json.loads(request(self.control, "/_timeline").body)]
 
 
+def harbor_command(size: Size) -> tuple[str, ...]:
+    """How it is started."""
+    layer_sizes = ",".join(map(str, size.layer_sizes))
+    return (
+        *("python", "-m", "proxy.testing", "harbor", f"--users={USER}:{PASSWORD}"),
+        *(f"--breaks-beyond={BREAKS_BEYOND}", f"--token-ttl={TOKEN_TTL}"),
+        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={layer_sizes}"),
+        *(f"--rate={size.rate}", f"--service-time={size.service_time}"),
+    )
+
+
 @contextlib.contextmanager
 def harbor(directory: Path, size: Size) -> Iterator[Harbor]:
     """Starts it with its images. Raises PartFailed."""
-    command = (
-        *(sys.executable, "-m", "proxy.testing", "harbor", f"--users={USER}:{PASSWORD}"),
-        *(f"--breaks-beyond={BREAKS_BEYOND}", f"--token-ttl={TOKEN_TTL}"),
-        *(f"--images={size.images}", f"--layers={size.layers}", f"--layer-size={size.layer_size}"),
-        *(f"--rate={size.rate}", f"--service-time={size.service_time}"),
-    )
+    command = (sys.executable, *harbor_command(size)[1:])
     with running("harbor", command, directory) as part:
 
         def has_spoken() -> bool:
@@ -155,10 +176,11 @@ def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
     port = free_port()
     config = directory / "proxy.yml"
     text = registry_config(port, directory / "cache", proxied=f"http://{LOOPBACK}:{upstream}")
-    config.write_text(f"{text}  username: {USER}\n  password: {PASSWORD}\n")
+    text += f"  username: {USER}\n  password: {PASSWORD}\n"
+    config.write_text(text)
     with running("registry-proxy", ("docker-registry", "serve", str(config)), directory) as part:
         await_http(part, port, "/v2/", ready=lambda status: status == 200)
-        yield Front(port, part)
+        yield Front(port, part, shown(text, directory))
 
 
 @contextlib.contextmanager
@@ -166,7 +188,7 @@ def pullpool(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
     """The product, told the cap and the login and otherwise as it comes."""
     port, admin = free_port(), free_port()
     config = directory / "pullpool.toml"
-    config.write_text(f"""listen = "{LOOPBACK}:{port}"
+    text = f"""listen = "{LOOPBACK}:{port}"
 admin = "{LOOPBACK}:{admin}"
 
 [cache]
@@ -178,11 +200,12 @@ url = "http://{LOOPBACK}:{upstream}"
 max_connections = {cap}
 username = "{USER}"
 password = "{PASSWORD}"
-""")
+"""
+    config.write_text(text)
     command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
     with running("pullpool", command, directory) as part:
         await_http(part, admin, "/readyz", ready=lambda status: status == 200)
-        yield Front(port, part)
+        yield Front(port, part, shown(text, directory))
 
 
 SUBJECTS = (
@@ -219,6 +242,7 @@ class Round:
     unique: int
     peak_sockets: int
     peak_requests: int
+    configuration: str = ""
 
     @property
     def served(self) -> int:
@@ -247,7 +271,7 @@ class Round:
         return max(answer.ended for answer in self.answers)
 
     def figures(self) -> Mapping[str, object]:
-        """The round as it goes into the JSON file."""
+        """The round in plain JSON types."""
         return {
             "subject": self.subject,
             "answers_expected": self.expected,
@@ -280,7 +304,7 @@ def play(subject: Subject, upstream: Harbor, size: Size, directory: Path) -> Rou
     ):
         upstream.settle()
         upstream.begin()
-        report = unleash(Plan(LOOPBACK, front.port, wants, verify=True), login)
+        report = unleash(Plan(LOOPBACK, front.port, wants, verify=True, each=size.images), login)
         upstream.settle()
         if front.part is not None:
             front.part.check()
@@ -294,18 +318,14 @@ def play(subject: Subject, upstream: Harbor, size: Size, directory: Path) -> Rou
             unique=upstream.unique_size,
             peak_sockets=counted["peak_sockets"],
             peak_requests=counted["peak_requests"],
+            configuration=front.configuration,
         )
 
 
-def overload_table(title: str, rounds: Sequence[Round]) -> Table:
+def overload_table(title: str, rounds: Sequence[Round]) -> Sheet:
     """One row for each round."""
-    caption = (
-        "overload replies: the share of the upstream's requests that it broke on; "
-        "a manifest that failed leaves its blobs unasked"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
-    table.add_column("in front", no_wrap=True)
-    for column in (
+    columns = (
+        "in front",
         "answers served",
         "failed answers",
         f"overload replies, first {EARLY:.0f} s",
@@ -313,69 +333,77 @@ def overload_table(title: str, rounds: Sequence[Round]) -> Table:
         "upstream / unique bytes",
         "peak sockets",
         "wall",
-    ):
-        table.add_column(column, justify="right")
+    )
     titles = {subject.name: subject.title for subject in SUBJECTS}
-    for played in rounds:
-        failures = (f"{count} {TIMES} {what}" for what, count in played.failures.most_common())
-        table.add_row(
+    found = [
+        (
             titles[played.subject],
             f"{played.served} of {played.expected}",
-            ", ".join(failures) or "0",
+            failures_text(played.failures) or "0",
             str(played.early),
             str(played.late),
             f"{played.upstream_ratio:.2f}",
             str(played.peak_sockets),
             f"{played.wall:.1f} s",
         )
-    return table
+        for played in rounds
+    ]
+    caption = (
+        "overload replies: the share of the upstream's requests that it broke on; "
+        "a manifest that failed leaves its blobs unasked"
+    )
+    return Sheet(title, columns, tuple(found), caption)
 
 
-def run(
-    subjects: Sequence[Subject], size: Size, *, rounds: int, prime: bool, console: Console
-) -> list[Round]:
+def play_rounds(subjects: Sequence[Subject], size: Size, options: Options) -> list[Round]:
     """Plays all rounds, the subjects in turn. Raises PartFailed."""
+    number = 1 if options.fast else options.rounds or ROUNDS
     played = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name,
         harbor(Path(name), size) as upstream,
     ):
-        for number in range(rounds):
+        for turn in range(number):
             for subject in subjects:
-                console.log(f"overload {number + 1}/{rounds}: {subject.title}")
-                if prime:
+                options.log(f"overload {turn + 1}/{number}: {subject.title}")
+                if not options.fast:
                     prime_pages(Path(name))
                 played.append(play(subject, upstream, size, Path(name)))
     return sorted(played, key=lambda one: [subject.name for subject in subjects].index(one.subject))
 
 
-@click.command()
-@click.option("--rounds", default=1, show_default=True, help="Rounds for each subject.")
-@click.option("--fast", is_flag=True, help="Small: right, not telling.")
-@click.option("--only", multiple=True, type=click.Choice([subject.name for subject in SUBJECTS]))
-@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path))
-def main(rounds: int, fast: bool, only: tuple[str, ...], target: Path | None) -> None:
-    """Measures a crowd on a Harbor that breaks under load."""
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    chosen = [subject for subject in SUBJECTS if not only or subject.name in only]
-    for subject in chosen:
-        if not subject.is_installed:
-            console.print(f"without {subject.title}: {subject.program} is not installed")
-    size = FAST if fast else FULL
-    surroundings = environment()
-    with ended_by_signals():
-        try:
-            installed = [subject for subject in chosen if subject.is_installed]
-            played = run(installed, size, rounds=rounds, prime=not fast, console=console)
-        except PartFailed as error:
-            raise click.ClickException(str(error)) from error
-    console.print(environment_table(surroundings))
-    console.print(overload_table(size.title(), played))
-    if target is not None:
-        figures = [one.figures() for one in played]
-        document = {"environment": surroundings, "overload": figures}
-        target.write_text(json.dumps(document, indent=2) + "\n")
+def measure(options: Options) -> Findings:
+    """Plays the crowd before each subject. Raises PartFailed."""
+    size = FAST if options.fast else FULL
+    rounds = play_rounds(chosen(SUBJECTS, options), size, options)
+    titles = {subject.name: subject.title for subject in SUBJECTS}
+    fronts = {titles[each.subject]: each.configuration for each in rounds if each.configuration}
+    return Findings(
+        about=ABOUT,
+        sheets=(overload_table(size.title(), rounds),),
+        promises=tuple(promises([one for one in rounds if one.subject == "pullpool"])),
+        configurations={"the overloaded Harbor": " ".join(harbor_command(size)), **fronts},
+        figures=[one.figures() for one in rounds],
+    )
+
+
+def promises(rounds: Sequence[Round]) -> Iterator[Promise]:
+    """What pullpool has to reach, in its worst round; nothing when it did not run."""
+    if not rounds:
+        return
+    failed = max(one.expected - one.served for one in rounds)
+    yield Promise("fail no answer", "0", str(failed), not failed)
+    for what, most, shares in (
+        (f"overload replies in the first {EARLY:.0f} s", 0.1, [one.early for one in rounds]),
+        (f"overload replies after {EARLY:.0f} s", 0.02, [one.late for one in rounds]),
+    ):
+        worst = max(shares, key=lambda share: share.part or 0.0)
+        yield Promise(what, f"≤ {most:.0%}", str(worst), (worst.part or 0.0) <= most)
+    ratio = max(one.upstream_ratio for one in rounds)
+    yield Promise("upstream bytes / unique bytes", "≤ 1.1", f"{ratio:.2f}", ratio <= 1.1)
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks.__main__ import main
+
+    main(["overload", *sys.argv[1:]])

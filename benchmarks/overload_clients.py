@@ -2,7 +2,7 @@
 
 `python -m benchmarks.overload_clients NAME:PASSWORD` speaks the same lines. Its clients do what
 containerd and docker do: a 401 with a Bearer challenge sends them to its token service, once, and
-they ask again with the token, which they keep for the rest of the pull; any other 401 is the end of
+they ask again with the token, which they keep for that repository; any other 401 is the end of
 that answer. Without an argument they are those of `benchmarks.load` and know no login.
 """
 
@@ -58,16 +58,16 @@ class LoginClient(Client):
     def __init__(self, number: int, plan: Plan, epoch: float, login: str) -> None:
         super().__init__(number, plan, epoch)
         self._login = f"Basic {base64.b64encode(login.encode()).decode()}"
-        self._token = ""
+        self._tokens: dict[str, str] = {}  # by repository: each is for one
 
     async def _exchange(self, want: Want, received: Received) -> None:
-        used = self._token
+        used = self._tokens.get(want.repository)
         challenge = await self._try(want, received)
         if received.status != 401 or not challenge.lower().startswith("bearer "):
             return
-        if self._token == used:
-            await self._fetch_token(challenge)
-        if self._token != used:
+        if self._tokens.get(want.repository) == used:
+            await self._fetch_token(want.repository, challenge)
+        if self._tokens.get(want.repository) != used:
             await self._try(want, received)
 
     async def _try(self, want: Want, received: Received) -> str:
@@ -75,12 +75,12 @@ class LoginClient(Client):
         hashed, kept = received.hasher is not None, received.kept is not None
         latest = Received(hashed=hashed, kept=kept)
         try:
-            return await self._show(want.path, self._token, latest)
+            return await self._show(want.path, self._tokens.get(want.repository, ""), latest)
         finally:
             for name in Received.__slots__:
                 setattr(received, name, getattr(latest, name))
 
-    async def _fetch_token(self, challenge: str) -> None:
+    async def _fetch_token(self, repository: str, challenge: str) -> None:
         """Raises ValueError when what came is no token."""
         fields = dict(_FIELD.findall(challenge))
         path = f"{urlsplit(fields['realm']).path}?service={fields['service']}"
@@ -89,7 +89,8 @@ class LoginClient(Client):
         reply = Received(hashed=False, kept=True)
         await self._show(path, self._login, reply)
         if reply.status == 200 and reply.kept is not None:
-            self._token = f"Bearer {json.loads(b''.join(reply.kept))['token']}"
+            token = json.loads(b"".join(reply.kept))["token"]
+            self._tokens[repository] = f"Bearer {token}"
 
     async def _show(self, path: str, authorization: str, received: Received) -> str:
         """One request, on a connection of its own when the idle one has died; its challenge."""
@@ -124,8 +125,8 @@ async def crowd_with_login(plan: Plan, login: str) -> Report:
     before, epoch = time.process_time(), time.monotonic()
     clients = [LoginClient(number, plan, epoch, login) for number in range(len(plan.wants))]
     async with asyncio.TaskGroup() as group:
-        for client, want in zip(clients, plan.wants, strict=True):
-            group.create_task(client.run(want))
+        for client in clients:
+            group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
     return Report(answers, time.process_time() - before)
 

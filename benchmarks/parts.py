@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
+KIB = 1024
 MIB = 1024 * 1024
 TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,11 @@ OPEN_STATES = frozenset({b"01", b"02", b"08"})
 
 class PartFailed(Exception):
     """A part did not start, or went away while it was needed; carries the end of its output."""
+
+
+def shown(text: str, directory: Path) -> str:
+    """A configuration as a reader wants it: without the places of this run."""
+    return text.replace(str(directory), "DIRECTORY").replace(sys.executable, "python").strip()
 
 
 def free_port() -> int:

@@ -50,6 +50,7 @@ class Round:
     sampled_peak: int
     samples: int
     resident: int
+    configuration: str
 
     @property
     def served(self) -> int:
@@ -126,6 +127,7 @@ def play(subject: Subject, crowd: Crowd, directory: Path, *, verify: bool, prime
             sampled_peak=sampler.peak,
             samples=sampler.looks,
             resident=resident_bytes(front.part.pid) if front.part is not None else 0,
+            configuration=front.configuration,
         )
 
 

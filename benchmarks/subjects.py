@@ -8,22 +8,27 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.nginx import WORKERS, running_nginx
-from benchmarks.parts import LOOPBACK, Part, await_http, free_port, running
+from benchmarks.parts import LOOPBACK, Part, PartFailed, await_http, free_port, running, shown
+from benchmarks.scenario import Options
 from benchmarks.upstreams import registry_config
 
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """Where the crowd goes, and the program there (None when it is the upstream itself)."""
+    """Where the crowd goes, and the program there (None when it is the upstream itself).
+
+    `configuration` is how the program was set up, in its own words.
+    """
 
     port: int
     part: Part | None
+    configuration: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,11 @@ def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
     port = free_port()
     config = directory / "proxy.yml"
     url = f"http://{LOOPBACK}:{upstream}"
-    config.write_text(registry_config(port, directory / "cache", proxied=url))
+    text = registry_config(port, directory / "cache", proxied=url)
+    config.write_text(text)
     with running("registry-proxy", ("docker-registry", "serve", str(config)), directory) as part:
         await_http(part, port, "/v2/", ready=lambda status: status == 200)
-        yield Front(port, part)
+        yield Front(port, part, shown(text, directory))
 
 
 @contextlib.contextmanager
@@ -99,7 +105,7 @@ server {{
 """
     with running_nginx("nginx-cache", http, directory) as part:
         await_http(part, status_port, "/", ready=lambda status: status == 200)
-        yield Front(port, part)
+        yield Front(port, part, shown(http, directory))
 
 
 @contextlib.contextmanager
@@ -114,7 +120,22 @@ def pullpool(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
     )
     with running("pullpool", command, directory) as part:
         await_http(part, admin, "/readyz", ready=lambda status: status == 200)
-        yield Front(port, part)
+        yield Front(port, part, shown(" ".join(command), directory))
+
+
+def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:
+    """Those that are asked for and that this machine can run; says which it cannot.
+
+    Raises PartFailed when none is left.
+    """
+    found = [each for each in subjects if not options.only or each.name in options.only]
+    for each in found:
+        if not each.is_installed:
+            options.log(f"without {each.title}: {each.program} is not installed")
+    installed = [each for each in found if each.is_installed]
+    if not installed:
+        raise PartFailed(f"none of {', '.join(each.name for each in subjects)} is to be measured")
+    return installed
 
 
 SUBJECTS = (

@@ -1,4 +1,4 @@
-"""Rounds of one scenario summed up for a reader: rich tables, and the same figures for JSON.
+"""Rounds of one scenario summed up for a reader: tables, and the same figures for JSON.
 
 What must never happen is shown from the worst round, times as medians over the timed rounds. A
 round in which the clients hashed everything proves the bytes; its times count only when there is no
@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from benchmarks.parts import MIB, TIMES
 from benchmarks.rounds import Round
+from benchmarks.scenario import Sheet
 
 NONE = "-"
+_PEAK = "peak: most sockets to the upstream, as accepted by it (as sampled) where it counts them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,10 @@ class Row:
         return f"{max(accepted)} ({sampled})" if accepted else str(sampled)
 
     @property
+    def configuration(self) -> str:
+        return self.rounds[-1].configuration
+
+    @property
     def resident(self) -> str:
         most = max(played.resident for played in self.rounds)
         return f"{most / MIB:.0f} MiB" if most else NONE
@@ -90,10 +94,10 @@ class Row:
         }
 
 
-def herd_table(title: str, rows: Sequence[Row]) -> Table:
+def herd_table(title: str, rows: Sequence[Row]) -> Sheet:
     """The table of the one blob that everybody wants."""
-    table = _table(
-        title,
+    columns = (
+        "in front",
         "clients served",
         "refused",
         "upstream / blob bytes",
@@ -102,24 +106,26 @@ def herd_table(title: str, rows: Sequence[Row]) -> Table:
         "peak connections",
         "RSS after",
     )
-    for row in rows:
-        table.add_row(
+    found = [
+        (
             row.title,
             f"{row.worst.served} of {row.expected}",
-            _failures(row.worst.failures),
+            failures_text(row.worst.failures) or NONE,
             f"{row.upstream_ratio:.2f}",
             row.time(lambda r: r.first_byte),
             row.time(lambda r: r.wall),
             row.peak,
             row.resident,
         )
-    return table
+        for row in rows
+    ]
+    return Sheet(title, columns, tuple(found), _PEAK)
 
 
-def crowd_table(title: str, rows: Sequence[Row]) -> Table:
+def crowd_table(title: str, rows: Sequence[Row]) -> Sheet:
     """The table of many images at once."""
-    table = _table(
-        title,
+    columns = (
+        "in front",
         "answers",
         "failed answers",
         "refusals by the upstream",
@@ -130,12 +136,11 @@ def crowd_table(title: str, rows: Sequence[Row]) -> Table:
         "request p99",
         "RSS after",
     )
-    for row in rows:
-        failed = row.worst.failures
-        table.add_row(
+    found = [
+        (
             row.title,
             f"{len(row.worst.answers)} of {row.expected}",
-            _failures(failed) if failed else "0",
+            failures_text(row.worst.failures) or "0",
             str(row.refusals),
             row.peak,
             f"{row.upstream_ratio:.2f}",
@@ -144,43 +149,28 @@ def crowd_table(title: str, rows: Sequence[Row]) -> Table:
             row.time(lambda r: r.latency(99)),
             row.resident,
         )
-    return table
-
-
-def environment_table(environment: Mapping[str, str]) -> Table:
-    """Where and with what the figures were measured."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in environment.items():
-        table.add_row(name, value)
-    return table
+        for row in rows
+    ]
+    return Sheet(title, columns, tuple(found), _PEAK)
 
 
 def ratio_to_rival(rows: Sequence[Row], subject: str, rival: str) -> float | None:
     """Median over the rounds of one's wall / the rival's; None unless both served everybody."""
-    ours, theirs = (_row(rows, name) for name in (subject, rival))
+    ours, theirs = (row_of(rows, name) for name in (subject, rival))
     if ours is None or theirs is None or not (ours.is_whole and theirs.is_whole):
         return None
     pairs = zip(ours.timed, theirs.timed, strict=True)
     return statistics.median(mine.wall / other.wall for mine, other in pairs)
 
 
-def _row(rows: Sequence[Row], subject: str) -> Row | None:
+def row_of(rows: Sequence[Row], subject: str) -> Row | None:
+    """A subject's row; None when it did not run."""
     return next((row for row in rows if row.rounds[0].subject == subject), None)
 
 
-def _table(title: str, *columns: str) -> Table:
-    caption = (
-        "peak: most sockets to the upstream, as accepted by it (as sampled) where it counts them"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
-    table.add_column("in front", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _failures(failures: Counter[str]) -> str:
-    return ", ".join(f"{count} {TIMES} {what}" for what, count in failures.most_common()) or NONE
+def failures_text(failures: Counter[str]) -> str:
+    """How many of each, the most frequent first; empty when there are none."""
+    return ", ".join(f"{count} {TIMES} {what}" for what, count in failures.most_common())
 
 
 def _seconds(value: float | None) -> str:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from benchmarks.images import MANIFEST_TYPE, Image, digest_of, push
 from benchmarks.load import Want
 from benchmarks.nginx import running_nginx
-from benchmarks.parts import LOOPBACK, Part, await_http, free_port, request, running, until
+from benchmarks.parts import LOOPBACK, Part, await_http, free_port, request, running, shown, until
 
 QUIET_LOOKS = 5
 QUIET_STEP = 0.05  # seconds
@@ -46,6 +46,9 @@ class Upstream(Protocol):
     @property
     def port(self) -> int: ...
 
+    @property
+    def configuration(self) -> str: ...
+
     def begin(self) -> None:
         """Counts from here on."""
 
@@ -63,6 +66,7 @@ class LimitedRegistry:
     port: int
     status_port: int
     log: Path
+    configuration: str
     _mark: int = 0
 
     def begin(self) -> None:
@@ -105,7 +109,7 @@ def limited_registry(
         http = _limiting(backend, port, status_port, log, limit=limit, rate=rate)
         with running_nginx("limit", http, directory) as part:
             await_http(part, status_port, "/", ready=lambda status: status == 200)
-            yield LimitedRegistry(port, status_port, log)
+            yield LimitedRegistry(port, status_port, log, shown(http, directory))
 
 
 @contextlib.contextmanager
@@ -186,6 +190,7 @@ class FakeUpstream:
     control: int
     pulls: tuple[Want, ...]
     unique_size: int
+    configuration: str
 
     def begin(self) -> None:
         request(self.control, "/_reset", method="POST")
@@ -226,7 +231,7 @@ def fake_registry(
         port, control = (_port(ready[name]) for name in ("url", "control"))
         found = [_pull(port, image["name"], image["tag"]) for image in ready["images"]]
         pulls, sizes = zip(*found, strict=True)
-        yield FakeUpstream(port, control, pulls, sum(sizes))
+        yield FakeUpstream(port, control, pulls, sum(sizes), shown(" ".join(command), directory))
 
 
 def _announced(part: Part) -> dict[str, Any]:

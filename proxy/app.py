@@ -21,15 +21,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import uvloop
 from aiohttp import web
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
+from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.asking import Pause, Questions, short_pause
-from proxy.pull.blobs import Blobs, Deadlines
+from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
@@ -46,12 +46,13 @@ from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
 from proxy.web.listener import Listener
 from proxy.web.passwords import Passwords, read_htpasswd
+from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients, make_throttles
+from proxy.wiring import CannotTrust, make_clients, make_throttles, make_waits
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -144,8 +145,10 @@ class Proxy:
         stack.push_async_callback(self.puller.close)
         self._observe()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        self.admin_address = await self._serve_admin(stack, watch)
-        self.address = await self._serve_registry(stack, clients)
+        upstreams = [client.upstream for client in clients.values()]
+        routes = Routes(upstreams, settings.default_upstream)
+        self.admin_address = await self._serve_admin(stack, watch, routes)
+        self.address = await self._serve_registry(stack, routes)
         self._is_started = True
         self.log.info(
             "serving",
@@ -175,13 +178,17 @@ class Proxy:
         stack.push_async_callback(store.close)
         return store
 
-    async def _serve_admin(self, stack: contextlib.AsyncExitStack, watch: LoopWatch) -> HostPort:
+    async def _serve_admin(
+        self, stack: contextlib.AsyncExitStack, watch: LoopWatch, routes: Routes
+    ) -> HostPort:
+        host = self.settings.admin.host
         admin = Admin(
             metrics=self.metrics,
             is_started=lambda: self._is_started,
             is_draining=lambda: self.is_draining,
             loop_lag=watch.lag,
             status=self.status,
+            refresh=Refresh(puller=self.puller, routes=routes, host=host).post,
         )
         runner = web.AppRunner(
             admin.application(),
@@ -191,20 +198,18 @@ class Proxy:
         )
         return await _listen(stack, runner, self.settings.admin)
 
-    async def _serve_registry(
-        self, stack: contextlib.AsyncExitStack, clients: Mapping[str, UpstreamClient]
-    ) -> HostPort:
+    async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
-        upstreams = [client.upstream for client in clients.values()]
         self.registry = Registry(
             puller=self.puller,
-            routes=Routes(upstreams, self.settings.default_upstream),
+            routes=routes,
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
             throttles=make_throttles(self.settings, self.metrics, clock),
+            header_deadline=self.settings.queue.header_deadline,
             is_draining=lambda: self.is_draining,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
@@ -269,7 +274,7 @@ class Proxy:
         return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
-        settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
+        settings, tags = self.settings, self.settings.tags
         around = self._around
         policy = TagPolicy(
             ttl=tags.ttl,
@@ -277,15 +282,10 @@ class Proxy:
             stale_if_error=tags.stale_if_error,
             negative_ttl=tags.negative_ttl,
             upstream_timeout=tags.upstream_timeout,
+            check_deadline=settings.queue.manifest_deadline,
             immutable=tags.immutable,
         )
-        upstreams = settings.upstreams.items()
-        deadlines = Deadlines(
-            header=queue.header_deadline,
-            blob=queue.blob_deadline,
-            manifest=queue.manifest_deadline,
-            spill=frozenset(name for name, up in upstreams if up.overload == "spill"),
-        )
+        waits = make_waits(settings, clients, self.metrics)
         permissions = Permissions(
             self.store,
             proofs=Questions(log=self.log, pause=around.short_pause),
@@ -315,7 +315,7 @@ class Proxy:
             flights=flights,
             clients=clients,
             permissions=permissions,
-            deadlines=deadlines,
+            waits=waits,
         )
         return Puller(
             clients=clients,
@@ -324,7 +324,7 @@ class Proxy:
             flights=flights,
             permissions=permissions,
             listings=Questions(log=self.log, pause=around.short_pause),
-            deadlines=deadlines,
+            waits=waits,
         )
 
     def status(self) -> Mapping[str, Any]:
@@ -340,6 +340,7 @@ class Proxy:
                     "connections": {"active": gate.active, "idle": gate.idle},
                     "limit": gate.limit,
                     "reason": reasons[gate.upstream],
+                    "round_seconds": round(gate.round_seconds, 1),
                 }
                 for gate in gates
             ],
@@ -369,18 +370,6 @@ async def _listen(
     site = web.TCPSite(runner, address.host, address.port, backlog=4096)
     await site.start()
     return HostPort(address.host, int(runner.addresses[0][1]))
-
-
-def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop, with aiofastnet's transports on top unless they are switched off (D17)."""
-    if not fast_transport:
-        return uvloop.new_event_loop
-    import aiofastnet
-
-    factory: Callable[[], asyncio.AbstractEventLoop] = aiofastnet.loop_factory(
-        uvloop.new_event_loop
-    )
-    return factory
 
 
 @contextlib.asynccontextmanager

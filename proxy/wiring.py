@@ -1,10 +1,11 @@
-"""The upstream clients as the settings want them; with app.py the composition root."""
+"""The upstream clients and the deadlines as the settings want them; with app.py the composition
+root."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from yarl import URL
 from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.metrics import Metrics
+from proxy.pull.deadlines import Deadlines, Waits
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import (
     Credentials,
@@ -57,6 +59,21 @@ def make_throttles(
         return None
     waited = metrics.throttled.labels("client").inc
     return Throttles(settings.client_rate.per_second, clock=clock, on_wait=waited)
+
+
+def make_waits(
+    settings: Settings, clients: Mapping[str, UpstreamClient], metrics: Metrics
+) -> Waits:
+    """The deadlines of every kind of request."""
+    queue = settings.queue
+    deadlines = Deadlines(
+        header=queue.header_deadline,
+        blob=queue.blob_deadline,
+        manifest=queue.manifest_deadline,
+        spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
+    )
+    gates = {name: client.origin.key.label for name, client in clients.items()}
+    return Waits(deadlines, metrics=metrics, gates=gates)
 
 
 class _Parts:

@@ -15,7 +15,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 from pytest_asyncio import is_async_test
 
-from proxy.app import loop_factory
+from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
 
 UNIT = Path(__file__).parent / "unit"

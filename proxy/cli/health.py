@@ -13,6 +13,8 @@ import click
 from proxy.settings.values import HostPort
 
 _DEFAULT = HostPort("127.0.0.1", 5051)
+#: Bytes that are read of an answer: to a question, and to an order.
+_MAX_TEXT, _MAX_ANSWER = 4096, 1 << 20
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -44,7 +46,7 @@ def healthcheck(
 ) -> None:
     """Exit with 0 when the server is ready, else 1."""
     try:
-        address = _address(admin, config)
+        address = admin_address(admin, config)
         status, text = ask(address, "/readyz", timeout)
     except (OSError, http.client.HTTPException, ValueError) as error:
         click.echo(f"not ready: {str(error) or type(error).__name__}", err=True)
@@ -55,19 +57,25 @@ def healthcheck(
     click.echo("ready")
 
 
-def ask(address: HostPort, path: str, timeout: float) -> tuple[int, str]:
-    """GET a path of a local server: status and the first 4 KiB of its text, without any proxy."""
+def ask(
+    address: HostPort, path: str, timeout: float, *, body: bytes | None = None
+) -> tuple[int, str]:
+    """GET a path of a local server, or POST JSON to it: status and text, without any proxy."""
     host = _EVERY_INTERFACE.get(address.host, address.host)
     connection = http.client.HTTPConnection(host, address.port, timeout=timeout)
     try:
-        connection.request("GET", path)
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        return response.status, response.read(4096).decode(errors="replace").strip()
+        limit = _MAX_TEXT if body is None else _MAX_ANSWER
+        return response.status, response.read(limit).decode(errors="replace").strip()
     finally:
         connection.close()
 
 
-def _address(admin: str | None, config: Path | None) -> HostPort:
+def admin_address(admin: str | None, config: Path | None) -> HostPort:
     """The admin address by flag, variable, file or default; ValueError when it is no use."""
     if admin is not None:
         address = HostPort.parse(admin)

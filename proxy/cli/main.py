@@ -9,6 +9,7 @@ import click
 from proxy import __version__
 from proxy.cli.check import check_config, config_group
 from proxy.cli.health import healthcheck
+from proxy.cli.refresh import refresh
 from proxy.cli.serve import serve
 from proxy.settings.values import parse_size
 
@@ -82,7 +83,7 @@ def demo(context: click.Context, /, **options: int) -> None:
     context.exit(run_demo(Plan(layers=LAYERS, **options)))
 
 
-for _command in (serve, demo, check_config, config_group, healthcheck):
+for _command in (serve, demo, check_config, config_group, healthcheck, refresh):
     cli.add_command(_command)
 
 

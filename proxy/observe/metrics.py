@@ -32,7 +32,8 @@ _WAIT = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120,
 
 @dataclass(frozen=True, slots=True)
 class GateState:
-    """One gate at one moment. Connections and waiters are counts; `depth` is by class."""
+    """One gate at one moment. Connections and waiters are counts; `depth` is by class;
+    `round_seconds` is about how long all images that wait take to get a turn each."""
 
     upstream: str
     active: int
@@ -40,6 +41,7 @@ class GateState:
     limit: int
     depth: Mapping[str, int]
     queue_limit: int
+    round_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,14 +235,18 @@ def _gate_families(gates: Iterable[GateState]) -> Iterator[Metric]:
     limit = _Sums("upstream_connections_limit", "Sockets allowed to the upstream", "upstream")
     depth = _Sums("queue_depth", "Waiters for a slot of the upstream", "upstream", "class")
     queue_limit = _Sums("queue_limit", "Waiters allowed for the upstream", "upstream")
+    rounds = _Sums(
+        "queue_round_seconds", "Time until every image that waits has had a turn", "upstream"
+    )
     for gate in gates:
+        rounds.add(gate.round_seconds, gate.upstream)
         connections.add(gate.active, gate.upstream, "active")
         connections.add(gate.idle, gate.upstream, "idle")
         limit.add(gate.limit, gate.upstream)
         queue_limit.add(gate.queue_limit, gate.upstream)
         for name, waiting in gate.depth.items():
             depth.add(waiting, gate.upstream, name)
-    for sums in (connections, limit, depth, queue_limit):
+    for sums in (connections, limit, depth, queue_limit, rounds):
         yield sums.family()
 
 

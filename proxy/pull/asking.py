@@ -3,24 +3,21 @@
 Manifests, HEADs and listings are alike: they take one turn of the first class, their failures may
 pass, many clients ask the same at the same time, and each waits no longer than its own deadline. A
 *question* is shared by all who ask it under one key (``SharedWork``); its tries belong to the
-question, its deadline to each who waits. What is told after a deadline depends on where the
-question stood: in our queue (``QueueTimeout``: come again) or with the upstream
-(``UpstreamTimeout``).
+question, its deadline to each who waits (``deadlines.py``). Who gives it up notes where it stood.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from proxy.observe.logs import Logger
 from proxy.oci.errors import (
     NotFound,
     PullError,
-    QueueTimeout,
     Throttled,
     TokenServiceFailed,
     UpstreamBusy,
@@ -49,8 +46,6 @@ BUSY_TRIES = 64
 MAX_PAUSE = 5.0
 #: The longest pause of our own between two tries, in seconds.
 LONGEST_PAUSE = 3.0
-#: Seconds after which a client that was sent away may come again.
-COME_AGAIN = 10.0
 
 
 def short_pause(tries: int) -> float:
@@ -64,6 +59,14 @@ class _Outcome(Generic[V]):
     waited: float
 
 
+@dataclass(slots=True)
+class _Standing:
+    """Where a question stands: its ticket, and what its last try failed with."""
+
+    ticket: Ticket
+    failure: PullError | None = None
+
+
 class Questions(Generic[V]):
     """Questions under way, by key."""
 
@@ -71,7 +74,7 @@ class Questions(Generic[V]):
         self._log = log
         self._pause = pause
         self._work: SharedWork[Key, _Outcome[V]] = SharedWork()
-        self._tickets: dict[Key, Ticket] = {}
+        self._standing: dict[Key, _Standing] = {}
         self.waiting = 0  # requests that wait for an answer
 
     async def ask(
@@ -81,17 +84,18 @@ class Questions(Generic[V]):
         question: Callable[[Ticket], Awaitable[V]],
         *,
         named: bool = False,
-        linger: bool = False,
+        linger: float = 0.0,
     ) -> tuple[V, bool]:
         """The answer, and whether somebody else was asking already. Raises ``PullError``.
 
         ``named`` says that a manifest names what is asked for: then "not found" means "late".
-        With ``linger`` the question goes on when everybody who asked has left.
+        Until the loop's time is ``linger`` it goes on when everybody who asked has left.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
         waited: float | None = None
         self.waiting += 1
+        ask.timing.asked = True
         try:
             outcome, joined = await self._work.do(
                 key,
@@ -104,8 +108,9 @@ class Questions(Generic[V]):
         finally:
             self.waiting -= 1
             elapsed = loop.time() - began
-            ticket = self._tickets.get(key)
-            ask.timing.is_queued = waited is None and ticket is not None and ticket.is_queued
+            standing = self._standing.get(key) if waited is None else None
+            ask.timing.is_queued = standing is not None and standing.ticket.is_queued
+            ask.timing.failure = standing.failure if standing is not None else None
             if waited is None:
                 waited = elapsed if ask.timing.is_queued else 0.0
             ask.timing.queue += min(waited, elapsed)
@@ -113,12 +118,13 @@ class Questions(Generic[V]):
     async def _put(
         self, key: Key, question: Callable[[Ticket], Awaitable[V]], ticket: Ticket, named: bool
     ) -> _Outcome[V]:
-        self._tickets[key] = ticket
+        standing = self._standing[key] = _Standing(ticket)
         try:
             for tries in range(1, BUSY_TRIES):
                 try:
                     return _Outcome(await question(ticket), ticket.waited)
                 except (*PASSING, NotFound) as error:
+                    standing.failure = error.bare()
                     is_spent = tries >= TRIES and not isinstance(error, UpstreamBusy)
                     if is_spent or not _may_pass(error, named):
                         raise
@@ -128,36 +134,18 @@ class Questions(Generic[V]):
                     await asyncio.sleep(max(self._pause(tries), error.retry_after or 0.0))
             return _Outcome(await question(ticket), ticket.waited)
         finally:
-            if self._tickets.get(key) is ticket:
-                del self._tickets[key]
+            if self._standing.get(key) is standing:
+                del self._standing[key]
 
     async def close(self) -> None:
         """Stop what is under way."""
         await self._work.close()
 
     def __repr__(self) -> str:
-        return f"<Questions {len(self._tickets)} under way>"
+        return f"<Questions {len(self._standing)} under way>"
 
 
 def _may_pass(error: PullError, named: bool) -> bool:
     if isinstance(error, NotFound):
         return named
     return (error.retry_after or 0.0) <= MAX_PAUSE
-
-
-async def before(ask: Ask, deadline: float, work: Coroutine[Any, Any, V]) -> V:
-    """What ``work`` gives, at most ``deadline`` seconds after the request's arrival.
-
-    Raises ``QueueTimeout`` or ``UpstreamTimeout`` when it is late. Notes the time spent.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout_at(ask.arrived + deadline):
-            return await work
-    except TimeoutError:
-        if ask.timing.is_queued:
-            raise QueueTimeout(COME_AGAIN) from None
-        message = f"{ask.upstream} did not answer within {deadline:g} s"
-        raise UpstreamTimeout(message, retry_after=COME_AGAIN) from None
-    finally:
-        ask.timing.upstream = max(0.0, loop.time() - ask.arrived - ask.timing.queue)

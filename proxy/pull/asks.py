@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from proxy.oci.digest import Digest
+from proxy.oci.errors import PullError
 from proxy.oci.manifest import Manifest
 from proxy.oci.ranges import Span
 from proxy.pull.reader import Piece
@@ -29,18 +30,21 @@ class CacheWord(StrEnum):
 class Timing:
     """Seconds spent before the answer's headers, as far as known then.
 
-    ``is_queued`` says that the question last given up was still waiting for its turn then: whether
-    we or the upstream kept the client waiting decides how it is told.
+    The rest is about the question last given up, and decides what the client is told: whether any
+    was ``asked``, was still waiting for its turn, and what its last try had failed with.
     """
 
     queue: float = 0.0
     upstream: float = 0.0
+    asked: bool = False
     is_queued: bool = False
+    failure: PullError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One client's request: where it goes, for whom, and since when (loop time, seconds)."""
+    """One client's request: where it goes, for whom, and since when: the loop's time, in seconds,
+    at which its head had been read."""
 
     route: Route
     client: str

@@ -30,7 +30,7 @@ from proxy.pull.intake import Intake
 from proxy.pull.progress import Progress
 from proxy.pull.pump import Pump
 from proxy.pull.reader import Crowd
-from proxy.pull.sources import Source, Sources, TurnBody, Verdict
+from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
 from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
 from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
@@ -74,12 +74,14 @@ class Fill:
         metrics: Metrics,
         log: Logger,
         on_full: Callable[[], None],
+        image: Key | None = None,
     ) -> None:
-        """``on_full`` is called when a window takes the place of the file."""
+        """``on_full`` is called when a window takes the place of the file. ``image`` is the
+        repository whose turns it takes."""
         self.digest = digest
         self.size: int | None = None  # as the upstream says, or found out at the end
         self.sources = Sources()
-        self.ticket = Ticket(TurnClass.BLOB)
+        self.ticket = Ticket(TurnClass.BLOB, image=image)
         self.progress = Progress()
         self.intake = Intake(
             digest,

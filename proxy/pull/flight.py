@@ -81,8 +81,10 @@ class Flight:
         metrics: Metrics,
         log: Logger,
         on_gone: Callable[[Flight], None],
+        image: Key | None = None,
     ) -> None:
-        """``on_gone`` is called when it takes no more readers, and again when its task ends."""
+        """``on_gone`` is called when it takes no more readers, and again when its task ends.
+        ``image``: the repository whose turns it takes, its first reader's."""
         self.digest = digest
         self.state = State.WAITING
         self.error: PullError | None = None
@@ -97,6 +99,7 @@ class Flight:
             metrics=metrics,
             log=log,
             on_full=self._disk_full,
+            image=image,
         )
         self._metrics = metrics
         self._store = store
@@ -168,8 +171,9 @@ class Flight:
             self._task.add_done_callback(self._ended)
         return reader
 
-    def leave(self, reader: Reader) -> None:
-        """``reader`` is gone; the last one decides what becomes of the fill."""
+    def leave(self, reader: Reader, *, for_good: bool = False) -> None:
+        """``reader`` is gone; the last one decides what becomes of the fill. One that is gone
+        ``for_good`` wants nothing begun."""
         if reader not in self.readers:
             return
         if self.readers.discard(reader):
@@ -181,7 +185,7 @@ class Flight:
             self.intake.release()
         elif self.state in (State.WAITING, State.FILLING):
             keep = self.settings.on_abandon == "finish" and self.intake.window is None
-            self._abandon(keep=keep)
+            self._abandon(keep=keep and not (for_good and self.is_waiting))
 
     def _disk_full(self) -> None:
         """There is no file to finish any more."""
@@ -331,6 +335,7 @@ class Flights:
                 metrics=self._metrics,
                 log=self._log,
                 on_gone=self._gone,
+                image=source.key,
             )
             self._flights[source.digest] = flight
             self._running.add(flight)

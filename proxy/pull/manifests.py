@@ -9,6 +9,7 @@ asked once, whatever the number of clients.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,16 +21,26 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     DigestMismatch,
     NotFound,
+    Overloaded,
     PullError,
     StoreFailed,
-    UpstreamError,
+    UpstreamTimeout,
 )
 from proxy.oci.manifest import Manifest, parse_manifest
 from proxy.oci.reference import Reference, Tag
-from proxy.pull.asking import PASSING, Pause, Questions, short_pause
+from proxy.pull.asking import Key, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
 from proxy.pull.permissions import Permissions
-from proxy.pull.tags import TagBook, TagEntry, TagKey, TagPolicy, Verdict, judge
+from proxy.pull.tags import (
+    Standing,
+    TagBook,
+    TagEntry,
+    TagKey,
+    TagPolicy,
+    Verdict,
+    covers,
+    judge,
+)
 from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
 from proxy.upstream.client import Head, UpstreamClient
@@ -42,11 +53,11 @@ SMALL = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class _Checked:
-    """What a freshness check found."""
+class Checked:
+    """What asking for a tag found, and what it was before, if it was known."""
 
     digest: Digest
-    changed: bool
+    was: Digest | None
 
 
 class Manifests:
@@ -80,8 +91,9 @@ class Manifests:
         )
         self._fetches: Questions[Manifest] = Questions(log=log, pause=pause)
         self._heads: Questions[Head] = Questions(log=log, pause=pause)
-        self._checks: Questions[_Checked] = Questions(log=log, pause=pause)
+        self._checks: Questions[Checked] = Questions(log=log, pause=pause)
         self._background: set[asyncio.Task[None]] = set()
+        self._refreshes = itertools.count(1)
 
     # -- asking ----------------------------------------------------------------------------
 
@@ -124,16 +136,17 @@ class Manifests:
         if verdict is Verdict.BACKGROUND:
             self._check_in_background(ask, key, entry)
             return await self._by_digest(ask, entry.digest, CacheWord.STALE, head=head)
-        if verdict is Verdict.STALE and await self._can_stand_in(ask, entry):
+        if verdict is Verdict.STALE and covers(await self._standing(ask, entry), entry.failure):
             return await self._stale(ask, entry, "the upstream failed a moment ago", head=head)
         return await self._checked_tag(ask, key, entry, head=head)
 
     async def _unknown_tag(self, ask: Ask, tag: Tag, key: TagKey, *, head: bool) -> ManifestAnswer:
         self._permissions.check(ask, str(tag))
         if head:
+            asked = self._clock()
             known = await self._head(ask, str(tag), None, named=False)
             if known is not None:
-                await self._book.confirm(key, known.digest)
+                await self._book.confirm(key, known.digest, asked=asked)
                 return known
         manifest, word = await self._fetch(ask, str(tag), None, named=False)
         return _answer(manifest, word)
@@ -145,40 +158,72 @@ class Manifests:
     ) -> ManifestAnswer:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
         self._permissions.check(ask, key[2])
-        stands_in = await self._can_stand_in(ask, entry)
-        patience = self._policy.upstream_timeout if stands_in else None
+        standing = await self._standing(ask, entry)
         try:
-            async with asyncio.timeout(patience):
-                checked = await self._check(ask, key, entry)
-        except TimeoutError:
-            self._book.failed(key)
-            reason = f"no answer about this tag within {patience:g} s"
-            return await self._stale(ask, entry, reason, head=head)
-        except UpstreamError as error:
-            if not (stands_in and _may_be_covered(error)):
+            checked = await self._check_quickly(ask, key, entry, standing)
+        except PullError as error:
+            if not covers(standing, error):
                 raise
-            self._book.failed(key)
+            self._book.failed(key, error)
             return await self._stale(ask, entry, error.message, head=head)
-        word = CacheWord.MISS if checked.changed else CacheWord.REVALIDATED
+        word = CacheWord.REVALIDATED if checked.digest == checked.was else CacheWord.MISS
         return await self._by_digest(ask, checked.digest, word, head=head)
 
-    async def _check(self, ask: Ask, key: TagKey, entry: TagEntry) -> _Checked:
+    async def _check_quickly(
+        self, ask: Ask, key: TagKey, entry: TagEntry, standing: Standing
+    ) -> Checked:
+        """Ask what the tag is now; whoever can be answered otherwise does not wait for long."""
+        patience = self._policy.upstream_timeout
+        try:
+            async with asyncio.timeout(patience if standing else None):
+                return await self._check(ask, key, entry.digest)
+        except TimeoutError:
+            message = f"no answer about this tag within {patience:g} s"
+            error: PullError = UpstreamTimeout(message)
+            if isinstance(ask.timing.failure, Overloaded):
+                error = ask.timing.failure.bare()
+            if covers(standing, error):
+                raise error from None
+        return await self._check(ask, key, entry.digest)  # the question is still there
+
+    async def _check(
+        self, ask: Ask, key: TagKey, known: Digest | None, *, question: Key | None = None
+    ) -> Checked:
+        """``question`` is what others join who ask the same; by default one for the tag."""
         client = self._clients[ask.upstream]
 
-        async def check(ticket: Ticket) -> _Checked:
-            found = await client.head_manifest(ask.repository, key[2], ticket, known=entry.digest)
+        async def check(ticket: Ticket) -> Checked:
+            asked = self._clock()
+            found = await client.head_manifest(ask.repository, key[2], ticket, known=known)
             if found.digest is None:  # an upstream that does not say it: ask for the bytes
-                manifest = await self._get(ask, key[2], None, ticket)
-                return _Checked(manifest.digest, manifest.digest != entry.digest)
+                return Checked((await self._get(ask, key[2], None, ticket)).digest, known)
             await self._permissions.grant(ask, found.digest, found.size)
-            await self._book.confirm(key, found.digest)
-            return _Checked(found.digest, found.digest != entry.digest)
+            await self._book.confirm(key, found.digest, asked=asked)
+            return Checked(found.digest, known)
 
+        linger = ask.arrived + self._policy.check_deadline
         try:
-            checked, _ = await self._checks.ask(ask, key, check, linger=True)
+            checked, _ = await self._checks.ask(ask, question or key, check, linger=linger)
         except PullError as error:
             await self._refused(ask, key, error)
             raise
+        return checked
+
+    async def refresh(self, ask: Ask, tag: Tag) -> Checked:
+        """Forget what is known of the tag and what was refused, and ask the upstream now.
+
+        What the tag was stays known in case the upstream fails. A check that is under way was
+        perhaps answered before the tag moved: this one is not shared. Raises ``PullError``.
+        """
+        key = (ask.upstream, ask.repository, str(tag))
+        entry = await self._book.get(key)
+        self._book.doubt(key)
+        self._permissions.forget(ask)
+        question = (*key, f"refresh {next(self._refreshes)}")
+        known = None if entry is None else entry.digest
+        checked = await self._check(ask, key, known, question=question)
+        was, now = str(known), str(checked.digest)
+        self._log.info("tag_refreshed", tag=":".join(key[1:]), was=was, now=now)
         return checked
 
     async def _refused(self, ask: Ask, key: TagKey, error: PullError) -> None:
@@ -189,9 +234,12 @@ class Manifests:
     def _check_in_background(self, ask: Ask, key: TagKey, entry: TagEntry) -> None:
         async def check() -> None:
             try:
-                await self._check(ask, key, entry)
+                async with asyncio.timeout_at(ask.arrived + self._policy.check_deadline):
+                    await self._check(ask, key, entry.digest)
+            except TimeoutError:
+                self._book.failed(key, UpstreamTimeout())
             except PullError as error:
-                self._book.failed(key)
+                self._book.failed(key, error)
                 self._log.info("tag_check_failed", tag=":".join(key[1:]), cause=str(error))
             except Exception:  # a defect of ours, which nobody waits for
                 self._log.exception("tag_check_defect", tag=":".join(key[1:]))
@@ -200,27 +248,28 @@ class Manifests:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _can_stand_in(self, ask: Ask, entry: TagEntry) -> bool:
-        """May the old manifest stand in for a failing upstream: young enough, and complete?"""
+    async def _standing(self, ask: Ask, entry: TagEntry) -> Standing:
+        """What the old answer would lead to, if it is young enough."""
         if not self._book.is_usable(entry, self._policy):
-            return False
+            return Standing.NOTHING
         if await self._permissions.link(ask, entry.digest) is None:
-            return False
+            return Standing.NOTHING
         manifest = await self.held(entry.digest)
-        return manifest is not None and await self._is_complete(manifest)
+        return Standing.NOTHING if manifest is None else await self._standing_of(manifest)
 
-    async def _is_complete(self, manifest: Manifest) -> bool:
-        """Do we hold what the manifest names: all of an image, any one image of an index?
-
-        podman takes the mirror that answers its manifest and never goes elsewhere for the blobs.
-        """
+    async def _standing_of(self, manifest: Manifest) -> Standing:
+        """What we hold of what it names: all of an image, any one image of an index."""
         if not manifest.is_index:
-            return all(self._store.size_of(c.digest) is not None for c in manifest.children)
+            whole = all(self._store.size_of(c.digest) is not None for c in manifest.children)
+            return Standing.WHOLE if whole else Standing.MANIFEST
+        best = Standing.NOTHING
         for child in manifest.children[:MAX_CHILDREN]:
             below = await self.held(child.digest)
-            if below is not None and not below.is_index and await self._is_complete(below):
-                return True
-        return False
+            if below is not None and not below.is_index:
+                best = max(best, await self._standing_of(below))
+            if best is Standing.WHOLE:
+                break
+        return best
 
     async def _stale(self, ask: Ask, entry: TagEntry, reason: str, *, head: bool) -> ManifestAnswer:
         text = f"served stale: {reason}"
@@ -297,17 +346,20 @@ class Manifests:
         self, ask: Ask, reference: str, expected: Digest | None, ticket: Ticket
     ) -> Manifest:
         """GET; verify, keep, link."""
-        client = self._clients[ask.upstream]
+        client, asked = self._clients[ask.upstream], self._clock()
         raw, media_type, claimed = await client.manifest(ask.repository, reference, ticket)
         try:
             manifest = await _read(raw, media_type, expected or claimed)
         except DigestMismatch:
             self._metrics.digest_mismatch.labels("upstream").inc()
             raise
-        await self._admit(ask, reference, manifest, by_tag=expected is None)
+        await self._admit(ask, manifest)
+        if expected is None:
+            key = (ask.upstream, ask.repository, reference)
+            await self._book.confirm(key, manifest.digest, asked=asked)
         return manifest
 
-    async def _admit(self, ask: Ask, reference: str, manifest: Manifest, *, by_tag: bool) -> None:
+    async def _admit(self, ask: Ask, manifest: Manifest) -> None:
         """Keep it, and let its repository have what it names. A full disk costs only the copy."""
         self._keep(manifest)
         try:
@@ -317,8 +369,6 @@ class Manifests:
         links = [(child.digest, child.size) for child in manifest.children]
         links.append((manifest.digest, len(manifest.raw)))
         await self._store.link(ask.upstream, ask.repository, links)
-        if by_tag:
-            await self._book.confirm((ask.upstream, ask.repository, reference), manifest.digest)
 
     @property
     def waiting(self) -> int:
@@ -345,11 +395,6 @@ async def _read(raw: bytes, media_type: str, expected: Digest | None) -> Manifes
 
     # 8 MiB of JSON take a tenth of a second; nearly all manifests have a few KiB.
     return read() if len(raw) <= SMALL else await asyncio.to_thread(read)
-
-
-def _may_be_covered(error: UpstreamError) -> bool:
-    """A failure that an old answer may stand in for; "no" and "not there" are answers."""
-    return isinstance(error, PASSING) or error.status >= 500
 
 
 def _answer(manifest: Manifest, word: CacheWord, warning: str | None = None) -> ManifestAnswer:

@@ -63,6 +63,11 @@ class Permissions:
         if isinstance(error, Denied | NotFound):
             self._refusals[ask.upstream, ask.repository, reference] = error.bare()
 
+    def forget(self, ask: Ask) -> None:
+        """Whatever was refused in this repository may be asked for again."""
+        for key in [key for key in self._refusals if key[:2] == (ask.upstream, ask.repository)]:
+            self._refusals.pop(key, None)
+
     async def prove_blob(
         self, ask: Ask, digest: Digest, client: UpstreamClient, *, named: bool = False
     ) -> Link:

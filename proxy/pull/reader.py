@@ -214,7 +214,7 @@ class Reader:
 
     async def _own_turn(self) -> AsyncGenerator[bytes, None]:
         length = min(self._own_bytes, self._own_end() - self.position)
-        ticket = Ticket(class_for_blob(length), [self.client])
+        ticket = Ticket(class_for_blob(length), [self.client], image=self.source.key)
         held: list[bytes] = []
         self._in_turn = True
         self.flight.reader_moved()
@@ -251,6 +251,11 @@ class Reader:
     def close(self) -> None:
         """Leave the flight. Idempotent. No piece may be used after this."""
         self.flight.leave(self)
+
+    def give_up(self) -> None:
+        """The same for one whose client goes elsewhere: a flight that has nothing yet, and nobody
+        else, leaves the queue."""
+        self.flight.leave(self, for_good=True)
 
     def __repr__(self) -> str:
         return f"<Reader of {self.flight.digest} at {self.position} for {self.client}>"

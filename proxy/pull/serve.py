@@ -8,12 +8,13 @@ from urllib.parse import urlencode
 from proxy.oci.digest import Digest
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
-from proxy.oci.reference import Reference
-from proxy.pull.asking import Questions, before
+from proxy.oci.reference import Reference, Tag
+from proxy.pull.asking import Questions
 from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
-from proxy.pull.blobs import Blobs, Deadlines
+from proxy.pull.blobs import Blobs
+from proxy.pull.deadlines import Waits
 from proxy.pull.flight import Flights
-from proxy.pull.manifests import Manifests
+from proxy.pull.manifests import Checked, Manifests
 from proxy.pull.permissions import Permissions
 from proxy.upstream.client import Page, UpstreamClient
 from proxy.upstream.turns import Ticket
@@ -31,27 +32,31 @@ class Puller:
         flights: Flights,
         permissions: Permissions,
         listings: Questions[Page],
-        deadlines: Deadlines,
+        waits: Waits,
     ) -> None:
         self._clients = clients
         self._manifests = manifests
         self._blobs = blobs
         self._permissions = permissions
         self._listings = listings
-        self._deadlines = deadlines
+        self._waits = waits
         self.flights = flights
 
     async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
         work = self._manifests.answer(ask, reference, head=head)
-        return await before(ask, self._deadlines.manifest, work)
+        return await self._waits.short(ask, work)
+
+    async def refresh(self, ask: Ask, tag: Tag) -> Checked:
+        """Ask the upstream what the tag is now, whatever is known. Raises PullError."""
+        return await self._waits.short(ask, self._manifests.refresh(ask, tag))
 
     async def blob(
         self, ask: Ask, digest: Digest, wanted: ByteRange | None, *, head: bool
     ) -> BlobAnswer:
         """GET or HEAD of a blob. The answer must be closed. Raises PullError."""
         if head:
-            return await before(ask, self._deadlines.manifest, self._blobs.head(ask, digest))
+            return await self._waits.short(ask, self._blobs.head(ask, digest))
         return await self._blobs.answer(ask, digest, wanted)
 
     async def listing(
@@ -65,7 +70,7 @@ class Puller:
 
         key = (ask.upstream, ask.repository, tail, urlencode(query))
         work = self._listings.ask(ask, key, page)
-        found, _ = await before(ask, self._deadlines.manifest, work)
+        found, _ = await self._waits.short(ask, work)
         return found
 
     @property
@@ -76,6 +81,7 @@ class Puller:
     async def close(self) -> None:
         """Stop everything under way; nothing is left running."""
         await self.flights.close()
+        await self._blobs.close()
         await self._manifests.close()
         await self._listings.close()
         await self._permissions.close()

@@ -2,8 +2,8 @@
 
 A *shared work* is a task per key, owned by the table. Whoever asks for a key under way joins it:
 the ticket that stands in the gate's queue then belongs to all of them (D3). When the last one
-leaves, the task is cancelled, unless it was asked to linger. The outcome, value or ``PullError``,
-goes to everybody. Nobody's cancellation reaches the others.
+leaves, the task is cancelled, unless it may linger for a while. The outcome, value or
+``PullError``, goes to everybody. Nobody's cancellation reaches the others.
 
 A work that nobody waits for any more leaves the table before it is cancelled, so whoever asks in
 the same loop turn starts afresh; its task is held until it has ended.
@@ -30,7 +30,7 @@ class _Work(Generic[V]):
         self.ticket = ticket
         self.task = task
         self.clients: Counter[str] = Counter()
-        self.linger = False
+        self.linger = 0.0  # the loop's time until which it goes on without anybody
 
 
 class SharedWork(Generic[K, V]):
@@ -51,12 +51,13 @@ class SharedWork(Generic[K, V]):
         client: str,
         start: Callable[[Ticket], Awaitable[V]],
         *,
-        linger: bool = False,
+        linger: float = 0.0,
     ) -> tuple[V, bool]:
         """The outcome for ``key``, and whether somebody else had started it. Raises its error.
 
-        With ``linger`` the work goes on when everybody has left (a freshness check whose result is
-        of use to the next one). Raises ``ShuttingDown`` when the table is closed meanwhile.
+        Until the loop's time is ``linger`` the work goes on when everybody has left (a freshness
+        check whose result is of use to the next one). Raises ``ShuttingDown`` when the table is
+        closed meanwhile.
         """
         if self._is_closing:
             raise ShuttingDown()
@@ -64,7 +65,7 @@ class SharedWork(Generic[K, V]):
         joined = work is not None
         if work is None:
             work = self._start(key, start)
-        work.linger = work.linger or linger
+        work.linger = max(work.linger, linger)
         self._enter(work, client)
         try:
             return await asyncio.shield(work.task), joined
@@ -107,7 +108,16 @@ class SharedWork(Generic[K, V]):
         if not work.clients[client]:
             del work.clients[client]
             work.ticket.leave(client)
-        if not work.clients and not work.linger and not work.task.done():
+        if not work.clients and not work.task.done():
+            loop = asyncio.get_running_loop()
+            if loop.time() < work.linger:
+                loop.call_at(work.linger, self._drop, key, work)
+            else:
+                self._drop(key, work)
+
+    def _drop(self, key: K, work: _Work[V]) -> None:
+        """End a work that nobody waits for."""
+        if not work.clients and not work.task.done():
             self._forget(key, work)
             work.task.cancel()
 

@@ -3,6 +3,9 @@
 The decision is one pure function over what is known of the tag; ``TagBook`` remembers tags, in
 memory with the monotonic clock and in the index with the wall clock, so that a proxy that starts
 while its upstream is down can still say what a tag was.
+
+An old answer stands in for an upstream that fails (``covers``), but only as far as the image can be
+had: podman takes the mirror that answers its manifest, and goes nowhere else for the blobs.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 from cachetools import LRUCache
 
 from proxy.oci.digest import Digest
+from proxy.oci.errors import Overloaded, PullError, UpstreamError
+from proxy.pull.asking import PASSING
 from proxy.store.store import Store
 
 TagKey = tuple[str, str, str]  # upstream, repository, tag
@@ -25,13 +30,15 @@ MAX_TAGS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class TagPolicy:
-    """D13's settings, in seconds."""
+    """D13's settings, in seconds. A check may go on to ``check_deadline`` for the next one's sake
+    when whoever asked for it has been answered."""
 
     ttl: float = 30.0
     stale_while_revalidate: float = 0.0
     stale_if_error: float = 24 * 3600.0
     negative_ttl: float = 10.0
     upstream_timeout: float = 2.0
+    check_deadline: float = 20.0
     immutable: Sequence[re.Pattern[str]] = ()
 
     def is_immutable(self, tag: str) -> bool:
@@ -42,14 +49,17 @@ class TagPolicy:
 class TagEntry:
     """What a tag was when the upstream last confirmed it.
 
-    ``checked`` and ``failed`` are monotonic (``None``: not in this process), ``checked_wall`` is
-    wall-clock time; seconds.
+    ``checked``, ``asked`` (when that answer was asked for) and ``failed`` are monotonic (``None``:
+    not in this process), ``checked_wall`` is wall-clock time; seconds. ``failure`` is what asking
+    failed with since.
     """
 
     digest: Digest
     checked_wall: float
     checked: float | None = None
+    asked: float | None = None
     failed: float | None = None
+    failure: PullError | None = None
 
 
 class Verdict(StrEnum):
@@ -73,7 +83,8 @@ def judge(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -> Ve
         return Verdict.FRESH
     if age is not None and age < policy.ttl + policy.stale_while_revalidate:
         return Verdict.BACKGROUND
-    if entry.failed is not None and now - entry.failed < policy.ttl:
+    # Also without a ttl: an upstream that hangs must not cost every pull its time-out.
+    if entry.failed is not None and now - entry.failed < max(policy.ttl, policy.negative_ttl):
         return Verdict.STALE
     return Verdict.CHECK
 
@@ -81,6 +92,29 @@ def judge(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -> Ve
 def may_be_stale(entry: TagEntry, wall: float, policy: TagPolicy) -> bool:
     """May the entry still stand in for an upstream that fails? By wall clock: it outlives us."""
     return wall - entry.checked_wall <= policy.stale_if_error
+
+
+class Standing(IntEnum):
+    """How much of an image is held that an old answer about its tag would lead to."""
+
+    NOTHING = 0  # its manifest is gone, too old, or not for this repository
+    MANIFEST = 1
+    WHOLE = 2  # its blobs too
+
+
+def covers(standing: Standing, error: PullError | None) -> bool:
+    """May the old answer stand in for this failure? "No" and "not there" are answers, no failures.
+
+    An upstream that says "too much" is there, so blobs that are not held can be waited for (Docker
+    Hub's quota is one of manifests, and blobs do not count); of any other one nobody knows.
+    """
+    if not isinstance(error, UpstreamError):
+        return False
+    if not isinstance(error, PASSING) and error.status < 500:
+        return False
+    if isinstance(error, Overloaded):
+        return standing >= Standing.MANIFEST
+    return standing is Standing.WHOLE
 
 
 class TagBook:
@@ -104,17 +138,29 @@ class TagBook:
         # Another request may have put a newer one meanwhile.
         return self._memory.setdefault(key, TagEntry(row.digest, row.checked_at))
 
-    async def confirm(self, key: TagKey, digest: Digest) -> None:
-        """The upstream has just said that the tag is ``digest``."""
-        wall = self._wall()
-        self._memory[key] = TagEntry(digest, wall, checked=self._clock())
+    async def confirm(self, key: TagKey, digest: Digest, *, asked: float | None = None) -> None:
+        """The upstream has just said that the tag is ``digest``, ``asked`` at that monotonic time
+        (now, by default). An answer that was asked for before the one that is known says nothing.
+        """
+        now, wall = self._clock(), self._wall()
+        asked, known = now if asked is None else asked, self._memory.get(key)
+        if known is not None and known.asked is not None and known.asked > asked:
+            return
+        self._memory[key] = TagEntry(digest, wall, checked=now, asked=asked)
         await self._store.put_tag(*key, digest, wall)
 
-    def failed(self, key: TagKey) -> None:
+    def failed(self, key: TagKey, failure: PullError) -> None:
         """The upstream could not be asked: do not ask again for a while."""
         entry = self._memory.get(key)
         if entry is not None:
-            self._memory[key] = replace(entry, failed=self._clock())
+            failed = replace(entry, failed=self._clock(), failure=failure.bare())
+            self._memory[key] = failed
+
+    def doubt(self, key: TagKey) -> None:
+        """Ask the upstream before this tag is believed again."""
+        entry = self._memory.get(key)
+        if entry is not None:
+            self._memory[key] = replace(entry, checked=None, failed=None, failure=None)
 
     async def drop(self, key: TagKey) -> None:
         """The upstream has no such tag (any more)."""

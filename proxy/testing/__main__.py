@@ -8,6 +8,7 @@ that asking how many sockets there are does not open one more:
 - `GET /_counters`: the totals;
 - `GET /_timeline`: when each request came, in seconds, and what overload made of it;
 - `POST /_reset`: counts anew;
+- `POST /_limit?sockets=N`: moves the limit of sockets; without a number there is none any more;
 - `POST /_overload?breaks-beyond=N&misbehave=KINDS&seed=S`: moves the limit, each part by itself;
   with an empty `breaks-beyond` nothing breaks any more.
 """
@@ -28,6 +29,26 @@ from proxy.testing.images import FakeImage, make_image
 from proxy.testing.overload import Misbehaviour, Overload
 from proxy.testing.registry import FakeRegistry
 
+_HARBOR = """\
+A registry that refuses logins in Harbor's words (wrong credentials, a forbidden repository and an
+unknown project get a token that grants nothing; only a request without scope is refused), hands out
+tokens that do not live long, and breaks beyond so many requests in progress. It prints one line of
+JSON when it is ready: its URL, its images, and the address of its control port, which knows
+GET /_counters, GET /_timeline, POST /_reset, POST /_limit?sockets=N and
+POST /_overload?breaks-beyond=N&misbehave=KINDS&seed=S."""
+
+_KINDS = """\
+kinds of misbehaviour, each drawn by its weight (1 unless given) for a request that it can strike:
+  empty-challenge  401, WWW-Authenticate there but empty, the database's error in the body
+  basic-challenge  401 with a Basic challenge to a request whose Bearer token is good
+  database-text    401 or 500 that only the text in the body gives away
+  empty-access     a token, valid for its whole life, that grants nothing
+  500              an internal error that says nothing
+  reset            RST instead of an answer
+
+example:
+  python -m proxy.testing harbor --users ann:pw --breaks-beyond 6 --misbehave empty-access,500=2"""
+
 #: The repository of `--patterns`.
 PATTERNS = "demo/patterns"
 
@@ -42,22 +63,42 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m proxy.testing")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_registry(commands.add_parser("registry", help="serve generated images"))
-    _add_harbor(commands.add_parser("harbor", help="the same as a Harbor that breaks under load"))
+    _add_harbor(
+        commands.add_parser(
+            "harbor",
+            help="the same as a Harbor that breaks under load",
+            description=_HARBOR,
+            epilog=_KINDS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     return parser
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=0, help="0: a free one")
-    add("--limit", type=int, help="sockets at once; beyond it Harbor's 401")
-    add("--rate", type=int, metavar="BYTES", help="bytes per second and connection")
-    add("--images", type=int, default=1, metavar="K")
-    add("--layers", type=int, default=3, metavar="L")
-    add("--layer-size", type=int, default=1 << 20, metavar="BYTES")
+    add("--port", type=int, default=0, help="a free one by default")
+    add(
+        "--limit",
+        type=_natural,
+        metavar="N",
+        help="sockets at once, counted when accepted; beyond it Harbor's 401; none by default",
+    )
+    add("--rate", type=int, metavar="BYTES", help="bytes per second and connection; any by default")
+    add("--repository", default="demo/app", metavar="NAME", help="of the images: NAME-0, NAME-1, …")
+    add("--images", type=int, default=1, metavar="K", help="%(default)s by default")
+    add("--layers", type=int, default=3, metavar="L", help="of each image, %(default)s by default")
+    add(
+        "--layer-size",
+        type=_read_sizes,
+        default=[1 << 20],
+        metavar="BYTES[,BYTES...]",
+        help="of the layers in turn; 1 MiB by default",
+    )
     add("--patterns", type=int, default=0, metavar="K", help="large blobs made as they are sent")
     add("--pattern-size", type=int, default=64 << 20, metavar="BYTES")
-    add("--seed", type=int, default=1)
+    add("--seed", type=int, default=1, help="of the images and of what breaks")
     add("--no-ranges", dest="ranges", action="store_false", help="ignore Range")
 
 
@@ -82,17 +123,29 @@ def _add_harbor(command: argparse.ArgumentParser) -> None:
         type=_read_kinds,
         default=",".join(Misbehaviour),
         metavar="KIND[=WEIGHT],...",
-        help="how it breaks, of %(default)s",
+        help="how it breaks, see below; all alike by default",
     )
-    add("--refusal-time", type=float, default=0.005, metavar="SECONDS", help="of a broken answer")
+    add(
+        "--refusal-time",
+        type=float,
+        default=0.005,
+        metavar="SECONDS",
+        help="of a broken answer, %(default)s by default",
+    )
     add(
         "--service-time",
         dest="latency",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="of any other one, before its headers",
+        help="of any other one, before its headers; none by default",
     )
+    _add_logins(command)
+    command.set_defaults(make=_harbor)
+
+
+def _add_logins(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--users",
         type=_read_users,
@@ -100,9 +153,21 @@ def _add_harbor(command: argparse.ArgumentParser) -> None:
         metavar="NAME:PASSWORD,...",
         help="who may pull; with none everybody may, with an anonymous token",
     )
-    add("--token-ttl", type=float, default=1800.0, metavar="SECONDS")
+    add(
+        "--strangers",
+        type=_read_users,
+        default={},
+        metavar="NAME:PASSWORD,...",
+        help="who may log in, and pull nothing",
+    )
+    add(
+        "--token-ttl",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="how long a token lives, %(default)g by default",
+    )
     add("--opaque-tokens", action="store_true", help="tokens that nobody else can read")
-    command.set_defaults(make=_harbor)
 
 
 def _natural(text: str) -> int:
@@ -110,6 +175,11 @@ def _natural(text: str) -> int:
     if number < 0:
         raise ValueError(f"{number} is negative")
     return number
+
+
+def _read_sizes(text: str) -> list[int]:
+    """`1000,20` as sizes. Raises ValueError."""
+    return [_natural(size) for size in text.split(",")]
 
 
 def _read_kinds(text: str) -> dict[str, float]:
@@ -178,7 +248,7 @@ def _harbor(options: argparse.Namespace, images: Sequence[FakeImage]) -> FakeReg
         overload=_overload(options),
         auth="bearer",
         harbor=True,
-        users=users,
+        users={**options.strangers, **users},
         private={image.name: tuple(users) for image in images} if users else {},
         token_ttl=options.token_ttl,
         opaque_tokens=options.opaque_tokens,
@@ -195,9 +265,12 @@ def _overload(options: argparse.Namespace) -> Overload | None:
 
 
 def _images(options: argparse.Namespace) -> list[FakeImage]:
-    sizes = [options.layer_size] * options.layers
+    given: list[int] = options.layer_size
+    sizes = [given[number % len(given)] for number in range(options.layers)]
     return [
-        make_image(f"demo/app-{number}", "latest", layers=sizes, seed=options.seed + number)
+        make_image(
+            f"{options.repository}-{number}", "latest", layers=sizes, seed=options.seed + number
+        )
         for number in range(options.images)
     ]
 
@@ -238,10 +311,19 @@ class _Control:
             case "POST", "/_reset":
                 counters.reset()
                 return web.Response(status=204)
+            case "POST", "/_limit":
+                return self._limit(request.query.get("sockets", ""))
             case "POST", "/_overload":
                 return self._move(request.query)
             case _:
                 return web.Response(status=404)
+
+    def _limit(self, number: str) -> web.Response:
+        try:
+            self._registry.limit = _natural(number) if number else None
+        except ValueError as error:
+            return web.Response(status=400, text=f"{error}\n")
+        return web.Response(status=204)
 
     def _move(self, query: Mapping[str, str]) -> web.Response:
         if "breaks_beyond" not in self._options:

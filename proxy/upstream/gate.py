@@ -125,6 +125,7 @@ class Gate:
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
         self._granted: dict[int, TurnClass] = {}
         self._bulk = 0  # granted slots that are not for metadata
+        self._turn_seconds = 0.0  # what a turn for bytes takes, on average
 
     @property
     def limit(self) -> int:
@@ -185,10 +186,29 @@ class Gate:
         turn_class = self._granted.pop(slot.number, None)
         if turn_class is None:
             raise ValueError(f"{slot} of {self.name} is not held")
-        self._bulk -= turn_class is not TurnClass.METADATA
-        self._times.ended(turn_class, self._clock() - slot.since)
+        lasted = self._clock() - slot.since
+        self._times.ended(turn_class, lasted)
+        if turn_class is not TurnClass.METADATA:
+            self._bulk -= 1
+            self._learn(lasted)
         self._free.append(slot.number)
         self._grant()
+
+    def _learn(self, seconds: float) -> None:
+        if not self._turn_seconds:
+            self._turn_seconds = seconds
+        self._turn_seconds += (seconds - self._turn_seconds) / 8
+
+    @property
+    def round_seconds(self) -> float:
+        """About how long it takes until every image that waits has had a turn.
+
+        The kubelet gives an image up after five minutes without a byte: with more images than the
+        limit can serve in that time no order of turns helps.
+        """
+        images = self._queue.images(TurnClass.SMALL) + self._queue.images(TurnClass.BLOB)
+        slots = self._limit - (self._limit >= RESERVE_FROM)
+        return images * self._turn_seconds / slots
 
     def _grant(self) -> None:
         while len(self._granted) < self._limit and len(self._queue):
@@ -231,6 +251,7 @@ class Gate:
             limit=self._limit,
             depth=self._queue.depths(),
             queue_limit=self.max_waiting,
+            round_seconds=self.round_seconds,
         )
 
     def __repr__(self) -> str:

@@ -18,24 +18,31 @@ how much longer a turn of the lower class lasts: what has to be shared is the sl
 turn of 64 MiB counted like a manifest, fifty small blobs would wait for a dozen of those. The gate
 measures how long turns last (``TurnTimes``). The gate may allow some classes only (the slot kept
 for metadata): such a grant counts in the row like any other, but is not given up, since nobody else
-could use it. Inside a class it is round robin over clients and first come, first served inside a
-client: per class a ring of clients, per client a line of tickets. A ticket stands in the line of
-each of its clients and goes at the earliest of their turns; granting it takes it out of all of
-them, and only the client whose turn it was goes to the end of the ring.
-An *urgent* ticket (a broken body that goes on, D8) stands before the ring of its class.
+could use it. Inside a class it is round robin over clients, inside a
+client round robin over *images* (the repository a ticket is for), and first come, first served
+inside an image: per class a ring of clients, per client a ring of images, per image a line of
+tickets. For the kubelet's client gives an image up that gets no byte for five minutes, however many
+others of its node do; with one line per client the last of many images would wait for all layers of
+all the others.
+
+A ticket stands in a line of each of its clients and goes at the earliest of their turns; granting
+it takes it out of all of them, and only the client whose turn it was goes to the end of the ring,
+and in that client's own ring the image. An *urgent* ticket (a broken body that goes on, D8) stands
+before the ring of its class.
 
 A ticket may change while it waits. A client that joins or leaves it changes only that client's
 line; another class means the end of the line there, and so does the step between having clients and
 having none.
 
 Every entry is removed at once when its ticket leaves, so an abandoned waiter costs nothing later.
-A grant costs one step per client of the granted ticket, whatever the number of tickets waiting.
+A grant costs one step per client of the granted ticket, whatever the number of tickets, images
+and clients waiting.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from enum import StrEnum
 
 
@@ -96,10 +103,14 @@ class TurnTimes:
 class Ticket:
     """One party's standing request for turns; reusable, queued in at most one queue at a time."""
 
-    __slots__ = ("_clients", "_queue", "turn_class", "urgent", "waited")
+    __slots__ = ("_clients", "_queue", "image", "turn_class", "urgent", "waited")
 
-    def __init__(self, turn_class: TurnClass, clients: Iterable[str] = ()) -> None:
+    def __init__(
+        self, turn_class: TurnClass, clients: Iterable[str] = (), *, image: Hashable = None
+    ) -> None:
+        """``image``: whose share of a client's turns it takes; for life."""
         self.turn_class = turn_class
+        self.image = image
         self.urgent = False  # looked at when it begins to wait
         self.waited = 0.0  # seconds in queues so far
         self._clients = dict.fromkeys(clients)  # ordered: one run is like the next
@@ -133,9 +144,9 @@ class Ticket:
         queue = self._queue
         if queue is not None and turn_class == self.turn_class and self._clients and clients:
             for client in clients.keys() - self._clients.keys():
-                queue._line_up(self, client)
+                queue._rings[turn_class].line_up(self, client)
             for client in self._clients.keys() - clients.keys():
-                queue._drop(self, client)
+                queue._rings[turn_class].drop(self, client)
             self._clients = clients
             return
         if queue is not None:
@@ -150,24 +161,52 @@ class Ticket:
         return f"<Ticket {self.turn_class} of {len(self._clients)} clients, {where}>"
 
 
-class _Ring:
-    """One class: urgent tickets first, then the clients in turn."""
+_Line = OrderedDict[Ticket, None]
 
-    __slots__ = ("count", "lines", "streak", "urgent")
+
+class _Ring:
+    """One class: urgent tickets first, then the clients in turn, and the images of each."""
+
+    __slots__ = ("clients", "count", "images", "streak", "urgent")
 
     def __init__(self) -> None:
-        self.urgent: OrderedDict[Ticket, None] = OrderedDict()
-        self.lines: OrderedDict[str, OrderedDict[Ticket, None]] = OrderedDict()
+        self.urgent: _Line = OrderedDict()
+        self.clients: OrderedDict[str, OrderedDict[Hashable, _Line]] = OrderedDict()
         self.count = 0
+        self.images = 0  # lines
         self.streak = 0
 
     def first(self) -> Ticket:
         """The ticket whose turn it is; its client goes to the end of the ring."""
         if self.urgent:
             return next(iter(self.urgent))
-        client, line = next(iter(self.lines.items()))
-        self.lines.move_to_end(client)
+        client, lines = next(iter(self.clients.items()))
+        self.clients.move_to_end(client)
+        image, line = next(iter(lines.items()))
+        lines.move_to_end(image)
         return next(iter(line))
+
+    def line_up(self, ticket: Ticket, client: str) -> None:
+        lines = self.clients.get(client)
+        if lines is None:
+            lines = self.clients[client] = OrderedDict()
+        line = lines.get(ticket.image)
+        if line is None:
+            line = lines[ticket.image] = OrderedDict()
+            self.images += 1
+        line[ticket] = None
+
+    def drop(self, ticket: Ticket, client: str) -> None:
+        lines = self.clients.get(client)
+        line = None if lines is None else lines.get(ticket.image)
+        if lines is None or line is None:
+            return
+        line.pop(ticket, None)
+        if not line:
+            del lines[ticket.image]
+            self.images -= 1
+        if not lines:
+            del self.clients[client]
 
 
 def _yields_to(turn_class: TurnClass, lower: TurnClass) -> bool:
@@ -197,6 +236,10 @@ class TurnQueue:
     def depth(self, turn_class: TurnClass) -> int:
         """Tickets waiting in one class."""
         return self._rings[turn_class].count
+
+    def images(self, turn_class: TurnClass) -> int:
+        """Images waiting in one class; one that two clients wait for counts twice."""
+        return self._rings[turn_class].images
 
     def depths(self) -> dict[str, int]:
         """Tickets waiting, by the class's name."""
@@ -230,7 +273,7 @@ class TurnQueue:
         if ticket.urgent:
             ring.urgent[ticket] = None
         for client in ticket.clients:
-            self._line_up(ticket, client)
+            ring.line_up(ticket, client)
 
     def discard(self, ticket: Ticket) -> None:
         """Forget ``ticket``; nothing happens when it does not wait here."""
@@ -241,7 +284,7 @@ class TurnQueue:
         ring.count -= 1
         ring.urgent.pop(ticket, None)
         for client in ticket.clients:
-            self._drop(ticket, client)
+            ring.drop(ticket, client)
 
     def take(self, allowed: Collection[TurnClass]) -> Ticket | None:
         """Remove and return the ticket that goes next among the ``allowed`` classes."""
@@ -273,22 +316,6 @@ class TurnQueue:
                 ring.streak = 0
         ring = self._rings[granted]
         ring.streak = ring.streak + 1 if is_contested else 0
-
-    def _line_up(self, ticket: Ticket, client: str) -> None:
-        lines = self._rings[ticket.turn_class].lines
-        line = lines.get(client)
-        if line is None:
-            line = lines[client] = OrderedDict()
-        line[ticket] = None
-
-    def _drop(self, ticket: Ticket, client: str) -> None:
-        lines = self._rings[ticket.turn_class].lines
-        line = lines.get(client)
-        if line is None:
-            return
-        line.pop(ticket, None)
-        if not line:
-            del lines[client]
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.depths().items() if count)

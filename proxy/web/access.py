@@ -36,6 +36,7 @@ class Visit:
         "request",
         "request_id",
         "sent",
+        "since",
         "status",
         "user",
     )
@@ -46,13 +47,17 @@ class Visit:
         request_id: str,
         clock: Callable[[], float],
         client: str,
+        *,
+        since: float = 0.0,
     ) -> None:
         """``client`` is the client's address. ``clock`` is monotonic and finer than the loop's,
-        which uvloop keeps in milliseconds."""
+        which uvloop keeps in milliseconds; deadlines need the loop's, of the same moment:
+        ``since``."""
         self.request = request
         self.request_id = request_id
         self._clock = clock
         self.arrived = clock()
+        self.since = since
         self.client = client
         self.user: str | None = None
         self.ask: Ask | None = None

@@ -1,4 +1,4 @@
-"""The admin listener: health, metrics, status (DESIGN §6); loopback by default.
+"""The admin listener: health, metrics, status, refresh (DESIGN §6); loopback by default.
 
 ``/livez`` says that the process and its loop work, and never depends on an upstream: a restart
 would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 while draining.
@@ -8,7 +8,7 @@ would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -31,12 +31,14 @@ class Admin:
         is_draining: Callable[[], bool],
         loop_lag: Callable[[], float],
         status: Callable[[], Mapping[str, Any]],
+        refresh: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
     ) -> None:
         self._metrics = metrics
         self._is_started = is_started
         self._is_draining = is_draining
         self._loop_lag = loop_lag
         self._status = status
+        self._refresh = refresh
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -49,6 +51,8 @@ class Admin:
                 web.get("/api/v1/status", self._render_status),
             ]
         )
+        if self._refresh is not None:
+            app.router.add_post("/api/v1/refresh", self._refresh)
         return app
 
     async def _livez(self, _request: web.Request) -> web.Response:

@@ -39,6 +39,7 @@ from proxy.oci.paths import Kind, Target, parse_path
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord
+from proxy.pull.deadlines import COME_AGAIN
 from proxy.pull.serve import Puller
 from proxy.upstream.routing import Routes
 from proxy.upstream.throttle import Stream, Throttles
@@ -77,8 +78,10 @@ class Registry:
         clients: Clients | None = None,
         authentication: Authentication | None = None,
         throttles: Throttles | None = None,
+        header_deadline: float = 20.0,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``header_deadline`` in seconds: what a client's password may take of it, at most."""
         self._puller = puller
         self._routes = routes
         self._metrics = metrics
@@ -87,6 +90,7 @@ class Registry:
         self._clients = clients or Clients()
         self._authentication = authentication
         self._throttles = throttles
+        self._header_deadline = header_deadline
         self._is_draining = is_draining
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -127,7 +131,8 @@ class Registry:
         self._metrics.http_inflight.inc()
         self._under_way += 1
         self._idle.clear()
-        return Visit(request, secrets.token_hex(8), self._clock, client)
+        arrived = asyncio.get_running_loop().time()
+        return Visit(request, secrets.token_hex(8), self._clock, client, since=arrived)
 
     def _end(self, visit: Visit) -> None:
         self._metrics.http_inflight.dec()
@@ -154,7 +159,7 @@ class Registry:
     async def _answer(self, request: web.BaseRequest, visit: Visit) -> web.StreamResponse:
         visit.user = certified(request)
         if self._authentication is not None:
-            visit.user = await self._authentication.name(request)
+            visit.user = await self._name(self._authentication, request, visit)
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
         parsed = parse_request(request)
@@ -164,8 +169,7 @@ class Registry:
         if parsed.target.repository is None:
             return await self._ping(request, visit)
         route = self._routes.route(parsed.target.repository, parsed.ns)
-        arrived = asyncio.get_running_loop().time()
-        visit.ask = Ask(route, visit.key, arrived)
+        visit.ask = Ask(route, visit.key, visit.since)
         handlers = {
             Kind.MANIFEST: self._manifest,
             Kind.BLOB: self._blob,
@@ -173,6 +177,17 @@ class Registry:
             Kind.REFERRERS: self._listing,
         }
         return await handlers[parsed.target.kind](request, visit, visit.ask, parsed)
+
+    async def _name(
+        self, authentication: Authentication, request: web.BaseRequest, visit: Visit
+    ) -> str:
+        """The name that the client has shown. Raises ``Unauthenticated``; ``Overloaded`` when so
+        many passwords are being checked that this one's turn does not come."""
+        try:
+            async with asyncio.timeout_at(visit.since + self._header_deadline):
+                return await authentication.name(request)
+        except TimeoutError:
+            raise Overloaded(COME_AGAIN, message="too many passwords are being checked") from None
 
     # -- the kinds -------------------------------------------------------------------------
 

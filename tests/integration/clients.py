@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,14 @@ class Client(Protocol):
         ...
 
 
+class ManyAtOnce(Protocol):
+    """A client whose store takes several pulls at a time."""
+
+    def pull_all(self, images: Sequence[Image]) -> frozenset[str]:
+        """Pull these at the same time: the digests held then. PartFailed if one cannot be had."""
+        ...
+
+
 def _private_home(rig: Rig) -> dict[str, str]:
     """An environment in which a client finds nobody's settings and nobody's passwords."""
     home = rig.place("home")
@@ -39,6 +48,29 @@ def _private_home(rig: Rig) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _run_all(commands: Sequence[Sequence[str | Path]], env: Mapping[str, str]) -> list[str]:
+    """Run these at the same time; what those said that failed."""
+    children = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [child.communicate()[0] for child in children]
+    return [text for child, text in zip(children, said, strict=True) if child.returncode]
+
+
+def _expect_all(commands: Sequence[Sequence[str | Path]], env: Mapping[str, str]) -> None:
+    failed = _run_all(commands, env)
+    if failed:
+        raise PartFailed(f"{len(failed)} of {len(commands)} pulls failed:\n" + "\n".join(failed))
 
 
 class Skopeo:
@@ -59,21 +91,10 @@ class Skopeo:
     def crowd(self, images: Sequence[Image]) -> list[str]:
         """Pull all these at the same time; the errors of those that failed."""
         targets = [self._rig.place("pulled") for _ in images]
-        children = [
-            subprocess.Popen(
-                [str(word) for word in self._copy(image, target)],
-                env=self._env | {"PATH": "/usr/bin:/bin"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for image, target in zip(images, targets, strict=True)
-        ]
-        said = [child.communicate()[0] for child in children]
+        failed = _run_all(list(map(self._copy, images, targets)), self._env)
         for target in targets:
             shutil.rmtree(target)
-        return [text for child, text in zip(children, said, strict=True) if child.returncode]
+        return failed
 
     def _copy(self, image: Image, target: Path) -> list[str | Path]:
         return [
@@ -109,11 +130,25 @@ class Podman:
         self._env = _private_home(rig) | {"CONTAINERS_REGISTRIES_CONF": str(configuration)}
 
     def pull(self, image: Image) -> frozenset[str]:
-        name = f"{NAME}/{image.name}:{image.tag}"
-        run([*self._podman(), "pull", "--quiet", name], env=self._env)
-        told = json.loads(run([*self._podman(), "image", "inspect", name], env=self._env))[0]
-        run([*self._podman(), "image", "rm", "--force", name], env=self._env)
-        return frozenset({told["Digest"], f"sha256:{told['Id']}", *told["RootFS"]["Layers"]})
+        run(self._pulling(image), env=self._env)
+        held = self._held(image)
+        run([*self._podman(), "image", "rm", "--force", self._name(image)], env=self._env)
+        return held
+
+    def pull_all(self, images: Sequence[Image]) -> frozenset[str]:
+        _expect_all([self._pulling(image) for image in images], self._env)
+        return frozenset[str]().union(*map(self._held, images))
+
+    def _pulling(self, image: Image) -> list[str]:
+        return [*self._podman(), "pull", "--quiet", self._name(image)]
+
+    def _held(self, image: Image) -> frozenset[str]:
+        told = run([*self._podman(), "image", "inspect", self._name(image)], env=self._env)
+        found = json.loads(told)[0]
+        return frozenset({found["Digest"], f"sha256:{found['Id']}", *found["RootFS"]["Layers"]})
+
+    def _name(self, image: Image) -> str:
+        return f"{NAME}/{image.name}:{image.tag}"
 
     def _podman(self) -> list[str]:
         return [
@@ -144,21 +179,28 @@ address = "{place}/grpc"
 
 
 class Containerd:
-    """`ctr images pull --hosts-dir`: the mirror stands in the upstream's hosts.toml, with `ns`."""
+    """`ctr images pull --hosts-dir`: the mirror stands in the upstream's hosts.toml, with `ns`.
 
-    def __init__(self, rig: Rig, mirror: str) -> None:
+    `server` is where it goes when the mirror fails it. Another `ctr` than the distribution's does
+    the whole pull itself, and the daemon only stores.
+    """
+
+    def __init__(
+        self, rig: Rig, mirror: str, *, server: str = f"https://{NAME}", ctr: Path | None = None
+    ) -> None:
         place = rig.place("containerd")
         (place / "config.toml").write_text(_CONTAINERD.format(place=place))
         self._hosts = place / "certs.d"
         (self._hosts / NAME).mkdir(parents=True)
         (self._hosts / NAME / "hosts.toml").write_text(
             f"""
-            server = "https://{NAME}"
+            server = "{server}"
             [host."http://{mirror}"]
             capabilities = ["pull", "resolve"]
             """
         )
-        self._ctr = [debian("ctr"), "--address", f"{place}/grpc"]
+        self._ctr = [ctr or debian("ctr"), "--address", f"{place}/grpc"]
+        self._how = ["--local"] if ctr else []
         rig.start(
             Daemon(
                 "containerd",
@@ -170,15 +212,27 @@ class Containerd:
         )
 
     def pull(self, image: Image) -> frozenset[str]:
-        name = f"{NAME}/{image.name}:{image.tag}"
-        flags = ["--snapshotter=native", f"--hosts-dir={self._hosts}"]
-        run([*self._ctr, "images", "pull", *flags, name])
-        held = frozenset(map(self._content, run([*self._ctr, "content", "ls", "-q"]).split()))
-        run([*self._ctr, "images", "rm", "--sync", name])
+        run(self._pulling(image))
+        held = self._held()
+        run([*self._ctr, "images", "rm", "--sync", self._name(image)])
         left = run([*self._ctr, "content", "ls", "-q"])
         if left:
             raise PartFailed(f"containerd kept what the next pull should fetch: {left}")
         return held
+
+    def pull_all(self, images: Sequence[Image]) -> frozenset[str]:
+        _expect_all([self._pulling(image) for image in images], {})
+        return self._held()
+
+    def _pulling(self, image: Image) -> list[str | Path]:
+        flags = ["--snapshotter=native", f"--hosts-dir={self._hosts}", *self._how]
+        return [*self._ctr, "images", "pull", *flags, self._name(image)]
+
+    def _held(self) -> frozenset[str]:
+        return frozenset(map(self._content, run([*self._ctr, "content", "ls", "-q"]).split()))
+
+    def _name(self, image: Image) -> str:
+        return f"{NAME}/{image.name}:{image.tag}"
 
     def _content(self, digest: str) -> str:
         """The digest of the bytes that containerd keeps under this name."""
@@ -235,19 +289,61 @@ class Dockerd:
         return run([*docker, *words], env=self._env | (env or {}))
 
     def pull(self, image: Image) -> frozenset[str]:
-        if not image.name.startswith("library/"):
-            raise PartFailed("a registry mirror of dockerd serves docker.io only")
-        name = f"{image.name.removeprefix('library/')}:{image.tag}"
+        name = self._name(image)
         said = self.run("pull", name)
         if "Already exists" in said:
             raise PartFailed(f"dockerd had a layer before it pulled: {said}")
-        told = json.loads(self.run("image", "inspect", name))[0]
+        held = self._held(image)
         self.run("image", "rm", "--force", name)
+        return held
+
+    def pull_all(self, images: Sequence[Image]) -> frozenset[str]:
+        docker = [debian("docker"), "--host", self.socket, "pull"]
+        _expect_all([[*docker, self._name(image)] for image in images], self._env)
+        return frozenset[str]().union(*map(self._held, images))
+
+    def _held(self, image: Image) -> frozenset[str]:
+        told = json.loads(self.run("image", "inspect", self._name(image)))[0]
         manifests = [name.partition("@")[2] for name in told["RepoDigests"]]
         return frozenset({*manifests, told["Id"], *told["RootFS"]["Layers"]})
+
+    def _name(self, image: Image) -> str:
+        if not image.name.startswith("library/"):
+            raise PartFailed("a registry mirror of dockerd serves docker.io only")
+        return f"{image.name.removeprefix('library/')}:{image.tag}"
 
     def _answers(self) -> bool:
         asked = subprocess.run(
             [debian("docker"), "--host", self.socket, "version"], capture_output=True, check=False
         )
         return asked.returncode == 0
+
+
+class Oras:
+    """The `oras` package: artifacts that no container engine made."""
+
+    def __init__(self, registry: str) -> None:
+        self._registry = registry
+        # By its path and without its directory: it runs from wherever the tests run.
+        self._command = [sys.executable, "-P", str(Path(__file__).with_name("oras_client.py"))]
+
+    def push(self, repository: str, file: Path) -> None:
+        """Push one file as an artifact tagged v1."""
+        run([*self._command, "push", self._name(repository), file])
+
+    def crowd(
+        self, rig: Rig, repositories: Sequence[str]
+    ) -> tuple[list[str], list[dict[str, bytes]]]:
+        """Pull all these at the same time: the errors of those that failed, and the files."""
+        targets = [rig.place("pulled") for _ in repositories]
+        commands: list[list[str | Path]] = [
+            [*self._command, "pull", self._name(repository), target]
+            for repository, target in zip(repositories, targets, strict=True)
+        ]
+        failed = _run_all(commands, _private_home(rig))
+        return failed, [
+            {path.name: path.read_bytes() for path in target.iterdir()} for target in targets
+        ]
+
+    def _name(self, repository: str) -> str:
+        return f"{self._registry}/{repository}:v1"

@@ -1,5 +1,6 @@
 """Fixtures of the suite with real parts: rigs, the seeded registry, and logs when a test fails."""
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.integration.golang import Build, NotToBeHad
 from tests.integration.nginx import Front, Nginx
 from tests.integration.parts import ROBOT, Pullpool, Registry, Serving, TokenAuth
 from tests.integration.rig import Rig, free_port, has
@@ -16,6 +18,7 @@ LIMIT = 8
 """Requests that the upstream serves at a time; it answers 401 beyond."""
 
 _RIG: pytest.StashKey[Rig] = pytest.StashKey()
+_CTR: pytest.StashKey[Build] = pytest.StashKey()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
     # What takes long comes last.
     items.sort(key=lambda item: item.path.is_relative_to(here))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes long to build begins now."""
+    wanted = any("ctr" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and os.geteuid() == 0 and has("go"):
+        session.config.stash[_CTR] = Build()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    build = session.config.stash.get(_CTR, None)
+    if build is not None:
+        build.stop()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,6 +67,18 @@ def session_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A rig for what all tests share."""
     with Rig(tmp_path_factory.mktemp("session")) as rig:
         yield rig
+
+
+@pytest.fixture(scope="session")
+def ctr(pytestconfig: pytest.Config) -> Path:
+    """ctr of a containerd since 2.3, which waits 30 s for headers."""
+    build = pytestconfig.stash.get(_CTR, None)
+    if build is None:
+        pytest.skip("not installed: go")
+    try:
+        return build.wait()
+    except NotToBeHad as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")

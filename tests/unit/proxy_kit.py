@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 from multidict import CIMultiDict
+from yarl import URL
 
 from proxy.app import Proxy, Surroundings
 from proxy.config import HostPort, Settings
@@ -19,6 +20,8 @@ from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.origin import OriginSettings
+from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.store_kit import staging_files, stored_files
 
 UPSTREAM = "harbor.example.com"
@@ -118,6 +121,17 @@ def waiting(pool: Pullpool) -> int:
     return sum(sum(gate.depth.values()) for gate in pool.proxy.origins.states())
 
 
+@contextlib.asynccontextmanager
+async def slots_taken(pool: Pullpool, url: str) -> AsyncIterator[Callable[[], None]]:
+    """All slots of the upstream at `url` are somebody's; call the result to give them back."""
+    origin = pool.proxy.origins.add(URL(url), OriginSettings())  # the one that is there
+    with contextlib.ExitStack() as held:
+        for _ in range(origin.slots.limit):
+            slot = await origin.slots.acquire(Ticket(TurnClass.METADATA, ["somebody"]))
+            held.callback(origin.slots.release, slot)
+        yield held.close
+
+
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables, later ones over earlier ones."""
     result: dict[str, Any] = {}
@@ -147,18 +161,20 @@ async def running(
     directory: Path,
     url: str,
     *,
-    clock: FakeClock | None = None,
+    clock: Callable[[], float] | None = None,
     wall: FakeClock | None = None,
+    pause: float = 0.0,
     **changes: Any,
 ) -> AsyncIterator[Pullpool]:
-    """A proxy in front of `url` that never pauses between tries; `changes` are settings."""
+    """A proxy in front of `url` that pauses for `pause` seconds between tries; `changes` are
+    settings."""
     log = io.StringIO()
     usual = Surroundings()
     around = Surroundings(
         clock=clock or usual.clock,
         wall=wall or usual.wall,
-        short_pause=lambda _: 0.0,
-        fill_pause=lambda _: 0.0,
+        short_pause=lambda _: pause,
+        fill_pause=lambda _: pause,
     )
     settings = settings_for(directory, url, **changes)
     logger = make_logger("json", log, "debug")

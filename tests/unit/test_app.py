@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.app import Proxy, loop_factory, serve
+from proxy.app import Proxy, serve
 from proxy.config import HostPort
 from proxy.observe.logs import make_logger
 from proxy.testing import FakeRegistry, Fault, Stall
@@ -132,14 +132,6 @@ class TestStart:
         assert line["event"] == "cannot_start"
         assert str(os.getpid()) in line["error"]
 
-    @pytest.mark.parametrize("fast", [True, False])
-    def test_the_loop_is_uvloop_with_and_without_the_fast_transports(self, fast: bool) -> None:
-        loop = loop_factory(fast_transport=fast)()
-        try:
-            assert "uvloop" in "".join(str(base) for base in type(loop).__mro__)
-        finally:
-            loop.close()
-
 
 class Process:
     """`pullpool serve` as a process, and what it logs."""
@@ -243,3 +235,31 @@ async def test_killed_in_the_middle_of_a_fill_nothing_half_is_kept(tmp_path: Pat
             assert await pool.stored() == set()
             assert pool.count("store_recovered_temp_total") == 1
             assert (await pool.get(blob_path())).body == LAYER.data
+
+
+async def test_it_starts_and_serves_its_cache_while_the_upstream_is_down(tmp_path: Path) -> None:
+    async with aiohttp.ClientSession() as session:
+
+        async def get(started: dict[str, Any], path: str) -> tuple[bytes, str]:
+            async with session.get(f"http://{started['listen']}{path}") as answer:
+                assert answer.status == 200
+                return await answer.read(), answer.headers["X-Pullpool-Cache"]
+
+        paths = [blob_path(blob.digest) for blob in IMAGE.blobs]
+        async with FakeRegistry() as fake, Process.serving(tmp_path, fake.url) as pullpool:
+            fake.push(IMAGE)
+            started = await pullpool.line("serving")
+            for path in (manifest_path("v1"), *paths):
+                await get(started, path)
+            stored = 0
+            while stored < len(IMAGE.blobs) + 1:
+                async with session.get(f"http://{started['admin']}/api/v1/status") as status:
+                    stored = (await status.json())["cache"]["blobs"]
+            pullpool.process.send_signal(signal.SIGTERM)
+            assert await pullpool.process.wait() == 0
+        async with Process.serving(tmp_path, fake.url) as pullpool:
+            started = await pullpool.line("serving")
+            assert await get(started, manifest_path("v1")) == (IMAGE.manifest, "stale")
+            assert await get(started, manifest_path(IMAGE.digest)) == (IMAGE.manifest, "hit")
+            for path, blob in zip(paths, IMAGE.blobs, strict=True):
+                assert await get(started, path) == (blob.data, "hit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.load import Plan, Want
 from benchmarks.overload import Round
 from benchmarks.overload_clients import crowd_with_login
-from proxy.testing import FakeRegistry, Overload
+from proxy.testing import FakeRegistry, Overload, make_image
 from tests.unit.fake_kit import IMAGE
 
 
@@ -43,6 +43,22 @@ async def test_an_overloaded_harbor_fails_its_clients() -> None:
         report = await crowd_with_login(plan(registry, clients=2), "ann:pw")
         assert [(answer.status, answer.fault) for answer in report.answers] == [(0, "reset")] * 2
         assert registry.counters.overloads == {"reset": 2}
+
+
+async def test_each_client_pulls_every_image_beginning_with_its_own() -> None:
+    async with harbor() as registry:
+        other = make_image("team/other", "v1", layers=(700,), seed=5)
+        registry.push(other)
+        wants = tuple(
+            Want("manifest", image.name, image.tag, str(image.digest), len(image.manifest))
+            for image in (IMAGE, other)
+        )
+        plan = Plan(registry.host, registry.port, wants, verify=True, each=2)
+        report = await crowd_with_login(plan, "ann:pw")
+        assert {answer.is_served for answer in report.answers} == {True}
+        parts = sum(1 + len(image.blobs) for image in (IMAGE, other))
+        assert [answer.client for answer in report.answers] == [0] * parts + [1] * parts
+        assert plan.wants_of(1) == [wants[1], wants[0]]
 
 
 def test_a_round_tells_the_first_seconds_from_those_after() -> None:

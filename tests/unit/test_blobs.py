@@ -21,6 +21,7 @@ from tests.unit.proxy_kit import (
     manifest_path,
     pulling,
     running,
+    slots_taken,
     until,
     waiting,
 )
@@ -246,12 +247,10 @@ class TestDeadlines:
             pool,
             fake,
         ):
-            slot = await SlotTaken.by(pool, fake)
-            answer = await pool.get(blob_path(), User_Agent=agent)
+            async with slots_taken(pool, fake.url):
+                answer = await pool.get(blob_path(), User_Agent=agent)
             assert (answer.status, answer.code) == (status, "TOOMANYREQUESTS")
             assert int(answer.headers["Retry-After"]) > 0
-            slot.release()
-            await slot.gone()
 
     async def test_a_body_that_does_not_begin_in_time_is_broken_off_by_fin(
         self, tmp_path: Path

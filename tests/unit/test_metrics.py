@@ -17,7 +17,9 @@ def _samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
 
 
 def _gate(upstream: str, **depth: int) -> GateState:
-    return GateState(upstream, active=3, idle=1, limit=8, depth=depth, queue_limit=100)
+    return GateState(
+        upstream, active=3, idle=1, limit=8, depth=depth, queue_limit=100, round_seconds=7.5
+    )
 
 
 def test_two_proxies_in_one_process_count_apart() -> None:
@@ -105,6 +107,7 @@ def test_gates_are_read_at_every_scrape() -> None:
     assert shown["pullpool_upstream_connections_limit", (hub,)] == 8
     assert shown["pullpool_queue_depth", (("class", "blob"), hub)] == 5
     assert shown["pullpool_queue_limit", (hub,)] == 100
+    assert shown["pullpool_queue_round_seconds", (hub,)] == 7.5
     gates.clear()
     assert not any("hub" in str(labels) for _, labels in _samples(metrics))
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.app import loop_factory
+from proxy.loop import loop_factory
 from proxy.oci.digest import Digest
 from proxy.testing import Corrupt, Cut, FakeClock, FakeRegistry, Fault, Reset, Stall
 from proxy.testing.faults import Action

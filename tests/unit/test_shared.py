@@ -45,7 +45,8 @@ class Table:
     def ask(
         self, work: Work, client: str = "alice", *, key: str = "k", linger: bool = False
     ) -> asyncio.Task[tuple[str, bool]]:
-        asking = self.works.do(key, client, work, linger=linger)
+        until = asyncio.get_running_loop().time() + 3600 if linger else 0.0
+        asking = self.works.do(key, client, work, linger=until)
         self.asking.append(asyncio.create_task(asking))
         return self.asking[-1]
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.oci.digest import Digest
+from proxy.oci.errors import UpstreamTimeout
 from proxy.pull.tags import TagBook, TagEntry, TagPolicy, Verdict, judge, may_be_stale
 from proxy.testing import Answer as Scripted
 from proxy.testing import Disconnect, FakeClock, FakeRegistry, Fault, Hang, make_image, make_index
@@ -98,7 +99,7 @@ class TestBook:
     async def test_a_failure_of_an_unknown_tag_is_not_noted(self, tmp_path: Path) -> None:
         async with opened(tmp_path) as store:
             book = TagBook(store, clock=FakeClock(), wall=FakeClock())
-            book.failed(KEY)
+            book.failed(KEY, UpstreamTimeout())
             assert await book.get(KEY) is None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
 import pytest
 from hypothesis import given
@@ -73,6 +73,52 @@ def test_one_client_is_served_in_the_order_of_its_requests() -> None:
 def test_clients_take_turns_whatever_each_of_them_has_asked_for() -> None:
     a1, a2, a3, b1, c1, c2 = asked = tickets(BLOB, "a", "a", "a", "b", "c", "c")
     assert taken(queue_of(*asked)) == [a1, b1, c1, a2, c2, a3]
+
+
+def images(client: str, *names: str) -> list[Ticket]:
+    """One ticket of the client for each image."""
+    return [Ticket(BLOB, [client], image=name) for name in names]
+
+
+def test_the_images_of_a_client_take_turns_whatever_is_asked_for_of_each() -> None:
+    x1, x2, x3, y1, z1, z2 = asked = images("a", *"xxxyzz")
+    assert taken(queue_of(*asked)) == [x1, y1, z1, x2, z2, x3]
+
+
+def test_many_images_are_no_more_turns_for_their_client() -> None:
+    x1, y1, z1 = asked = images("a", *"xyz")
+    b1, b2, b3 = others = tickets(BLOB, "b", "b", "b")
+    assert taken(queue_of(*asked, *others)) == [x1, b1, y1, b2, z1, b3]
+
+
+def test_a_shared_ticket_costs_only_that_clients_image_its_turn() -> None:
+    shared = Ticket(BLOB, ["a", "b"], image="x")
+    [ax, ay], [bx, by] = images("a", *"xy"), images("b", *"xy")
+    # By a's turn, so a's next is of y; with b it is still the turn of x.
+    assert taken(queue_of(shared, ax, ay, bx, by)) == [shared, bx, ay, by, ax]
+
+
+def test_an_image_that_comes_back_stands_behind_those_that_wait() -> None:
+    x1, y1, y2 = images("a", *"xyy")
+    queue = queue_of(x1, y1, y2)
+    assert queue.take(ALL) is x1
+    [x2] = images("a", "x")
+    queue.add(x2)
+    assert taken(queue) == [y1, x2, y2]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=60))
+def test_no_image_of_a_client_is_served_twice_while_another_waits_for_its_first(
+    asked: list[tuple[str, str]],
+) -> None:
+    queue = queue_of(*(Ticket(BLOB, [client], image=image) for client, image in asked))
+    order = [(next(iter(t.clients)), t.image) for t in taken(queue)]
+    assert sorted(order) == sorted(asked)
+    for client in "ab":
+        mine = [image for name, image in order if name == client]
+        for place in range(len(mine)):
+            seen, left = mine[: place + 1], set(mine[place + 1 :])
+            assert all(seen.count(mine[place]) - seen.count(other) <= 1 for other in left)
 
 
 def test_a_client_that_comes_back_stands_behind_those_who_wait() -> None:
@@ -267,6 +313,7 @@ class NaiveQueue:
         self.urgent: dict[Ticket, int] = {}
         self.stood: dict[tuple[Ticket, str], int] = {}  # in a client's line since
         self.served: dict[tuple[TurnClass, str], int] = {}  # a client's turn, or its line's start
+        self.shown: dict[tuple[TurnClass, str, Hashable], int] = {}  # the same of its images
         self.history: list[tuple[TurnClass, bool]] = []  # grants, and whether they were contested
 
     def now(self) -> int:
@@ -279,8 +326,11 @@ class NaiveQueue:
 
     def line_up(self, ticket: Ticket, client: str) -> None:
         turn_class = self.waiting[ticket]
-        if not self.line(turn_class, client):
+        line = self.line(turn_class, client)
+        if not line:
             self.served[turn_class, client] = self.now()
+        if ticket.image not in {other.image for other in line}:
+            self.shown[turn_class, client, ticket.image] = self.now()
         self.stood[ticket, client] = self.now()
 
     def add(self, ticket: Ticket) -> None:
@@ -327,8 +377,10 @@ class NaiveQueue:
         else:
             clients = {c for t, c in self.stood if self.waiting[t] is chosen}
             client = min(clients, key=lambda name: self.served[chosen, name])
-            ticket = self.line(chosen, client)[0]
-            self.served[chosen, client] = self.now()
+            line = self.line(chosen, client)
+            image = min((t.image for t in line), key=lambda name: self.shown[chosen, client, name])
+            ticket = next(ticket for ticket in line if ticket.image == image)
+            self.served[chosen, client] = self.shown[chosen, client, image] = self.now()
         self.remove(ticket)
         return ticket
 
@@ -353,10 +405,11 @@ class QueueMachine(RuleBasedStateMachine):
         target=waiting,
         turn_class=st.sampled_from(TurnClass),
         clients=st.lists(st.sampled_from("abc"), max_size=3),
+        image=st.sampled_from("xyz"),
         urgent=st.booleans(),
     )
-    def add(self, turn_class: TurnClass, clients: list[str], urgent: bool) -> Ticket:
-        ticket = Ticket(turn_class, clients)
+    def add(self, turn_class: TurnClass, clients: list[str], image: str, urgent: bool) -> Ticket:
+        ticket = Ticket(turn_class, clients, image=image)
         ticket.urgent = urgent
         self.queue.add(ticket)
         self.naive.add(ticket)
@@ -420,6 +473,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(self.queue) == len(present)
         for turn_class in TurnClass:
             assert self.queue.depth(turn_class) == operator.countOf(present, turn_class)
+            lines = {(c, t.image) for t, c in self.naive.stood if t.turn_class is turn_class}
+            assert self.queue.images(turn_class) == len(lines)
 
     def teardown(self) -> None:
         while self.naive.waiting:

@@ -16,7 +16,7 @@ import trustme
 import uvloop
 from yarl import URL
 
-from proxy.app import loop_factory
+from proxy.loop import loop_factory
 from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, FakeRegistry
 from proxy.upstream.blob import BlobSource

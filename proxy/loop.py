@@ -1,0 +1,55 @@
+"""The event loop: uvloop, with aiofastnet's transports on top unless they are switched off (D17).
+
+aiofastnet 1.2 loses the end of a body over TLS when reading is paused at the wrong moment. It takes
+ciphertext into a buffer and decrypts at most 256 KiB of it for the protocol; if the protocol pauses
+reading there, the rest stays in the buffer. After ``resume_reading`` it looks at the socket first:
+nothing has come since, so it waits for more, and what it holds is never handed over. With its own
+buffer of 257 KiB sixteen full records and the few hundred bytes of an answer's head before them are
+enough: a pull stood still at the last bytes of a turn until the read time-out.
+
+The mend is a buffer whose content, with what is left of a record from before, is always less than
+one delivery: then nothing can stay behind. ``tests/unit/test_loop.py`` shows both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import aiofastnet
+import uvloop
+
+T = TypeVar("T")
+
+#: Bytes of a TLS record with its overhead, at most (RFC 8446 §5.2: 2^14 + 256, and the header).
+_RECORD = (16 << 10) + 256 + 5
+#: Bytes that aiofastnet hands to a protocol at once, at most.
+_DELIVERY = 256 << 10
+#: Bytes of ciphertext taken from a socket at once: with a record begun before, less than that.
+INCOMING_BUFFER = _DELIVERY - 2 * _RECORD
+
+
+def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventLoop]:
+    """How to make the loop that serves."""
+    return _fast_loop if fast_transport else uvloop.new_event_loop
+
+
+def _fast_loop() -> asyncio.AbstractEventLoop:
+    loop = aiofastnet.loop_factory(uvloop.new_event_loop)()
+    for name in ("create_connection", "create_server"):
+        setattr(loop, name, _with_small_buffer(getattr(loop, name)))
+    return loop
+
+
+def _with_small_buffer(open_: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """``open_``, with a buffer for TLS from which nothing stays behind."""
+
+    @functools.wraps(open_)
+    def opened(*args: Any, ssl: Any = None, **kwargs: Any) -> Awaitable[T]:
+        if ssl:
+            kwargs.setdefault("ssl_incoming_bio_size", INCOMING_BUFFER)
+        return open_(*args, ssl=ssl, **kwargs)
+
+    return opened
