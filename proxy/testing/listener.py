@@ -156,8 +156,8 @@ class Listener:
         await asyncio.gather(*handshakes, return_exceptions=True)
         await self.drop_connections()
 
-    async def drop_connections(self, *, idle_only: bool = False, reset: bool = False) -> None:
-        """Abort the connections, or those without a request in progress; with `reset` by RST.
+    async def drop_connections(self, *, idle_only: bool = False) -> None:
+        """Abort the connections, or those without a request in progress.
 
         Returns when they are lost and their handlers have ended, as have those of connections that
         were lost before.
@@ -168,10 +168,7 @@ class Listener:
             if connection.transport is not None and not (idle_only and connection.is_busy)
         ]
         for connection in doomed:
-            if reset:
-                await connection.reset()
-            else:
-                connection.abort()
+            connection.abort()
         for connection in doomed:
             await connection.lost.wait()
         ended = [task for task, owner in self._handlers.items() if owner.lost.is_set()]

@@ -243,9 +243,9 @@ class FakeRegistry:
         """Let every stalled or hanging request go on; `stalls.arrived(n)` awaits them."""
         self.stalls.release()
 
-    async def drop_connections(self, *, idle_only: bool = False, reset: bool = False) -> None:
-        """Close the connections that are open, as a server does that restarts; or reset them."""
-        await self._listener.drop_connections(idle_only=idle_only, reset=reset)
+    async def drop_connections(self, *, idle_only: bool = False) -> None:
+        """Close the connections that are open, as a server does that restarts."""
+        await self._listener.drop_connections(idle_only=idle_only)
 
     def _make_guard(self, auth: str) -> Guard:
         service = Service(self.netloc, self._policy, self.content.has_project)
