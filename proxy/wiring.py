@@ -14,6 +14,8 @@ from yarl import URL
 from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.metrics import Metrics
+from proxy.store.store import Store
+from proxy.upstream.cap import Learned
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import (
     Credentials,
@@ -24,6 +26,7 @@ from proxy.upstream.credentials import (
     HelperCredentials,
     StaticCredentials,
 )
+from proxy.upstream.learned import CapBook
 from proxy.upstream.origin import Origins, OriginSettings
 from proxy.upstream.routing import Upstream
 from proxy.upstream.tokens import Authenticator
@@ -45,6 +48,13 @@ async def make_clients(
         parts = _Parts(name, upstream, tls, settings.queue.max_waiting)
         clients[name] = parts.client(origins, metrics, clock)
     return clients
+
+
+async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:
+    """What earlier processes learned of the upstreams' caps; what this one learns goes there."""
+    rows = (await store.caps()).items()
+    known = {origin: Learned(row.value, row.ceiling, row.age) for origin, row in rows}
+    return CapBook(known, store.put_cap, clock=clock)
 
 
 class _Parts:

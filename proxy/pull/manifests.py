@@ -146,6 +146,11 @@ class Manifests:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
         self._permissions.check(ask, key[2])
         stands_in = await self._can_stand_in(ask, entry)
+        health = self._clients[ask.upstream].origin.conduct.health
+        if stands_in and health.is_down:
+            if health.wants_probe:
+                self._check_in_background(ask, key, entry)
+            return await self._stale(ask, entry, "the upstream is down", head=head)
         patience = self._policy.upstream_timeout if stands_in else None
         try:
             async with asyncio.timeout(patience):
@@ -167,6 +172,8 @@ class Manifests:
 
         async def check(ticket: Ticket) -> _Checked:
             found = await client.head_manifest(ask.repository, key[2], ticket, known=entry.digest)
+            if found.digest != entry.digest:
+                await self._keep_last_pulls(ask, entry, found.digest)
             if found.digest is None:  # an upstream that does not say it: ask for the bytes
                 manifest = await self._get(ask, key[2], None, ticket)
                 return _Checked(manifest.digest, manifest.digest != entry.digest)
@@ -185,6 +192,15 @@ class Manifests:
         self._permissions.remember(ask, key[2], error)
         if isinstance(error, NotFound):
             await self._book.drop(key)
+
+    async def _keep_last_pulls(self, ask: Ask, entry: TagEntry, digest: Digest | None) -> None:
+        """The tag has moved: the last pulls of a quota are not for what the old manifest can
+        stand in for. Raises ``Throttled``."""
+        pulls = self._clients[ask.upstream].origin.conduct.pulls
+        if not pulls.is_last or (digest is not None and await self.held(digest) is not None):
+            return
+        if await self._can_stand_in(ask, entry):
+            raise pulls.kept()
 
     def _check_in_background(self, ask: Ask, key: TagKey, entry: TagEntry) -> None:
         async def check() -> None:

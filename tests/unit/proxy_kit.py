@@ -19,6 +19,7 @@ from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.budget import RetryBudget
 from tests.unit.store_kit import staging_files, stored_files
 
 UPSTREAM = "harbor.example.com"
@@ -149,6 +150,7 @@ async def running(
     *,
     clock: FakeClock | None = None,
     wall: FakeClock | None = None,
+    budget: Callable[[], RetryBudget] = lambda: RetryBudget(reserve=1_000_000),
     **changes: Any,
 ) -> AsyncIterator[Pullpool]:
     """A proxy in front of `url` that never pauses between tries; `changes` are settings."""
@@ -159,6 +161,7 @@ async def running(
         wall=wall or usual.wall,
         short_pause=lambda _: 0.0,
         fill_pause=lambda _: 0.0,
+        budget=budget,
     )
     settings = settings_for(directory, url, **changes)
     logger = make_logger("json", log, "debug")
