@@ -336,19 +336,10 @@ class Proxy:
     def status(self) -> Mapping[str, Any]:
         """What `/api/v1/status` says: upstreams, flights, queue, cache."""
         gates, store = self.origins.states(), self.store.state()
-        details = self.origins.details()
         return {
             "version": __version__,
             "draining": self.is_draining,
-            "upstreams": [
-                {
-                    "upstream": gate.upstream,
-                    "connections": {"active": gate.active, "idle": gate.idle},
-                    "limit": gate.limit,
-                    **details[gate.upstream],
-                }
-                for gate in gates
-            ],
+            "upstreams": self.origins.details(),
             "queue": {gate.upstream: dict(gate.depth) for gate in gates},
             "flights": [
                 {

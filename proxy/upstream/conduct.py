@@ -165,8 +165,11 @@ class Conduct:
 
     def details(self) -> Mapping[str, Any]:
         """What the status page shows, in seconds."""
-        breaker, quota = self.health.breaker, self.pulls.quota
+        breaker, quota, gate = self.health.breaker, self.pulls.quota, self._gate.state()
         return {
+            "upstream": gate.upstream,
+            "connections": {"active": gate.active, "idle": gate.idle},
+            "limit": gate.limit,
             "reason": self.cap.reason,
             "breaker": {
                 "state": breaker.state.value,

@@ -427,12 +427,12 @@ class Origins:
                 del self._foreign[key]
                 await origin.close()
 
-    def details(self) -> dict[str, Mapping[str, Any]]:
-        """What is known of each origin beside its gate, by its label, for the status page."""
-        return {origin.key.label: origin.conduct.details() for origin in self._all()}
+    def details(self) -> list[Mapping[str, Any]]:
+        """What is known of each origin, for the status page."""
+        return [origin.conduct.details() for origin in self._all()]
 
     def conditions(self) -> list[OriginState]:
-        """The same for metrics."""
+        """Breakers and quotas, for metrics."""
         return [origin.conduct.state() for origin in self._all()]
 
     def _all(self) -> tuple[Origin, ...]:
