@@ -37,6 +37,7 @@ from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
+from proxy.upstream.budget import RetryBudget
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
@@ -52,7 +53,13 @@ from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients, make_throttles, make_waits
+from proxy.wiring import (
+    CannotTrust,
+    make_cap_book,
+    make_clients,
+    make_throttles,
+    make_waits,
+)
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -67,13 +74,14 @@ class Surroundings:
     """What a proxy takes from the world around it, so that tests can bring their own.
 
     ``clock`` is monotonic, ``wall`` since the epoch, both in seconds; the pauses give the seconds
-    to wait before try ``n`` of a short question and of a fill.
+    to wait before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
     """
 
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     short_pause: Pause = short_pause
     fill_pause: Pause = FlightSettings().pause
+    budget: Callable[[], RetryBudget] = RetryBudget
 
 
 class Proxy:
@@ -138,7 +146,11 @@ class Proxy:
         settings, clock = self.settings, self._around.clock
         self.metrics.build_info.info({"version": __version__})
         self.store = await self._open_store(stack)
-        self.origins = Origins(metrics=self.metrics, clock=clock)
+        caps = await make_cap_book(self.store, clock)
+        stack.push_async_callback(caps.close)
+        self.origins = Origins(
+            metrics=self.metrics, clock=clock, log=self.log, caps=caps, budget=self._around.budget
+        )
         stack.push_async_callback(self.origins.close)
         clients = await make_clients(settings, self.origins, self.metrics, clock)
         self.puller = self._puller(clients)
@@ -160,6 +172,7 @@ class Proxy:
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
+        self.metrics.observe_origins(self.origins.conditions)
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
 
@@ -330,20 +343,10 @@ class Proxy:
     def status(self) -> Mapping[str, Any]:
         """What `/api/v1/status` says: upstreams, flights, queue, cache."""
         gates, store = self.origins.states(), self.store.state()
-        reasons = self.origins.reasons()
         return {
             "version": __version__,
             "draining": self.is_draining,
-            "upstreams": [
-                {
-                    "upstream": gate.upstream,
-                    "connections": {"active": gate.active, "idle": gate.idle},
-                    "limit": gate.limit,
-                    "reason": reasons[gate.upstream],
-                    "round_seconds": round(gate.round_seconds, 1),
-                }
-                for gate in gates
-            ],
+            "upstreams": self.origins.details(),
             "queue": {gate.upstream: dict(gate.depth) for gate in gates},
             "flights": [
                 {

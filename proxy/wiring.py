@@ -16,6 +16,8 @@ from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
+from proxy.store.store import Store
+from proxy.upstream.cap import Learned
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import (
     Credentials,
@@ -26,6 +28,7 @@ from proxy.upstream.credentials import (
     HelperCredentials,
     StaticCredentials,
 )
+from proxy.upstream.learned import CapBook
 from proxy.upstream.origin import Origins, OriginSettings
 from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
@@ -74,6 +77,13 @@ def make_throttles(
         return None
     waited = metrics.throttled.labels("client").inc
     return Throttles(settings.client_rate.per_second, clock=clock, on_wait=waited)
+
+
+async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:
+    """What earlier processes learned of the upstreams' caps; what this one learns goes there."""
+    rows = (await store.caps()).items()
+    known = {origin: Learned(row.value, row.ceiling, row.age) for origin, row in rows}
+    return CapBook(known, store.put_cap, clock=clock)
 
 
 class _Parts:

@@ -45,6 +45,15 @@ class GateState:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginState:
+    """One origin at one moment: its breaker's state; its quota, if any, as (limit, remaining)."""
+
+    upstream: str
+    breaker: str
+    quota: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
 class StoreState:
     """The store at one moment: bytes held, bytes it may hold, blobs held."""
 
@@ -74,6 +83,10 @@ class Metrics:
     def observe_gates(self, gates: Callable[[], Iterable[GateState]]) -> None:
         """Read the gates with this callback at every scrape."""
         self._live.gates = gates
+
+    def observe_origins(self, origins: Callable[[], Iterable[OriginState]]) -> None:
+        """Read the breakers and quotas with this callback at every scrape."""
+        self._live.origins = origins
 
     def observe_store(self, store: Callable[[], StoreState]) -> None:
         """Read the store with this callback at every scrape."""
@@ -145,6 +158,17 @@ class Metrics:
         self.upstream_overloads = self._counter(
             "upstream_overloads_total", "Answers that showed an upstream to be overloaded", labels
         )
+        self.upstream_retries = self._counter(
+            "upstream_retries_total",
+            "Tries after the first, by the failure before them",
+            ("upstream", "reason"),
+        )
+        self.upstream_retries_held = self._counter(
+            "upstream_retries_held_total", "Retries that waited for the retry budget", labels
+        )
+        self.upstream_throttled = self._counter(
+            "upstream_throttled_seconds_total", "Pauses that upstreams asked for", labels
+        )
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
@@ -196,12 +220,15 @@ class _LiveState(Collector):
 
     def __init__(self) -> None:
         self.gates: Callable[[], Iterable[GateState]] | None = None
+        self.origins: Callable[[], Iterable[OriginState]] | None = None
         self.store: Callable[[], StoreState] | None = None
         self.flights: Callable[[], int] | None = None
 
     def collect(self) -> Iterator[Metric]:
         if self.gates is not None:
             yield from _gate_families(self.gates())
+        if self.origins is not None:
+            yield from _origin_families(self.origins())
         if self.store is not None:
             yield from _store_families(self.store())
         if self.flights is not None:
@@ -247,6 +274,26 @@ def _gate_families(gates: Iterable[GateState]) -> Iterator[Metric]:
         for name, waiting in gate.depth.items():
             depth.add(waiting, gate.upstream, name)
     for sums in (connections, limit, depth, queue_limit, rounds):
+        yield sums.family()
+
+
+#: What a breaker may be; each has a series, so that a change is seen in both.
+_BREAKER_STATES = ("closed", "half_open", "open")
+
+
+def _origin_families(origins: Iterable[OriginState]) -> Iterator[Metric]:
+    breaker = _Sums(
+        "upstream_breaker_state", "1 for the state that the breaker is in", "upstream", "state"
+    )
+    limit = _Sums("upstream_ratelimit_limit", "Pulls that the upstream's quota allows", "upstream")
+    remaining = _Sums("upstream_ratelimit_remaining", "Pulls left of the quota", "upstream")
+    for origin in origins:
+        for state in _BREAKER_STATES:
+            breaker.add(state == origin.breaker, origin.upstream, state)
+        if origin.quota is not None:
+            limit.add(origin.quota[0], origin.upstream)
+            remaining.add(origin.quota[1], origin.upstream)
+    for sums in (breaker, limit, remaining):
         yield sums.family()
 
 

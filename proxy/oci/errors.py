@@ -294,6 +294,14 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class UpstreamDown(UpstreamUnavailable):
+    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it."""
+
+    reason = "upstream_down"
+    default_message = "the upstream is down"
+    status = 503
+
+
 class UpstreamTimeout(UpstreamError):
     """The upstream did not answer in time."""
 

@@ -21,6 +21,7 @@ from proxy.oci.errors import (
     Throttled,
     TokenServiceFailed,
     UpstreamBusy,
+    UpstreamDown,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -37,8 +38,9 @@ Pause = Callable[[int], float]
 
 #: Failures that another try may not meet.
 PASSING = (UpstreamUnavailable, UpstreamTimeout, UpstreamBusy, Throttled, TokenServiceFailed)
-#: Tries of one question while anybody's deadline lasts.
-TRIES = 3
+#: Tries of one question while anybody's deadline lasts. An overloaded upstream also answers 500 or
+#: resets the connection, and several times in a row.
+TRIES = 6
 #: The same for an upstream that is busy, which pauses make a matter of the asker's deadline.
 BUSY_TRIES = 64
 #: An upstream that asks for a longer pause than this, in seconds, is not asked again: the client
@@ -119,15 +121,17 @@ class Questions(Generic[V]):
         self, key: Key, question: Callable[[Ticket], Awaitable[V]], ticket: Ticket, named: bool
     ) -> _Outcome[V]:
         standing = self._standing[key] = _Standing(ticket)
+        failures = 0  # of an upstream that is not just busy
         try:
             for tries in range(1, BUSY_TRIES):
                 try:
                     return _Outcome(await question(ticket), ticket.waited)
                 except (*PASSING, NotFound) as error:
                     standing.failure = error.bare()
-                    is_spent = tries >= TRIES and not isinstance(error, UpstreamBusy)
-                    if is_spent or not _may_pass(error, named):
+                    failures += not isinstance(error, UpstreamBusy)
+                    if failures >= TRIES or not _may_pass(error, named):
                         raise
+                    ticket.retry = error.reason
                     self._log.info(
                         "asked_again", about=":".join(key), tries=tries, cause=str(error)
                     )
@@ -148,4 +152,6 @@ class Questions(Generic[V]):
 def _may_pass(error: PullError, named: bool) -> bool:
     if isinstance(error, NotFound):
         return named
+    if isinstance(error, UpstreamDown):
+        return False  # the question has waited for the probe, if that was due
     return (error.retry_after or 0.0) <= MAX_PAUSE

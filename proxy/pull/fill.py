@@ -115,6 +115,7 @@ class Fill:
                     raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
                 self.sources.went_on()
                 self.ticket.urgent = False
+                self.ticket.retry = ""
             except UpstreamError as error:
                 if self.received > before:
                     self.sources.went_on()
@@ -142,6 +143,7 @@ class Fill:
 
     async def _pause(self, source: Source, error: PullError) -> None:
         upstream, tries = source.key[0], self.sources.tries(source)
+        self.ticket.retry = error.reason
         if self.received:
             self._metrics.upstream_resumes.labels(upstream).inc()
             self.ticket.urgent = True  # from the head of its class (D8)

@@ -24,6 +24,7 @@ from proxy.oci.errors import (
     Overloaded,
     PullError,
     StoreFailed,
+    UpstreamDown,
     UpstreamTimeout,
 )
 from proxy.oci.manifest import Manifest, parse_manifest
@@ -159,6 +160,11 @@ class Manifests:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
         self._permissions.check(ask, key[2])
         standing = await self._standing(ask, entry)
+        health = self._clients[ask.upstream].origin.conduct.health
+        if health.is_down and covers(standing, UpstreamDown()):
+            if health.wants_probe:
+                self._check_in_background(ask, key, entry)
+            return await self._stale(ask, entry, "the upstream is down", head=head)
         try:
             checked = await self._check_quickly(ask, key, entry, standing)
         except PullError as error:
@@ -195,6 +201,8 @@ class Manifests:
         async def check(ticket: Ticket) -> Checked:
             asked = self._clock()
             found = await client.head_manifest(ask.repository, key[2], ticket, known=known)
+            if question is None and found.digest != known:
+                await self._keep_last_pulls(ask, key, found.digest)
             if found.digest is None:  # an upstream that does not say it: ask for the bytes
                 return Checked((await self._get(ask, key[2], None, ticket)).digest, known)
             await self._permissions.grant(ask, found.digest, found.size)
@@ -230,6 +238,16 @@ class Manifests:
         self._permissions.remember(ask, key[2], error)
         if isinstance(error, NotFound):
             await self._book.drop(key)
+
+    async def _keep_last_pulls(self, ask: Ask, key: TagKey, digest: Digest | None) -> None:
+        """The tag has moved: the last pulls of a quota are not for what the old manifest can
+        stand in for. Raises ``Throttled``."""
+        pulls = self._clients[ask.upstream].origin.conduct.pulls
+        if not pulls.is_last or (digest is not None and await self.held(digest) is not None):
+            return
+        entry, error = await self._book.get(key), pulls.kept()
+        if entry is not None and covers(await self._standing(ask, entry), error):
+            raise error
 
     def _check_in_background(self, ask: Ask, key: TagKey, entry: TagEntry) -> None:
         async def check() -> None:

@@ -74,6 +74,7 @@ class Reader:
         self.position = 0
         self.stop: int | None = None
         self._own_bytes = OWN_TURN_BYTES
+        self._retry = ""  # why its next own turn is another try
         self._in_turn = False  # has, or waits for, a slot of its own
 
     @property
@@ -201,6 +202,7 @@ class Reader:
                     async for data in turn:
                         yield data
                 if self.position > before:
+                    self._retry = ""
                     return
                 raise UpstreamUnavailable(f"{self.source.key[0]}: an answer without a byte")
             except PullError as error:
@@ -209,12 +211,14 @@ class Reader:
                 tries = 1 if self.position > before else tries + 1
                 if tries >= TRIES:
                     raise
+                self._retry = error.reason
                 await asyncio.sleep(self.flight.settings.pause_after(tries, error))
             self._check()
 
     async def _own_turn(self) -> AsyncGenerator[bytes, None]:
         length = min(self._own_bytes, self._own_end() - self.position)
         ticket = Ticket(class_for_blob(length), [self.client], image=self.source.key)
+        ticket.retry = self._retry
         held: list[bytes] = []
         self._in_turn = True
         self.flight.reader_moved()

@@ -21,6 +21,7 @@ from proxy.oci.errors import (
     Throttled,
     TokenServiceFailed,
     UpstreamBusy,
+    UpstreamDown,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -139,6 +140,12 @@ class Sources:
             return Verdict.TRY_AGAIN  # not missing but late (eventual consistency)
         if isinstance(error, UpstreamBusy) and tries < BUSY_TRIES:
             return Verdict.TRY_AGAIN  # the readers' deadlines are what ends the wait
+        if isinstance(error, UpstreamDown):
+            # It was not even asked. One that has begun waits; a newcomer is told, unless another
+            # source may help.
+            is_alone = all(entry.tries for entry in self._entries.values())
+            waits = has_begun and tries < BUSY_TRIES
+            return Verdict.TRY_AGAIN if waits or not is_alone else Verdict.FAILED
         # A full queue sends newcomers away; a flight that has begun waits.
         if isinstance(error, PASSING) or (isinstance(error, QueueFull) and has_begun):
             exhausted = all(entry.tries >= TRIES for entry in self._entries.values())

@@ -55,6 +55,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (upstream, repository, tag)
         ) WITHOUT ROWID""",
     ),
+    (
+        # What was learned of an origin: how many connections it stands, the least number at which
+        # it broke (if it did), and when that was known, in seconds since the epoch.
+        """CREATE TABLE cap (
+            origin TEXT PRIMARY KEY, value INTEGER NOT NULL, ceiling INTEGER, learned REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
 )
 
 _ALL_BLOBS = "SELECT digest, size, used FROM blob ORDER BY used"
@@ -263,6 +270,25 @@ class Index:
             "DELETE FROM tag WHERE upstream = ? AND repository = ? AND tag = ?",
             [(upstream, repository, tag)],
         )
+
+    # Caps: what was learned of each origin
+
+    async def put_cap(self, origin: str, value: int, ceiling: int | None, learned: float) -> None:
+        """`learned` in seconds since the epoch."""
+        await self._many(
+            "INSERT INTO cap VALUES (?, ?, ?, ?) ON CONFLICT (origin) DO UPDATE SET "
+            "value = excluded.value, ceiling = excluded.ceiling, learned = excluded.learned",
+            [(origin, value, ceiling, learned)],
+        )
+
+    async def caps(self) -> list[tuple[str, int, int | None, float]]:
+        """Origin, cap, ceiling, and when that was learned."""
+
+        def find(connection: sqlite3.Connection) -> list[tuple[str, int, int | None, float]]:
+            query = "SELECT origin, value, ceiling, learned FROM cap"
+            return connection.execute(query).fetchall()
+
+        return await self.run(find)
 
 
 # On the index's thread

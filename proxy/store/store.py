@@ -46,6 +46,7 @@ __all__ = [
     "CacheDirBusy",
     "CacheDirError",
     "CacheDirUnusable",
+    "CapRow",
     "Disk",
     "FileLease",
     "Link",
@@ -78,6 +79,15 @@ class TagRow:
 
     digest: Digest
     checked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CapRow:
+    """What was learned of an origin, and how many seconds ago."""
+
+    value: int
+    ceiling: int | None
+    age: float
 
 
 class Store:
@@ -372,6 +382,22 @@ class Store:
     async def drop_tag(self, upstream: str, repository: str, tag: str) -> None:
         """Forget a tag: the upstream does not have it."""
         await self._shelf.record(self._index.drop_tag(upstream, repository, tag))
+
+    # Caps
+
+    async def put_cap(self, origin: str, value: int, ceiling: int | None) -> None:
+        """Note how many connections an origin stands, and the least number at which it broke."""
+        now = self._shelf.now() / 1_000_000
+        await self._shelf.record(self._index.put_cap(origin, value, ceiling, now))
+
+    async def caps(self) -> dict[str, CapRow]:
+        """What was noted, by origin."""
+        now = self._shelf.now() / 1_000_000
+        rows = await self._shelf.record(self._index.caps()) or []
+        return {
+            origin: CapRow(value, ceiling, now - learned)
+            for origin, value, ceiling, learned in rows
+        }
 
     # The start
 

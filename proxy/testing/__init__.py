@@ -28,6 +28,7 @@ from proxy.testing.faults import (
 from proxy.testing.holds import Hold
 from proxy.testing.images import FakeBlob, FakeImage, FakeIndex, make_image, make_index
 from proxy.testing.overload import POISONED_TOKEN, Misbehaviour, Overload
+from proxy.testing.quota import PullQuota
 from proxy.testing.registry import FakeRegistry
 from proxy.testing.wire import Kind
 
@@ -54,6 +55,7 @@ __all__ = [
     "Moment",
     "Overload",
     "Oversize",
+    "PullQuota",
     "Reset",
     "Seen",
     "ShortLength",

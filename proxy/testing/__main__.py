@@ -27,6 +27,7 @@ from aiohttp import web
 
 from proxy.testing.images import FakeImage, make_image
 from proxy.testing.overload import Misbehaviour, Overload
+from proxy.testing.quota import PullQuota
 from proxy.testing.registry import FakeRegistry
 
 _HARBOR = """\
@@ -108,6 +109,8 @@ def _add_registry(command: argparse.ArgumentParser) -> None:
     add("--auth", choices=("basic", "bearer"))
     add("--user", metavar="NAME:PASSWORD", help="the one user; anonymous pulls need bearer")
     add("--harbor", action="store_true", help="refuse logins in Harbor's way")
+    add("--pulls", type=_natural, metavar="N", help="manifest GETs per window; 429 beyond")
+    add("--pull-window", type=float, default=21_600.0, metavar="SECONDS")
     command.set_defaults(make=_registry)
 
 
@@ -231,6 +234,7 @@ def _registry(options: argparse.Namespace, _images: Sequence[FakeImage]) -> Fake
         auth=cast(Literal["basic", "bearer"] | None, options.auth),
         users={name: password} if name else {},
         harbor=options.harbor,
+        pulls=None if options.pulls is None else PullQuota(options.pulls, options.pull_window),
         ranges=options.ranges,
         keep_seen=False,  # a benchmark asks for many thousands
     )

@@ -40,6 +40,7 @@ from proxy.testing.images import FakeImage, FakeIndex
 from proxy.testing.listener import Connection, Listener
 from proxy.testing.overload import POISONED_TOKEN, Load, Misbehaviour, Overload
 from proxy.testing.pattern import Pattern, digests
+from proxy.testing.quota import PullCounter, PullQuota
 from proxy.testing.signed import SignedUrls
 from proxy.testing.tokens import Accounts, Guard, Policy, Service, TokenService
 from proxy.testing.transmit import Transmitter
@@ -71,6 +72,7 @@ class FakeRegistry:
       `proxy.testing.tokens`).
     - `redirect_blobs_to`: a registry that serves this one's blobs by signed URLs, each valid for
       `signed_url_ttl` seconds; it refuses requests that carry an Authorization header.
+    - `pulls`: a quota of manifest GETs, as Docker Hub has one.
     - `rate`: body bytes per second and connection. `latency`: seconds before each answer.
     - `ranges`: whether Range is served. `page_size`: most entries of a list.
     - `clock`: seconds since the epoch, for tokens and signed URLs.
@@ -95,6 +97,7 @@ class FakeRegistry:
         harbor: bool = False,
         redirect_blobs_to: FakeRegistry | None = None,
         signed_url_ttl: float = 300.0,
+        pulls: PullQuota | None = None,
         rate: int | None = None,
         latency: float = 0.0,
         ranges: bool = True,
@@ -109,6 +112,7 @@ class FakeRegistry:
         self.over_limit_status = over_limit_status
         self.content = Content()
         self.stalls = Parking()
+        self.pulls = PullCounter(pulls, clock)
         self.tokens = TokenService(clock)
         self.signed_urls = SignedUrls(self.content, clock)
         self.signed_url_ttl = signed_url_ttl
@@ -307,7 +311,8 @@ class FakeRegistry:
             action = self._script.take(asked, meant_digest(asked, self.content))
             if isinstance(action, Hang):
                 await self.stalls.enter()
-            reply = distort(action, self._answer(asked, action))
+            spent = self.pulls.count(asked)
+            reply = spent or self.pulls.told(asked, distort(action, self._answer(asked, action)))
         seen.status = reply.status
         return await self._transmitter.send(request, connection, reply, action)
 

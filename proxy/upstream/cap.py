@@ -14,6 +14,13 @@ Three refinements, each against a way in which the plain law fails:
 * *A remembered ceiling.* The run is short below the level that broke last and long at it, so that
   the cap returns quickly to what worked and tries the wall rarely. A wall that has moved is found
   by passing it: then the ceiling is forgotten and the cap doubles again.
+
+Two things happen to a cap besides. A *restart*: what the process before knew is where it begins, if
+it is young. An older one is not believed: who else uses the upstream, and how large it is, changes
+within days, a slow start finds out in seconds, and a cap that is believed for too low costs every
+pull. It still bounds the start from above. An *outage*: requests to an origin that is down fail as
+if each were one too many, and the cap falls to one; but how many it stands was known before, and
+once it is back the cap starts low again under the ceiling of old.
 """
 
 from __future__ import annotations
@@ -22,12 +29,23 @@ from dataclasses import dataclass, replace
 
 #: The first cap of an origin that nothing is known of (D6).
 START = 4
+#: Seconds that a cap of an earlier process is believed.
+BELIEVED = 86_400.0
 #: Successes for one step up, per slot of the cap, below the level that broke last …
 QUICK_RUN = 2
 #: … and at it, where every step is likely to cost overload answers: at a cap of 6 one try in 384 …
 SLOW_RUN = 64
 #: … and never fewer than these, or a cap of 1 would try too often.
 LEAST_SLOW_RUN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What an earlier process knew: the cap, the least one that broke, and how many seconds ago."""
+
+    limit: int
+    ceiling: int | None
+    age: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +64,26 @@ class Cap:
             raise ValueError(f"expected 1 <= limit <= {self.maximum}, got {self.limit}")
 
     @classmethod
-    def starting(cls, maximum: int, learned: int | None = None) -> Cap:
-        """The cap at start; with ``learned``, what an earlier process ended with."""
+    def starting(cls, maximum: int, learned: Learned | None = None) -> Cap:
+        """The cap at start; with ``learned``, what an earlier process ended with.
+
+        What it knew may lie outside of what the operator allows now.
+        """
+        low = min(START, maximum)
         if learned is None:
-            return cls(min(START, maximum), maximum)
-        limit = max(1, min(learned, maximum))
-        ceiling = limit + 1 if limit < maximum else None
+            return cls(low, maximum)
+        limit = max(1, min(learned.limit, maximum))
+        if not 0 <= learned.age <= BELIEVED:  # below zero: the wall clock was set back
+            return cls(min(low, limit), maximum, reason="at its start: what was learned is too old")
+        ceiling = learned.ceiling
+        if ceiling is not None and not limit < ceiling <= maximum:
+            ceiling = None
         return cls(limit, maximum, ceiling, reason="learned before the restart")
+
+    def after_outage(self, now: float) -> Cap:
+        """This cap, of before the origin went down, now that it is back."""
+        limit = min(self.limit, START)
+        return replace(self, limit=limit, run=0, changed_at=now, reason="back after an outage")
 
     @property
     def needed_run(self) -> int:

@@ -117,7 +117,11 @@ class UpstreamClient:
     async def manifest(
         self, repository: str, reference: str, ticket: Ticket
     ) -> tuple[bytes, str, Digest | None]:
-        """GET a manifest: its bytes, media type and the digest the upstream claims for it."""
+        """GET a manifest: its bytes, media type and the digest the upstream claims for it.
+
+        Such a GET is a pull to Docker Hub's quota, so it may have to wait for its place.
+        """
+        await self.origin.conduct.pulls.place()
         url = self.url(repository, f"manifests/{reference}")
         headers = {"Accept": MANIFEST_ACCEPT}
         async with self.exchange("GET", url, repository, ticket, headers) as reply:

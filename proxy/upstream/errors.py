@@ -40,13 +40,13 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
     except PullError:
         raise
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        kind, said = _sorted(error)
+        kind, said = sort_failure(error)
         metrics.upstream_errors.labels(label, kind).inc()
         failure: type[UpstreamError] = UpstreamTimeout if kind == "timeout" else UpstreamUnavailable
         raise failure(f"{label}: {said}") from error
 
 
-def _sorted(error: Exception) -> tuple[str, str]:
+def sort_failure(error: Exception) -> tuple[str, str]:
     """The kind of a failure, for metrics, and a sentence for people. Order matters: many are
     several things at once."""
     match error:

@@ -20,6 +20,9 @@ States of a waiter, and who moves it:
   cancellation arrives after the future was resolved: the slot is given back there, which grants it
   to the next in line. Nothing is lost, whichever comes first.
 
+A class may be *paused* for a while, because the upstream asked for it (Retry-After): its waiters
+keep their places and are passed over until then. A timer, one at most, looks again at the end.
+
 The request rate, where there is one, is asked for after the slot: the limiter lets newcomers
 overtake, the queue does not. A waiter cancelled there gives its slot back.
 
@@ -30,7 +33,7 @@ the only owner.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -40,6 +43,9 @@ from proxy.upstream.turns import Ticket, TurnClass, TurnQueue, TurnTimes
 
 #: From this limit on one slot is kept for metadata (D3).
 RESERVE_FROM = 4
+
+#: Seconds between two looks at a pause whose clock does not move on.
+LEAST_PAUSE = 0.05
 
 #: Seconds after which a client that found the queue full may ask again.
 QUEUE_FULL_RETRY = 5.0
@@ -125,6 +131,8 @@ class Gate:
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
         self._granted: dict[int, TurnClass] = {}
         self._bulk = 0  # granted slots that are not for metadata
+        self._paused: dict[TurnClass, float] = {}  # until when
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def limit(self) -> int:
@@ -139,6 +147,48 @@ class Gate:
     def is_full(self) -> bool:
         """Are as many slots granted as may be?"""
         return len(self._granted) >= self._limit
+
+    # -- pauses ----------------------------------------------------------------------------
+
+    def pause(self, classes: Collection[TurnClass], seconds: float) -> float:
+        """Grant these classes nothing for so long; returns by how much that is longer than the
+        longest of their pauses so far."""
+        until = self._clock() + seconds
+        longer = seconds - max(self.paused_for(turn_class) for turn_class in classes)
+        for turn_class in classes:
+            self._paused[turn_class] = max(until, self._paused.get(turn_class, until))
+        self._grant()
+        return max(0.0, longer)
+
+    def paused_for(self, turn_class: TurnClass) -> float:
+        """Seconds until this class may be granted again."""
+        return max(0.0, self._paused.get(turn_class, 0.0) - self._clock())
+
+    def pauses(self) -> Mapping[str, float]:
+        """Seconds until each paused class may be granted again, by the class's name."""
+        return {paused.value: self.paused_for(paused) for paused in self._paused_now()}
+
+    def _paused_now(self) -> Collection[TurnClass]:
+        now = self._clock()
+        for turn_class in [known for known, until in self._paused.items() if until <= now]:
+            del self._paused[turn_class]
+        return self._paused.keys()
+
+    def _look_again(self) -> None:
+        """Grant once more when the first pause is over, if somebody waits for that."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waits = [self.paused_for(c) for c in self._paused_now() if self._queue.depth(c)]
+        if waits:
+            wait = max(LEAST_PAUSE, min(waits))
+            self._timer = asyncio.get_running_loop().call_later(wait, self._grant)
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a turn; see ``Slots.acquire``."""
@@ -202,6 +252,8 @@ class Gate:
         return seconds / (self._limit - (self._limit >= RESERVE_FROM))
 
     def _grant(self) -> None:
+        if self._paused:
+            self._look_again()
         while len(self._granted) < self._limit and len(self._queue):
             ticket = self._queue.take(self._allowed())
             if ticket is None:
@@ -225,10 +277,11 @@ class Gate:
 
     def _allowed(self) -> frozenset[TurnClass]:
         is_kept = self._limit >= RESERVE_FROM and self._bulk >= self._limit - 1
-        return _METADATA_ONLY if is_kept else _ALL
+        allowed = _METADATA_ONLY if is_kept else _ALL
+        return allowed.difference(self._paused_now()) if self._paused else allowed
 
     def has_rival(self, slot: Slot) -> bool:
-        return self._queue.has_rival(slot.turn_class)
+        return self._queue.has_rival(slot.turn_class, self._paused_now())
 
     def ahead_of(self, ticket: Ticket) -> int:
         return self._queue.ahead_of(ticket)

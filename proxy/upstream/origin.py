@@ -11,6 +11,9 @@ again before the aborted socket is closed: its lane waits for that before it dia
 So the sockets that are not yet closed on our side never outnumber the lanes. When the limit is
 below the number of lanes, lanes with idle sockets beyond it are closed before a request is sent, so
 that idle sockets never push the count over the limit either.
+
+Before a turn is queued for, ``conduct.py`` may hold it back: the origin is down, it asked for a
+pause, or too many retries were made. The breaker is asked again when the slot has been granted.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ import ssl
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from yarl import URL
 
-from proxy.observe.metrics import GateState, Metrics
-from proxy.oci.errors import ShuttingDown, UpstreamStalled
-from proxy.upstream.cap import START, Cap
+from proxy.observe.logs import Logger
+from proxy.observe.metrics import GateState, Metrics, OriginState
+from proxy.oci.errors import PullError, ShuttingDown, UpstreamStalled
+from proxy.upstream.budget import RetryBudget
+from proxy.upstream.cap import Cap
+from proxy.upstream.conduct import Conduct
 from proxy.upstream.dns import OriginResolver
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
+from proxy.upstream.learned import CapBook
 from proxy.upstream.stall import StallLimit, StallMeter
 from proxy.upstream.turns import Ticket
 
@@ -89,6 +97,7 @@ class Turn:
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
         self._was_full = origin.gate.is_full
+        self.was_of_use = False  # there was an answer that was meant
 
     async def request(
         self, method: str, url: URL, headers: Mapping[str, str] | None = None
@@ -143,11 +152,12 @@ class Turn:
 
     def went_well(self) -> None:
         """The upstream gave an answer that it meant."""
-        self.origin.went_well(full=self._was_full)
+        self.was_of_use = True
+        self.origin.conduct.went_well(full=self._was_full)
 
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
-        self.origin.was_too_much(self._sent_at, reason)
+        self.origin.conduct.was_too_much(self._sent_at, reason)
 
     @property
     def is_overdue(self) -> bool:
@@ -175,7 +185,11 @@ class Origin:
         metrics: Metrics,
         clock: Callable[[], float],
         rate: RateLimit | None = None,
+        log: Logger | None = None,
+        caps: CapBook | None = None,
+        budget: RetryBudget | None = None,
     ) -> None:
+        """``caps``: where the cap is remembered; without, nothing of it is."""
         self.key = key
         self.settings = settings
         self.clock = clock
@@ -190,29 +204,68 @@ class Origin:
             is_warm=self._is_warm,
         )
         self.slots: Slots = self.gate
-        maximum = settings.max_connections
-        start = min(START, maximum) if settings.starts_low else maximum
-        self.cap = Cap(start, maximum)
-        self.gate.limit = start
+        self.conduct = Conduct(
+            key.label,
+            self.gate,
+            self._first_cap(caps),
+            metrics=metrics,
+            clock=clock,
+            log=log,
+            budget=budget,
+            on_cap=(lambda cap: caps.note(key.label, cap)) if caps else lambda _cap: None,
+        )
         self._metrics = metrics
         self._lanes: dict[int, Lane] = {}
         self._resolver: OriginResolver | None = None
         self._busy: set[int] = set()
         self._is_closed = False
+        self._coming = 0
         self._bytes_per_second = MAX_TURN_BYTES / TURN_SECONDS
+
+    def _first_cap(self, caps: CapBook | None) -> Cap:
+        maximum = self.settings.max_connections
+        if not self.settings.starts_low:
+            return Cap(maximum, maximum)
+        return Cap.starting(maximum, caps.learned(self.key.label) if caps else None)
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[Turn]:
-        """Wait for a turn and hold it. Raises ``QueueFull``."""
-        slot = await self.slots.acquire(ticket)
+        """Wait for a turn and hold it. Raises ``QueueFull``, ``Throttled``, ``UpstreamDown``."""
+        retries = self.conduct.retries
+        self._coming += 1  # until the gate knows of it: this origin must not be forgotten
+        try:
+            await self.conduct.passage(ticket)
+            place = await retries.take(ticket.retry)
+            try:
+                slot = await self._slot(ticket)
+            except BaseException:
+                retries.give_back(place)
+                raise
+        finally:
+            self._coming -= 1
         turn = Turn(self, slot)
         self._busy.add(slot.number)
         try:
             yield turn
+        except PullError:
+            turn.was_of_use = False
+            raise
         finally:
             turn.finish()
             self._busy.discard(slot.number)
+            self.conduct.health.leave(slot.number)
             self.slots.release(slot)
+            if turn.was_of_use:
+                retries.give_back(place)
+
+    async def _slot(self, ticket: Ticket) -> Slot:
+        """A slot; one that is granted when the breaker has opened meanwhile goes back."""
+        while True:
+            slot = await self.slots.acquire(ticket)
+            if self.conduct.health.enter(slot.number):
+                return slot
+            self.slots.release(slot)
+            await self.conduct.passage(ticket)
 
     async def send(
         self, slot: Slot, method: str, url: URL, headers: Mapping[str, str]
@@ -221,7 +274,12 @@ class Origin:
         lane = self._lane(slot.number)
         await self._make_room()
         started = self.clock()
-        response = await lane.request(method, url, headers)
+        try:
+            response = await lane.request(method, url, headers)
+        except (aiohttp.ClientError, OSError) as error:
+            self.conduct.broke(slot, error)
+            raise
+        self.conduct.heed(slot, response)
         self._metrics.upstream_requests.labels(self.key.label, str(response.status)).inc()
         self._metrics.upstream_duration.labels(self.key.label).observe(self.clock() - started)
         return response
@@ -269,20 +327,6 @@ class Origin:
             if number not in self._busy:
                 await lane.shut()
 
-    def went_well(self, *, full: bool) -> None:
-        """A request went well; ``full``: the cap was the limit when it was sent."""
-        self._settle(self.cap.succeeded(self.clock(), full=full))
-
-    def was_too_much(self, sent_at: float, reason: str) -> None:
-        """The upstream broke under a request sent at ``sent_at`` (monotonic seconds)."""
-        self._metrics.upstream_overloads.labels(self.key.label).inc()
-        self._settle(self.cap.overloaded(self.clock(), sent_at=sent_at, reason=reason))
-
-    def _settle(self, cap: Cap) -> None:
-        if cap.limit != self.cap.limit:
-            self.gate.limit = cap.limit
-        self.cap = cap
-
     def note_stall(self) -> None:
         self._metrics.upstream_stalls.labels(self.key.label).inc()
 
@@ -298,12 +342,14 @@ class Origin:
 
     def count_bytes(self, received: int) -> None:
         self._metrics.upstream_bytes.labels(self.key.label).inc(received)
+        if received:
+            self.conduct.health.answered()
 
     @property
     def is_in_use(self) -> bool:
         """Is there a turn, or somebody who waits for one?"""
         state = self.slots.state()
-        return bool(state.active or sum(state.depth.values()))
+        return bool(self._coming or state.active or sum(state.depth.values()))
 
     @property
     def is_open(self) -> bool:
@@ -324,6 +370,7 @@ class Origin:
     async def close(self) -> None:
         """Close every socket; turns that are in use fail."""
         self._is_closed = True
+        self.conduct.close()
         for lane in self._lanes.values():
             await lane.close()
         if self._resolver is not None:
@@ -339,9 +386,22 @@ class Origins:
     #: Redirect targets kept at most; those without turns leave first.
     MAX_FOREIGN = 256
 
-    def __init__(self, *, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        log: Logger | None = None,
+        caps: CapBook | None = None,
+        budget: Callable[[], RetryBudget] = RetryBudget,
+    ) -> None:
+        """``caps`` remembers the caps of configured upstreams across a restart, ``budget`` makes
+        the retry budget of an origin."""
         self._metrics = metrics
         self._clock = clock
+        self._log = log
+        self._caps = caps
+        self._budget = budget
         self._own: dict[OriginKey, Origin] = {}
         self._foreign: OrderedDict[OriginKey, Origin] = OrderedDict()
 
@@ -351,7 +411,14 @@ class Origins:
         key = OriginKey.of(url)
         if key not in self._own:
             self._own[key] = Origin(
-                key, settings, metrics=self._metrics, clock=self._clock, rate=rate
+                key,
+                settings,
+                metrics=self._metrics,
+                clock=self._clock,
+                rate=rate,
+                log=self._log,
+                caps=self._caps,
+                budget=self._budget(),
             )
         return self._own[key]
 
@@ -366,7 +433,14 @@ class Origins:
             await self._forget_one()
         known = self._own.get(key) or self._foreign.get(key)
         if known is None:
-            known = Origin(key, settings, metrics=self._metrics, clock=self._clock)
+            known = Origin(
+                key,
+                settings,
+                metrics=self._metrics,
+                clock=self._clock,
+                log=self._log,
+                budget=self._budget(),
+            )
             self._foreign[key] = known
         elif key in self._foreign:
             self._foreign.move_to_end(key)
@@ -385,16 +459,22 @@ class Origins:
                 del self._foreign[key]
                 await origin.close()
 
-    def reasons(self) -> dict[str, str]:
-        """Why each effective cap is what it is, by the origin's label."""
-        origins = (*self._own.values(), *self._foreign.values())
-        return {origin.key.label: origin.cap.reason for origin in origins}
+    def details(self) -> list[Mapping[str, Any]]:
+        """What is known of each origin, for the status page."""
+        return [origin.conduct.details() for origin in self._all()]
+
+    def conditions(self) -> list[OriginState]:
+        """Breakers and quotas, for metrics."""
+        return [origin.conduct.state() for origin in self._all()]
+
+    def _all(self) -> tuple[Origin, ...]:
+        return (*self._own.values(), *self._foreign.values())
 
     def states(self) -> list[GateState]:
-        return [origin.state() for origin in (*self._own.values(), *self._foreign.values())]
+        return [origin.state() for origin in self._all()]
 
     async def close(self) -> None:
-        for origin in (*self._own.values(), *self._foreign.values()):
+        for origin in self._all():
             await origin.close()
         self._own.clear()
         self._foreign.clear()

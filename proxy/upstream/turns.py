@@ -108,7 +108,7 @@ class TurnTimes:
 class Ticket:
     """One party's standing request for turns; reusable, queued in at most one queue at a time."""
 
-    __slots__ = ("_clients", "_queue", "image", "turn_class", "urgent", "waited")
+    __slots__ = ("_clients", "_queue", "image", "retry", "turn_class", "urgent", "waited")
 
     def __init__(
         self, turn_class: TurnClass, clients: Iterable[str] = (), *, image: Hashable = None
@@ -118,6 +118,7 @@ class Ticket:
         self.image = image
         self.urgent = False  # looked at when it begins to wait
         self.waited = 0.0  # seconds in queues so far
+        self.retry = ""  # why its next turn is another try (an error's reason); "": a first one
         self._clients = dict.fromkeys(clients)  # ordered: one run is like the next
         self._queue: TurnQueue | None = None
 
@@ -259,10 +260,13 @@ class TurnQueue:
                 break
         return max(0, total - (1 if ticket.is_queued else 0))
 
-    def has_rival(self, turn_class: TurnClass) -> bool:
-        """Does anybody wait whom a holder of ``turn_class`` should let pass?"""
+    def has_rival(self, turn_class: TurnClass, paused: Collection[TurnClass] = frozenset()) -> bool:
+        """Does anybody wait whom a holder of ``turn_class`` should let pass?
+
+        Those of a ``paused`` class could not use the slot.
+        """
         for other, ring in self._rings.items():
-            if ring.count:
+            if ring.count and other not in paused:
                 return True
             if other is turn_class:
                 return False

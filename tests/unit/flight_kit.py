@@ -65,6 +65,7 @@ class Turn:
     turn_class: TurnClass
     clients: frozenset[str]
     is_urgent: bool
+    retry: str = ""
     sent: int = 0
     is_open: bool = True
     at_end: bool = False  # else its transport would have been aborted
@@ -190,7 +191,8 @@ class ScriptedSource:
             await self.slots.acquire()
         finally:
             self.waiting -= 1
-        turn = Turn(start, length, ticket.turn_class, frozenset(ticket.clients), ticket.urgent)
+        clients = frozenset(ticket.clients)
+        turn = Turn(start, length, ticket.turn_class, clients, ticket.urgent, ticket.retry)
         self.turns.append(turn)
         try:
             await asyncio.sleep(0)

@@ -20,6 +20,7 @@ from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.budget import RetryBudget
 from proxy.upstream.origin import OriginSettings
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.store_kit import staging_files, stored_files
@@ -164,6 +165,7 @@ async def running(
     clock: Callable[[], float] | None = None,
     wall: FakeClock | None = None,
     pause: float = 0.0,
+    budget: Callable[[], RetryBudget] = lambda: RetryBudget(reserve=1_000_000),
     **changes: Any,
 ) -> AsyncIterator[Pullpool]:
     """A proxy in front of `url` that pauses for `pause` seconds between tries; `changes` are
@@ -175,6 +177,7 @@ async def running(
         wall=wall or usual.wall,
         short_pause=lambda _: pause,
         fill_pause=lambda _: pause,
+        budget=budget,
     )
     settings = settings_for(directory, url, **changes)
     logger = make_logger("json", log, "debug")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.cap import START, Cap
+from proxy.upstream.cap import BELIEVED, START, Cap, Learned
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,39 @@ def test_it_falls_when_the_limit_falls() -> None:
     assert seen.later <= 0.02
 
 
+def test_it_follows_a_limit_that_moves_all_the_time() -> None:
+    """Up and down every half minute, as other clients of the upstream come and go."""
+
+    def wall(now: float) -> int:
+        return (6, 12, 4, 20)[int(now / 30) % 4]
+
+    seen = simulate(wall, cap=Cap.starting(32), seconds=480)
+    assert seen.early <= 0.10
+    assert seen.later <= 0.02
+    assert 4 <= seen.mean <= 12  # the least of the four, and more than their mean would break
+
+
+def test_a_start_that_is_far_too_high_costs_a_few_answers_only() -> None:
+    seen = simulate(lambda _now: 3, cap=Cap(64, 64))
+    assert seen.limit <= 3
+    assert seen.later <= 0.02
+
+
+def test_after_an_outage_it_returns_to_what_it_knew() -> None:
+    """All requests failed, the cap fell to one: that says nothing of what the upstream stands."""
+    before = Cap(12, 32, ceiling=13)
+    fallen = before
+    for number in range(10):
+        fallen = fallen.overloaded(float(number), sent_at=number - 0.5, reason="refused")
+    assert fallen.limit == 1
+    back = before.after_outage(20.0)
+    assert (back.limit, back.ceiling, back.reason) == (START, 13, "back after an outage")
+    slow = simulate(lambda _now: 12, cap=fallen, seconds=30)
+    quick = simulate(lambda _now: 12, cap=back, seconds=30)
+    assert quick.mean >= 10 > slow.mean
+    assert quick.later <= 0.02
+
+
 def test_an_upstream_without_a_limit_gets_the_configured_cap() -> None:
     seen = simulate(lambda _now: 1000, cap=Cap.starting(16))
     assert seen.limit == 16
@@ -99,11 +132,44 @@ def test_an_upstream_that_stands_only_one_is_tried_rarely() -> None:
     assert seen.limit <= 2
 
 
+def learned(limit: int, ceiling: int | None = None, age: float = 60.0) -> Learned:
+    return Learned(limit, ceiling, age)
+
+
 def test_it_starts_at_what_an_earlier_process_learned() -> None:
-    assert Cap.starting(32, learned=6).limit == 6
-    assert Cap.starting(4, learned=60).limit == 4
+    cap = Cap.starting(32, learned(6, ceiling=7))
+    assert (cap.limit, cap.ceiling, cap.reason) == (6, 7, "learned before the restart")
     assert Cap.starting(32).limit == START
     assert Cap.starting(2).limit == 2
+
+
+def test_what_was_learned_is_clipped_to_what_is_allowed_now() -> None:
+    assert Cap.starting(4, learned(60, ceiling=61)) == Cap(
+        4, 4, reason="learned before the restart"
+    )
+    assert Cap.starting(8, learned(6, ceiling=20)).ceiling is None
+    assert Cap.starting(8, learned(0)).limit == 1
+
+
+def test_what_was_learned_long_ago_is_not_believed() -> None:
+    for age in (BELIEVED + 1, -3600.0):  # or in the future: the wall clock was set back
+        cap = Cap.starting(32, learned(24, ceiling=25, age=age))
+        assert (cap.limit, cap.ceiling) == (START, None)
+        assert "too old" in cap.reason
+    assert Cap.starting(32, learned(1, age=BELIEVED + 1)).limit == 1
+    assert Cap.starting(32, learned(24, age=BELIEVED - 1)).limit == 24
+
+
+def test_a_restart_at_a_limit_breaks_nothing() -> None:
+    seen = simulate(lambda _now: 6, cap=Cap.starting(32, learned(6, ceiling=7)))
+    assert seen.early <= 0.01
+    assert 5 <= seen.mean <= 6.5
+
+
+def test_a_learned_cap_that_is_too_low_by_now_is_outgrown() -> None:
+    seen = simulate(lambda _now: 24, cap=Cap.starting(32, learned(3, ceiling=4)), seconds=120)
+    assert seen.worst >= 24
+    assert seen.later <= 0.02
 
 
 def test_answers_to_requests_from_before_a_change_do_not_halve_again() -> None:

@@ -13,6 +13,7 @@ from proxy.oci.errors import (
     RealmRefused,
     SizeMismatch,
     Throttled,
+    UpstreamDown,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -376,3 +377,39 @@ async def test_an_error_shared_by_many_does_not_grow_with_them(tmp_path: Path) -
                 await drink(reader)
             depths.append(len(caught.traceback))
         assert len(set(depths[1:])) == 1
+
+
+async def test_a_flight_that_has_begun_waits_for_an_upstream_that_is_down(tmp_path: Path) -> None:
+    down = UpstreamDown("hub is down", retry_after=0.001)
+    acts = [Act(breaks=10 * KIB)] + [Act(error=down)] * (TRIES + 4)
+    source = ScriptedSource(DATA, acts=acts)
+    async with flying(tmp_path) as rig:
+        assert await rig.pull(source) == DATA
+
+
+async def test_a_newcomer_is_told_that_the_upstream_is_down(tmp_path: Path) -> None:
+    source = ScriptedSource(DATA, acts=[Act(error=UpstreamDown("down", retry_after=0.001))] * 50)
+    async with flying(tmp_path) as rig:
+        with pytest.raises(UpstreamDown):
+            await rig.pull(source)
+        assert len(source.turns) == 1
+
+
+async def test_a_newcomer_goes_to_another_source_when_one_is_down(tmp_path: Path) -> None:
+    down = [Act(error=UpstreamDown("down", retry_after=0.001))] * 50
+    source = ScriptedSource(DATA, upstream="down.example.com", acts=down)
+    other = ScriptedSource(DATA, upstream="up.example.com")
+    async with flying(tmp_path) as rig:
+        first, second = rig.join(source), rig.join(other)
+        assert await drink(first) == await drink(second) == DATA
+        assert len(source.turns) == 1
+
+
+async def test_every_turn_after_a_failure_says_that_it_is_another_try(tmp_path: Path) -> None:
+    """For the retry budget: with the word of the failure, until a turn has gone well."""
+    acts = [Act(error=UNAVAILABLE), Act(breaks=10 * KIB), Act()]
+    source = ScriptedSource(DATA, turn_bytes=30 * KIB, acts=acts)
+    async with flying(tmp_path) as rig:
+        assert await rig.pull(source) == DATA
+        word = UNAVAILABLE.reason
+        assert [turn.retry for turn in source.turns] == ["", word, word, "", "", ""]

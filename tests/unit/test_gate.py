@@ -60,6 +60,44 @@ def test_a_gate_without_slots_is_refused() -> None:
         make_gate(0)
 
 
+async def test_a_paused_class_keeps_its_places_and_lets_the_others_pass() -> None:
+    clock = FakeClock()
+    gate = make_gate(1, clock=clock)
+    async with crowd(gate) as people:
+        assert gate.pause({METADATA, SMALL}, 60.0) == 60.0
+        assert gate.pause({METADATA}, 10.0) == 0.0  # a shorter pause does not end a longer one
+        assert gate.pauses() == {"metadata": 60.0, "small": 60.0}
+        await people.ask("first", Ticket(METADATA))
+        await people.ask("second", Ticket(SMALL))
+        await people.ask("bulk", Ticket(BLOB))
+        assert list(people.held) == ["bulk"]
+        assert not gate.has_rival(people.held["bulk"])
+        people.release("bulk")
+        assert not people.held
+        clock.advance(60.0)
+        gate.limit = 1  # any event is a reason to look again
+        await until(lambda: "first" in people.held)
+        people.release("first")
+        await until(lambda: "second" in people.held)
+    gate.close()
+
+
+async def test_the_end_of_a_pause_is_noticed_without_any_other_event() -> None:
+    loop = asyncio.get_running_loop()
+    gate = Gate("hub", capacity=1, metrics=Metrics(), clock=loop.time)
+    gate.pause({METADATA}, 0.05)
+    began = loop.time()
+    gate.release(await gate.acquire(Ticket(METADATA)))
+    assert loop.time() - began >= 0.04
+    gate.pause({METADATA}, 3600.0)
+    waiting_for = asyncio.create_task(gate.acquire(Ticket(METADATA)))
+    await asyncio.sleep(0)
+    waiting_for.cancel()
+    await asyncio.wait([waiting_for])
+    gate.close()
+    assert gate.state().active == 0
+
+
 async def test_a_lower_limit_takes_effect_as_turns_end() -> None:
     gate = make_gate(3)
     async with crowd(gate) as people:

@@ -284,11 +284,11 @@ async def test_a_replay_is_no_overload_and_no_failure(reset: bool) -> None:
         settings = OriginSettings(starts_low=True)
         async with Puller(registry, cap=16, settings=settings) as puller:
             assert (await puller.client.manifest(IMAGE.name, "v1", ticket()))[0] == IMAGE.manifest
-            before = puller.origin.cap
+            before = puller.origin.conduct.cap
             registry.script(Fault(Disconnect(reset=reset)))
             assert (await puller.client.manifest(IMAGE.name, "v1", ticket()))[0] == IMAGE.manifest
             label = puller.origin.key.label
-            assert puller.origin.cap.limit == before.limit == START
+            assert puller.origin.conduct.cap.limit == before.limit == START
             assert sample(puller.metrics, "upstream_replays_total", upstream=label) == 1
             assert sample(puller.metrics, "upstream_overloads_total", upstream=label) == 0
             kinds = ("reset", "body", "timeout", "protocol")
@@ -310,4 +310,4 @@ async def test_a_reset_of_a_fresh_socket_is_an_overload(reset: bool) -> None:
                 await puller.client.manifest(IMAGE.name, "v1", ticket())
             label = puller.origin.key.label
             assert sample(puller.metrics, "upstream_overloads_total", upstream=label) == 1
-            assert puller.origin.cap.limit < START
+            assert puller.origin.conduct.cap.limit < START

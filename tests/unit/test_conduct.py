@@ -1,0 +1,245 @@
+"""What an origin's answers change: its breaker, pauses, cap and budget, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from proxy.oci.errors import NotFound, Throttled, UpstreamDown, UpstreamUnavailable
+from proxy.testing import Answer, FakeClock, FakeRegistry, Fault, PullQuota
+from proxy.upstream.budget import RetryBudget
+from proxy.upstream.cap import START
+from proxy.upstream.conduct import MAX_PAUSE, Conduct
+from proxy.upstream.health import Breaker, State
+from proxy.upstream.origin import OriginSettings
+from proxy.upstream.turns import Ticket, TurnClass
+from tests.unit.fake_kit import IMAGE
+from tests.unit.upstream_kit import Puller, sample, ticket, until
+
+
+def holding(registry: FakeRegistry) -> FakeRegistry:
+    registry.push(IMAGE)
+    return registry
+
+
+async def manifest(puller: Puller, tag: str = "v1", on: Ticket | None = None) -> bytes:
+    body, _, _ = await puller.client.manifest("team/app", tag, on or ticket())
+    return body
+
+
+def conduct(puller: Puller) -> Conduct:
+    return puller.origin.conduct
+
+
+def again(reason: str = "upstream_unavailable") -> Ticket:
+    """The ticket of another try."""
+    retry = ticket()
+    retry.retry = reason
+    return retry
+
+
+def spent(puller: Puller) -> int:
+    """Places of the retry budget that are taken."""
+    return RetryBudget().reserve - conduct(puller).retries.budget.left(puller.clock())
+
+
+# -- the breaker ---------------------------------------------------------------------------------
+
+
+async def test_an_outage_is_broken_off_and_over_with_the_first_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    registry = holding(FakeRegistry(port=port))
+    settings = OriginSettings(starts_low=True)
+    async with Puller(registry, cap=16, settings=settings) as puller:
+        async with registry:
+            assert await manifest(puller) == IMAGE.manifest
+        before = conduct(puller).cap.limit
+        for _ in range(6):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller)
+            puller.clock.advance(1.0)
+            if conduct(puller).health.is_down:
+                break
+        assert "connect" in conduct(puller).health.breaker.reason
+        assert conduct(puller).cap.limit == 1
+        puller.clock.advance(60.0)
+        async with registry:
+            pulls = await asyncio.gather(*(manifest(puller) for _ in range(8)))
+            assert set(pulls) == {IMAGE.manifest}
+        assert not conduct(puller).health.is_down
+        assert conduct(puller).cap.limit >= min(before, START)  # not what the outage made of it
+        assert puller.origin.state().active == 0
+
+
+async def test_those_in_the_queue_when_it_opens_are_not_sent() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
+        with registry.hold() as hold:
+            first = asyncio.create_task(manifest(puller))
+            await hold.arrived()
+            queued = [asyncio.create_task(manifest(puller)) for _ in range(5)]
+            await until(lambda: sum(puller.origin.state().depth.values()) == 5)
+            conduct(puller).health.breaker = Breaker(
+                State.OPEN, until=puller.clock() + 60, reason="gone"
+            )
+            first.cancel()
+            outcomes = await asyncio.gather(*queued, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {UpstreamDown}
+        assert registry.counters.count("manifest") == 1
+        assert puller.origin.state().active == 0
+
+
+async def test_a_probe_that_is_cancelled_leaves_the_next_one_to_probe() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=2) as puller:
+        health = conduct(puller).health
+        health.breaker = Breaker(State.OPEN, until=puller.clock(), reason="gone")
+        with registry.hold() as hold:
+            probe = asyncio.create_task(manifest(puller))
+            await hold.arrived()
+            waiting = asyncio.create_task(manifest(puller))
+            await asyncio.sleep(0)
+            assert registry.counters.count("manifest") == 1
+            probe.cancel()
+            await hold.arrived()
+        assert await waiting == IMAGE.manifest
+        assert health.breaker.state is State.CLOSED
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 429, 501])
+async def test_an_answer_that_a_client_can_bring_about_is_an_answer(status: int) -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(status), times=None))
+        for _ in range(30):
+            with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the status means
+                await manifest(puller)
+            puller.clock.advance(1.0)
+        assert conduct(puller).health.breaker == Breaker()
+
+
+async def test_steady_5xx_open_it_but_not_while_others_are_answered() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(503), reference="bad", times=None))
+        for number in range(40):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, "bad")
+            puller.clock.advance(1.0)
+            if number < 25:
+                await manifest(puller)
+                assert not conduct(puller).health.is_down
+            elif conduct(puller).health.is_down:
+                break
+        assert conduct(puller).health.is_down
+        assert conduct(puller).health.retry_in <= 4.0
+
+
+# -- pauses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "turn_class", "paused"),
+    [
+        (429, TurnClass.METADATA, {"metadata"}),
+        (429, TurnClass.BLOB, {"small", "blob", "abandoned"}),
+        (503, TurnClass.BLOB, {"metadata", "small", "blob", "abandoned"}),
+        (500, TurnClass.BLOB, set()),
+    ],
+)
+async def test_retry_after_pauses_what_it_is_about(
+    status: int, turn_class: TurnClass, paused: set[str]
+) -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(status, {"Retry-After": "7"})))
+        async with puller.origin.turn(ticket(turn_class)) as turn:
+            await turn.request("GET", puller.client.url("team/app", "manifests/v1"))
+        assert conduct(puller).details()["paused"] == dict.fromkeys(paused, 7.0)
+        puller.clock.advance(7.0)
+        assert conduct(puller).details()["paused"] == {}
+
+
+async def test_a_pause_is_bounded_and_a_shorter_one_does_not_end_it() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        answers = [Answer(429, {"Retry-After": seconds}) for seconds in ("3600", "1")]
+        registry.script(*(Fault(answer) for answer in answers))
+        url = puller.client.url("team/app", "manifests/v1")
+        async with puller.origin.turn(ticket(TurnClass.BLOB)) as turn:
+            await turn.request("GET", url)
+            await turn.request("GET", url)
+        assert conduct(puller).details()["paused"]["blob"] == MAX_PAUSE
+        label = puller.origin.key.label
+        throttled = sample(puller.metrics, "upstream_throttled_seconds_total", upstream=label)
+        assert throttled == MAX_PAUSE
+
+
+async def test_a_short_question_does_not_wait_for_a_long_pause() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(429, {"Retry-After": "100"})))
+        with pytest.raises(Throttled):
+            await manifest(puller)
+        with pytest.raises(Throttled, match="left alone") as told:
+            await manifest(puller)
+        assert told.value.retry_after == 100.0
+        assert registry.counters.count("manifest") == 1
+        assert sample(
+            puller.metrics, "upstream_throttled_seconds_total", upstream=puller.origin.key.label
+        ) == pytest.approx(100.0)
+
+
+# -- the budget ----------------------------------------------------------------------------------
+
+
+async def test_a_retry_that_goes_well_costs_no_budget_and_one_that_fails_does() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        await manifest(puller)
+        assert spent(puller) == 0
+        await manifest(puller, on=again())
+        assert spent(puller) == 0
+        registry.script(Fault(Answer(500)))
+        with pytest.raises(UpstreamUnavailable):
+            await manifest(puller, on=again())
+        assert spent(puller) == 1
+        with pytest.raises(NotFound):
+            await manifest(puller, "none", on=again("not_found"))
+        assert spent(puller) == 2
+        reasons = ("upstream_unavailable", "not_found")
+        label = puller.origin.key.label
+        counted = [
+            sample(puller.metrics, "upstream_retries_total", upstream=label, reason=reason)
+            for reason in reasons
+        ]
+        assert counted == [2, 1]
+
+
+async def test_a_retry_that_never_left_costs_no_budget() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
+        with registry.hold() as hold:
+            first = asyncio.create_task(manifest(puller))
+            await hold.arrived()
+            retry = asyncio.create_task(manifest(puller, on=again()))
+            await until(lambda: sum(puller.origin.state().depth.values()) == 1)
+            assert spent(puller) == 1
+            retry.cancel()
+            await asyncio.wait([retry])
+            assert spent(puller) == 0
+        await first
+
+
+# -- the quota -----------------------------------------------------------------------------------
+
+
+async def test_a_head_tells_the_quota_and_does_not_spend_it() -> None:
+    registry = FakeRegistry(pulls=PullQuota(2, window=60.0, retry_after=30.0))
+    async with holding(registry), Puller(registry, clock=FakeClock()) as puller:
+        for _ in range(5):
+            await puller.client.head_manifest("team/app", "v1", ticket())
+        assert conduct(puller).state().quota == (2, 2)
+        await manifest(puller)
+        assert conduct(puller).state().quota == (2, 1)
+        registry.pulls.spent = 2
+        puller.clock.advance(20.0)
+        with pytest.raises(Throttled) as told:
+            await manifest(puller)
+        assert told.value.retry_after == 30.0
+        assert conduct(puller).state().quota == (2, 0)
+        assert conduct(puller).details()["paused"] == {"metadata": 30.0}

@@ -1,0 +1,293 @@
+"""The circuit breaker of an origin: what opens it, who probes, and who waits."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from proxy.oci.errors import UpstreamDown
+from proxy.testing import FakeClock
+from proxy.upstream.health import (
+    BROKEN_RUN,
+    BROKEN_SECONDS,
+    FIRST,
+    LONGEST,
+    LONGEST_BROKEN,
+    UNREACHABLE_RUN,
+    UNREACHABLE_SECONDS,
+    Breaker,
+    Health,
+    State,
+    Trouble,
+)
+from tests.unit.upstream_kit import until
+
+
+def fail(
+    breaker: Breaker, times: int, *, every: float, trouble: Trouble = Trouble.UNREACHABLE
+) -> Breaker:
+    """So many failures, one each ``every`` seconds from time 0 on."""
+    for number in range(times):
+        breaker = breaker.failed(number * every, trouble, "refused", chance=1.0)
+    return breaker
+
+
+def test_it_opens_when_nobody_could_connect_for_a_while() -> None:
+    assert fail(Breaker(), UNREACHABLE_RUN - 1, every=1.0).state is State.CLOSED
+    breaker = fail(Breaker(), UNREACHABLE_RUN, every=1.0)
+    assert (breaker.state, breaker.reason) == (State.OPEN, "refused")
+
+
+def test_a_burst_of_failures_at_once_is_no_outage() -> None:
+    """As many connections as a crowd makes are refused in one moment: that is an overload."""
+    breaker = fail(Breaker(), 500, every=UNREACHABLE_SECONDS / 1000)
+    assert breaker.state is State.CLOSED
+
+
+def test_it_takes_longer_to_open_on_an_upstream_that_talks() -> None:
+    steps = BROKEN_SECONDS / 5
+    assert fail(Breaker(), 9, every=steps, trouble=Trouble.BROKEN).state is State.CLOSED
+    assert fail(Breaker(), BROKEN_RUN, every=steps, trouble=Trouble.BROKEN).state is State.OPEN
+
+
+def test_any_answer_begins_the_count_anew() -> None:
+    breaker = fail(Breaker(), UNREACHABLE_RUN - 1, every=1.0).answered()
+    assert fail(breaker, UNREACHABLE_RUN - 1, every=1.0).state is State.CLOSED
+
+
+def opened(trouble: Trouble = Trouble.UNREACHABLE) -> Breaker:
+    breaker = fail(Breaker(), BROKEN_RUN, every=1.0, trouble=trouble)
+    assert breaker.state is State.OPEN
+    return breaker
+
+
+@pytest.mark.parametrize(
+    ("trouble", "longest"),
+    [(Trouble.UNREACHABLE, LONGEST), (Trouble.BROKEN, LONGEST_BROKEN)],
+)
+def test_it_stays_open_longer_each_time_the_probe_fails(trouble: Trouble, longest: float) -> None:
+    breaker, lasted = opened(trouble), []
+    for _ in range(200):
+        now = breaker.until
+        breaker = breaker.probing().failed(now, trouble, "again", chance=1.0, is_probe=True)
+        lasted.append(breaker.until - now)
+    assert lasted[:2] == [FIRST * 2, FIRST * 4]
+    assert lasted[-1] == longest
+    assert lasted == sorted(lasted)
+
+
+def test_how_long_it_stays_open_is_jittered() -> None:
+    now = 100.0
+    half = opened().probing()
+    ends = [
+        half.failed(now, Trouble.UNREACHABLE, "x", chance=c, is_probe=True).until - now
+        for c in (0.0, 0.5, 0.999)
+    ]
+    assert ends == sorted(set(ends))
+    assert ends[0] >= ends[-1] / 2
+
+
+def test_an_answer_closes_it_whoever_got_it() -> None:
+    assert opened().answered() == Breaker()
+    assert opened().probing().answered() == Breaker()
+
+
+def test_failures_of_requests_from_before_say_nothing_new() -> None:
+    for breaker in (opened(), opened().probing()):
+        assert breaker.failed(50.0, Trouble.UNREACHABLE, "late", chance=1.0) is breaker
+
+
+def test_a_closed_breaker_has_no_probe() -> None:
+    with pytest.raises(ValueError, match="open breaker"):
+        Breaker().probing()
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """Requests come, are answered, fail, or are given up, at any time and in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.changes: list[tuple[State, State]] = []
+        self.health = Health(
+            "hub",
+            clock=self.clock,
+            on_change=lambda old, new: self.changes.append((old.state, new.state)),
+            chance=lambda: 0.5,
+        )
+        self.sent: dict[int, bool] = {}  # slot: is it the probe
+        self.slots = iter(range(10_000))
+        self.row = 0  # failures since the last answer, of requests that were sent closed
+
+    @rule(seconds=st.floats(0, 90))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule()
+    def a_request_comes(self) -> None:
+        slot, before = next(self.slots), self.health.breaker
+        due = before.until <= self.clock()
+        admitted = self.health.enter(slot)
+        match before.state:
+            case State.CLOSED:
+                assert admitted
+            case State.OPEN:
+                assert admitted is due
+            case State.HALF_OPEN:
+                assert not admitted
+        if admitted:
+            self.sent[slot] = before.state is State.OPEN
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), trouble=st.sampled_from(list(Trouble)))
+    def one_fails(self, data: st.DataObject, trouble: Trouble) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.sent)))
+        was_probe, before = self.sent.pop(slot), self.health.breaker
+        self.health.failed(slot, trouble, "refused")
+        self.health.leave(slot)
+        after = self.health.breaker
+        if before.state is State.CLOSED:
+            self.row += 1
+            if after.state is State.OPEN:
+                assert self.row >= UNREACHABLE_RUN
+        elif was_probe and before.state is State.HALF_OPEN:
+            assert after.state is State.OPEN
+            assert self.clock() < after.until <= self.clock() + LONGEST
+        else:
+            assert after is before
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def one_is_answered(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.sent)))
+        del self.sent[slot]
+        self.health.answered()
+        self.health.leave(slot)
+        self.row = 0
+        assert self.health.breaker == Breaker()
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def one_is_given_up(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.sent)))
+        was_probe, before = self.sent.pop(slot), self.health.breaker
+        self.health.leave(slot)
+        if was_probe and before.state is State.HALF_OPEN:
+            assert self.health.wants_probe
+        else:
+            assert self.health.breaker is before
+
+    @invariant()
+    def there_is_a_probe_exactly_while_it_is_half_open(self) -> None:
+        if self.health.breaker.state is State.HALF_OPEN:
+            assert any(self.sent.values())
+
+    @invariant()
+    def it_only_moves_along_its_arrows(self) -> None:
+        allowed = {
+            (State.CLOSED, State.OPEN),
+            (State.OPEN, State.HALF_OPEN),
+            (State.OPEN, State.CLOSED),
+            (State.HALF_OPEN, State.OPEN),
+            (State.HALF_OPEN, State.CLOSED),
+        }
+        assert set(self.changes) <= allowed
+
+    @invariant()
+    def nobody_waits_longer_than_the_longest_time(self) -> None:
+        assert 0 <= self.health.retry_in <= LONGEST
+
+
+TestBreakerMachine = BreakerMachine.TestCase
+
+
+# -- those who wait ------------------------------------------------------------------------------
+
+
+class Site:
+    """A breaker that is open, for ``until`` seconds from now."""
+
+    def __init__(self, until: float, patience: float = 30.0) -> None:
+        loop = asyncio.get_running_loop()
+        self.now = loop.time
+        self.health = Health(
+            "hub", clock=loop.time, on_change=lambda _old, _new: None, patience=patience
+        )
+        self.health.breaker = Breaker(State.OPEN, until=loop.time() + until, reason="refused")
+
+
+async def test_nobody_waits_while_it_is_closed() -> None:
+    health = Health("hub", clock=FakeClock(), on_change=lambda _old, _new: None)
+    await health.passage()
+    assert health.enter(1)
+    health.answered()
+    assert not health.is_down
+    assert repr(health) == "<Health hub closed, 0 failures in a row>"
+
+
+async def test_a_request_is_sent_away_if_the_probe_is_not_due_soon() -> None:
+    site = Site(until=3600)
+    began = site.now()
+    with pytest.raises(UpstreamDown, match=r"hub is down \(refused\)") as told:
+        await site.health.passage()
+    assert site.now() - began < 3
+    assert told.value.status == 503
+    assert 3000 < int(told.value.headers["Retry-After"]) <= 3600
+
+
+async def test_requests_wait_for_a_probe_that_is_due_soon_and_for_its_success() -> None:
+    site = Site(until=0.05)
+    waiting = [asyncio.create_task(site.health.passage()) for _ in range(20)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert [site.health.enter(slot) for slot in range(5)] == [True] + [False] * 4
+    late = asyncio.create_task(site.health.passage())
+    await asyncio.sleep(0)
+    assert not late.done()
+    site.health.answered()
+    await asyncio.gather(*waiting, late)
+    assert site.health.enter(7)
+
+
+async def test_requests_that_waited_for_a_probe_are_told_when_it_failed() -> None:
+    site = Site(until=0.0)
+    assert site.health.enter(1)
+    waiting = [asyncio.create_task(site.health.passage()) for _ in range(5)]
+    await asyncio.sleep(0)
+    site.health.failed(1, Trouble.UNREACHABLE, "refused again")
+    site.health.leave(1)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {UpstreamDown}
+
+
+async def test_a_probe_that_takes_too_long_is_not_waited_for() -> None:
+    site = Site(until=0.0, patience=0.05)
+    assert site.health.enter(1)
+    with pytest.raises(UpstreamDown):
+        await site.health.passage()
+
+
+async def test_the_next_request_probes_when_the_probe_is_given_up() -> None:
+    site = Site(until=0.0)
+    assert site.health.enter(1)
+    waiting = asyncio.create_task(site.health.passage())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    site.health.leave(1)
+    await waiting
+    assert site.health.enter(2)
+
+
+async def test_whoever_leaves_while_it_waits_leaves_the_others_alone() -> None:
+    site = Site(until=0.0)
+    assert site.health.enter(1)
+    leaver, stayer = (asyncio.create_task(site.health.passage()) for _ in range(2))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    assert leaver.cancelled()
+    site.health.answered()
+    await until(stayer.done)
+    await stayer
