@@ -151,15 +151,17 @@ async def running(
     clock: FakeClock | None = None,
     wall: FakeClock | None = None,
     budget: Callable[[], RetryBudget] = lambda: RetryBudget(reserve=1_000_000),
+    pause: float = 0.0,
     **changes: Any,
 ) -> AsyncIterator[Pullpool]:
-    """A proxy in front of `url` that never pauses between tries; `changes` are settings."""
+    """A proxy in front of `url` that pauses so many seconds between tries; `changes` are
+    settings."""
     log = io.StringIO()
     usual = Surroundings()
     around = Surroundings(
         clock=clock or usual.clock,
         wall=wall or usual.wall,
-        short_pause=lambda _: 0.0,
+        short_pause=lambda _: pause,
         fill_pause=lambda _: 0.0,
         budget=budget,
     )
