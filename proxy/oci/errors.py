@@ -294,6 +294,13 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class EgressFailed(UpstreamUnavailable):
+    """The egress proxy on the way to the upstream refuses, or cannot be reached."""
+
+    reason = "egress_failed"
+    default_message = "the egress proxy does not let us through"
+
+
 class UpstreamTimeout(UpstreamError):
     """The upstream did not answer in time."""
 
@@ -358,7 +365,8 @@ class RealmRefused(UpstreamError):
 
 
 class RedirectRefused(UpstreamError):
-    """A redirect that is not followed: https to http, another scheme, or too many."""
+    """A redirect that is not followed: https to http, another scheme, an address that is too near
+    to us (``upstream/reach.py``), or too many."""
 
     reason = "redirect_refused"
     default_message = "the upstream redirects to where we do not go"

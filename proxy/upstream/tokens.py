@@ -47,7 +47,7 @@ from proxy.oci.challenge import (
 from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamError
 from proxy.oci.token import grants, parse_token_reply
 from proxy.upstream.credentials import Credentials, CredentialSource
-from proxy.upstream.realm import endpoint, realm_allowed
+from proxy.upstream.realm import endpoint, realm_allowed, realm_listed
 
 Fetch = Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]
 """GET a URL with these headers, in the caller's own turn: status and body (at most 64 KiB)."""
@@ -231,6 +231,10 @@ class Authenticator:
         too busy to look. A new token tells the two apart."""
         known = self._learned is not None and self._learned.action is Action.BEARER
         return known and _scheme(judged) == "bearer" and offers_basic(offered)
+
+    def lists(self, url: str) -> bool:
+        """Did the operator name the host of this token service?"""
+        return realm_listed(url, self._auth_realms)
 
     def worked(self, repository: str) -> None:
         """The upstream has just granted access to ``repository``."""
