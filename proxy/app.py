@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvloop
@@ -37,7 +37,7 @@ from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
@@ -51,7 +51,7 @@ from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
-from proxy.wiring import CannotTrust, make_clients
+from proxy.wiring import CannotTrust, make_clients, url_states, urls_in_use
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
@@ -71,6 +71,7 @@ class Surroundings:
 
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     short_pause: Pause = short_pause
     fill_pause: Pause = FlightSettings().pause
 
@@ -139,7 +140,9 @@ class Proxy:
         self.store = await self._open_store(stack)
         self.origins = Origins(metrics=self.metrics, clock=clock)
         stack.push_async_callback(self.origins.close)
-        clients = await make_clients(settings, self.origins, self.metrics, clock)
+        clients = self.clients = await make_clients(
+            settings, self.origins, self.metrics, self.log, clock, self._around.environ
+        )
         self.puller = self._puller(clients)
         stack.push_async_callback(self.puller.close)
         self._observe()
@@ -157,6 +160,7 @@ class Proxy:
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
+        self.metrics.observe_urls(lambda: urls_in_use(self.clients))
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
 
@@ -192,7 +196,7 @@ class Proxy:
         return await _listen(stack, runner, self.settings.admin)
 
     async def _serve_registry(
-        self, stack: contextlib.AsyncExitStack, clients: Mapping[str, UpstreamClient]
+        self, stack: contextlib.AsyncExitStack, clients: Mapping[str, MirroredClient]
     ) -> HostPort:
         clock = self._around.clock
         upstreams = [client.upstream for client in clients.values()]
@@ -267,7 +271,7 @@ class Proxy:
 
         return Reloader(files.all, reload, log=self.log)
 
-    def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
+    def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
         settings, tags, queue = self.settings, self.settings.tags, self.settings.queue
         around = self._around
         policy = TagPolicy(
@@ -342,6 +346,7 @@ class Proxy:
                 }
                 for gate in gates
             ],
+            "urls": url_states(self.clients),
             "queue": {gate.upstream: dict(gate.depth) for gate in gates},
             "flights": [
                 {

@@ -294,6 +294,11 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class UnexpectedAnswer(UpstreamUnavailable):
+    """A status that means nothing here (400, 418): more about what was asked for than about who
+    was asked."""
+
+
 class EgressFailed(UpstreamUnavailable):
     """The egress proxy on the way to the upstream refuses, or cannot be reached."""
 

@@ -22,8 +22,7 @@ from proxy.pull.permissions import Permissions
 from proxy.pull.reader import FileSpan, Piece, Reader
 from proxy.store.blobs import FileLease
 from proxy.store.store import Link, Store
-from proxy.upstream.blob import BlobSource
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.mirrored import MirroredClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Blobs:
         *,
         store: Store,
         flights: Flights,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         permissions: Permissions,
         deadlines: Deadlines,
     ) -> None:
@@ -113,7 +112,7 @@ class Blobs:
     ) -> BlobAnswer:
         if link is None:
             self._permissions.check(ask, str(digest))
-        source = BlobSource(self._clients[ask.upstream], ask.repository, digest)
+        source = self._clients[ask.upstream].blob(ask.repository, digest)
         size = link.size if link else None
         reader, joined = self._flights.join(source, ask.client, size=size, named=link is not None)
         try:

@@ -32,7 +32,8 @@ from proxy.pull.permissions import Permissions
 from proxy.pull.tags import TagBook, TagEntry, TagKey, TagPolicy, Verdict, judge
 from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
-from proxy.upstream.client import Head, UpstreamClient
+from proxy.upstream.client import Head
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 #: Manifests below an index that are looked at to see whether any of them can be served.
@@ -56,7 +57,7 @@ class Manifests:
         self,
         *,
         store: Store,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         permissions: Permissions,
         book: TagBook,
         policy: TagPolicy,

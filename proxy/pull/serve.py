@@ -15,7 +15,8 @@ from proxy.pull.blobs import Blobs, Deadlines
 from proxy.pull.flight import Flights
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
-from proxy.upstream.client import Page, UpstreamClient
+from proxy.upstream.client import Page
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 
@@ -25,7 +26,7 @@ class Puller:
     def __init__(
         self,
         *,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         manifests: Manifests,
         blobs: Blobs,
         flights: Flights,

@@ -108,12 +108,19 @@ class BlobSource:
         return sum(self._client.origin.state().depth.values())
 
     @contextlib.asynccontextmanager
-    async def open(self, start: int, length: int | None, ticket: Ticket) -> AsyncIterator[Body]:
-        """One turn for ``length`` bytes from ``start`` (``None``: to the end)."""
+    async def open(
+        self, start: int, length: int | None, ticket: Ticket, *, patience: float | None = None
+    ) -> AsyncIterator[Body]:
+        """One turn for ``length`` bytes from ``start`` (``None``: to the end).
+
+        ``patience`` bounds the wait for the head of the answer, in seconds.
+        """
+        client = self._client if patience is None else self._client.hasty(patience)
         try:
             while True:
                 location = self._location
-                async with self._at(location or self._url, start, length, ticket) as reply:
+                url = location or self._url
+                async with self._at(client, url, start, length, ticket) as reply:
                     if location is not None and reply.status in _EXPIRED_URL:
                         self._location = None
                     elif reply.status == 416 and start == 0 and self.ranged:
@@ -128,14 +135,14 @@ class BlobSource:
             raise
 
     def _at(
-        self, url: URL, start: int, length: int | None, ticket: Ticket
+        self, client: UpstreamClient, url: URL, start: int, length: int | None, ticket: Ticket
     ) -> contextlib.AbstractAsyncContextManager[Reply]:
         headers = {}
         if self.ranged and (start or length is not None):
             stop = "" if length is None else str(start + length - 1)
             headers["Range"] = f"bytes={start}-{stop}"
         reach = self._reach if url is self._location else None
-        return self._client.exchange("GET", url, self.repository, ticket, headers, reach=reach)
+        return client.exchange("GET", url, self.repository, ticket, headers, reach=reach)
 
     def _body(self, reply: Reply, start: int, length: int | None) -> Body:
         is_elsewhere = OriginKey.of(reply.url) != self._client.origin.key

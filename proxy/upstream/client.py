@@ -16,6 +16,7 @@ import contextlib
 import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlencode
 
 import aiohttp
@@ -115,7 +116,7 @@ class UpstreamClient:
     def name(self) -> str:
         return self.upstream.name
 
-    def hasty(self, patience: float) -> UpstreamClient:
+    def hasty(self, patience: float) -> Self:
         """The same client, which waits ``patience`` seconds at most for the head of an answer."""
         other = copy.copy(self)
         other.patience = patience

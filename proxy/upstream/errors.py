@@ -23,6 +23,7 @@ from proxy.oci.errors import (
     NotFound,
     PullError,
     Throttled,
+    UnexpectedAnswer,
     UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -116,6 +117,8 @@ def refusal(
         return Denied(f"{label} denies {name} (status {status})")
     if status == 429:
         return Throttled(retry_after(headers), message=f"{label} asks to wait (status 429)")
+    if status < 500:
+        return UnexpectedAnswer(f"{label} answered {status} to {name}")
     after = retry_after(headers) if status == 503 else None
     return UpstreamUnavailable(f"{label} answered {status} to {name}", retry_after=after)
 
