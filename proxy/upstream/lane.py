@@ -52,12 +52,40 @@ KEEPALIVE = 30.0
 CLOSE_PATIENCE = 100
 #: Interim answers (1xx) before an answer, at most.
 MAX_INTERIM = 16
+#: Bytes in which no byte of a body comes: more than the largest head that is taken.
+MAX_BARREN = 2 << 20
 
 
 class _Protocol(ResponseHandler):
-    """Takes a few interim answers only: aiohttp would skip them for ever."""
+    """Gives up where aiohttp would go on for ever: interim answers; chunk sizes, extensions and
+    whatever else is no body; answers to nobody on an idle socket, which it would keep."""
 
     _interim = 0
+    _barren = 0
+    _fed = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        fed = self._payload.total_bytes if self._payload is not None else 0
+        self._barren = self._barren + len(data) if fed == self._fed else 0
+        self._fed = fed
+        if self._barren <= MAX_BARREN and len(self._buffer) <= MAX_INTERIM:
+            return
+        self._give_up(aiohttp.ClientPayloadError("more than an answer may have beside its body"))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        payload = self._payload
+        super().connection_lost(exc)
+        # After some errors of its parser aiohttp leaves those waiting who read the body.
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(aiohttp.ClientPayloadError("it ended with its connection"))
+
+    def _give_up(self, error: aiohttp.ClientPayloadError) -> None:
+        self.set_exception(error)
+        if self._payload is not None:
+            self._payload.set_exception(error)
+        if self.transport is not None:
+            self.transport.abort()
 
     async def read(self) -> Any:
         message = await super().read()
@@ -135,17 +163,23 @@ class _LaneConnector(aiohttp.TCPConnector):
             self._request.expect(self.peer, req.port)
         if self._is_poisoned():
             await self.shut()
-        self._request.stop_clock()  # making a socket has a time of its own
+        self._request.stop_clock()
         connection = await super().connect(req, traces, timeout)
+        if self._is_poisoned(is_fresh=True):
+            connection.close()
+            await self.shut()
+            raise aiohttp.ClientConnectionError("there were bytes before anything was asked")
         self._request.start_clock()
         return connection
 
-    def _is_poisoned(self) -> bool:
+    def _is_poisoned(self, *, is_fresh: bool = False) -> bool:
         """Did bytes come, or the end, on the idle socket? They would be the next answer."""
         if not self.is_warm or self._proto is None or self._transport is None:
             return False
         if self._proto.should_close:
             return True
+        if is_fresh and self._transport.get_extra_info("ssl_object") is not None:
+            return False  # TLS 1.3 begins with tickets that nobody asked for
         try:
             # What the kernel has and the loop has not read yet. Over TLS it may be a harmless
             # record; then one socket more is made than was needed.
@@ -213,10 +247,13 @@ def _peer_of(proto: ResponseHandler) -> str | None:
 class _Request:
     """The request under way: where it may go, and until when the head of its answer has to come."""
 
-    def __init__(self, reach: Reach, name: str = "", patience: float = 0.0) -> None:
+    def __init__(
+        self, reach: Reach, name: str = "", patience: float = 0.0, *, hurries: bool = False
+    ) -> None:
         self._reach = reach
         self._name = name
         self._patience = patience
+        self._hurries = hurries
         self.is_proxied = False
         self.limit = asyncio.timeout(None)
 
@@ -225,7 +262,11 @@ class _Request:
         self._reach.expect(place, port, self._name)
 
     def stop_clock(self) -> None:
-        self.limit.reschedule(None)
+        """A socket may be made, which has a time of its own unless there is none to lose."""
+        if self._hurries:
+            self.start_clock()
+        else:
+            self.limit.reschedule(None)
 
     def start_clock(self) -> None:
         self.limit.reschedule(asyncio.get_running_loop().time() + self._patience)
@@ -283,12 +324,15 @@ class Lane:
         reach: Reach = ANYWHERE,
         patience: float | None = None,
     ) -> aiohttp.ClientResponse:
-        """Send a request, follow nothing; ``patience`` is for the head of the answer, in seconds.
+        """Send a request, follow nothing.
+
+        ``patience`` is for the head of the answer, and for the socket before it, in seconds.
 
         Raises what aiohttp raises, ``TimeoutError``, ``RedirectRefused`` and ``CannotTrust``.
         """
+        hurries = patience is not None
         patience = self._patience if patience is None else min(patience, self._patience)
-        request = _Request(reach, url.host or "", patience)
+        request = _Request(reach, url.host or "", patience, hurries=hurries)
         self._connector.begin(request)
         async with request.limit:
             return await self._session.request(
