@@ -242,7 +242,7 @@ async def test_a_blob_without_end_ends_at_the_size_that_is_known(served: Served,
     fake.script(Fault(BODIES[name], times=None))
     with contextlib.suppress(aiohttp.ClientError):
         assert (await pool.get(blob_path())).status == 502
-    assert [line["reason"] for line in pool.access_log[1:]] != [None]
+    assert len(pool.access_log) == 2
     assert str(LAYER.digest) not in await pool.stored()
     await settled(fake)
     assert fake.counters.raw_bytes <= 6 * BOUND
