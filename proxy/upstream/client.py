@@ -42,7 +42,7 @@ from proxy.oci.token import grants
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.hosts import HostPattern
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
-from proxy.upstream.reach import ANYWHERE, Reach, Scope, allowing
+from proxy.upstream.reach import ANYWHERE, Reach, allowing
 from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
@@ -108,8 +108,6 @@ class UpstreamClient:
         self._authenticator = authenticator
         self._base = URL(upstream.url.rstrip("/"), encoded=True)
         self._reach = allowing(redirect_hosts)
-        # How near the one who named the token service may lead.
-        self._realm_reach = Reach(Scope.PUBLIC, self._reach.exempt)
         self.patience: float | None = None
 
     @property
@@ -289,7 +287,7 @@ class UpstreamClient:
         response = await turn.request(method, url, {**headers, **auth})
         if response.status not in (401, 403):
             return self._granted(response, repository)
-        self._realm_reach = self._reach.after(turn.peer)
+        self._authenticator.realm_reach = self._reach.after(turn.peer)
         # ECR Public refuses every HEAD of a blob: that says nothing, the GET after it will.
         is_telling = method != "HEAD" or "/blobs/" not in url.raw_path
         refused = await _refusal(response, auth, repository)
@@ -345,7 +343,8 @@ class UpstreamClient:
             with translated(origin.key.label, self.metrics):
                 if origin is turn.origin:
                     return await _fetch_small(turn, url, headers)
-                reach = ANYWHERE if self._authenticator.lists(text) else self._realm_reach
+                known = self._authenticator
+                reach = ANYWHERE if known.lists(text) else known.realm_reach
                 async with origin.turn(Ticket(TurnClass.METADATA)) as other:
                     other.patience = self.patience
                     try:

@@ -89,6 +89,7 @@ class _Protocol(ResponseHandler):
 
     async def read(self) -> Any:
         message = await super().read()
+        self._barren = self._fed = 0
         status = message[0].code
         self._interim = self._interim + 1 if status < 200 else 0
         if self._interim > MAX_INTERIM:
@@ -164,11 +165,12 @@ class _LaneConnector(aiohttp.TCPConnector):
         if self._is_poisoned():
             await self.shut()
         self._request.stop_clock()
+        known = self._proto
         connection = await super().connect(req, traces, timeout)
-        if self._is_poisoned(is_fresh=True):
+        if self._proto is not known and self._is_poisoned(is_fresh=True):
             connection.close()
             await self.shut()
-            raise aiohttp.ClientConnectionError("there were bytes before anything was asked")
+            raise aiohttp.ClientConnectionError("it spoke or closed before anything was asked")
         self._request.start_clock()
         return connection
 

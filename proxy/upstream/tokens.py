@@ -47,6 +47,7 @@ from proxy.oci.challenge import (
 from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamError
 from proxy.oci.token import grants, parse_token_reply
 from proxy.upstream.credentials import Credentials, CredentialSource
+from proxy.upstream.reach import Reach, Scope
 from proxy.upstream.realm import endpoint, realm_allowed, realm_listed
 
 Fetch = Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]
@@ -171,6 +172,7 @@ class Authenticator:
         self._clock = clock
         self._on_refresh = on_refresh
         self._learned: Decision | None = None
+        self.realm_reach = Reach(Scope.PUBLIC)  # how near the one who named the realm may lead
         self._tokens: TLRUCache[_Key, _Token, float] = TLRUCache(
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )

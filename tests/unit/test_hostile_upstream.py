@@ -197,6 +197,16 @@ async def test_bytes_after_an_answer_are_not_the_next_answer(served: Served, lat
     assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
 
 
+async def test_many_answers_without_a_body_do_not_wear_a_socket_out(served: Served) -> None:
+    """Their heads are more together than one answer may have beside its body."""
+    pool, fake = served
+    long = {"X-Filler": "x" * 8000, "Docker-Content-Digest": str(LAYER.digest)}
+    fake.script(Fault(Scripted(200, long), kind="tags", times=None))
+    for _ in range(300):
+        assert (await pool.get(f"/v2/{NAME}/tags/list")).status == 200
+    assert fake.counters.accepted == 1
+
+
 async def test_answers_to_nobody_on_an_idle_socket_are_not_kept(served: Served) -> None:
     pool, fake = served
     whole = OK + b"Content-Length: 2\r\n\r\n{}"

@@ -306,6 +306,24 @@ async def test_a_token_of_one_is_never_shown_to_another(tmp_path: Path) -> None:
         assert not tokens(first) & tokens(second)
 
 
+async def test_a_token_service_beside_each_url_is_reached(tmp_path: Path) -> None:
+    """On loopback, so that what was learned of who named it counts for hasty requests too."""
+    async with (
+        FakeRegistry() as tokens,
+        FakeRegistry(auth="bearer", token_service=tokens) as first,
+        FakeRegistry() as second,
+    ):
+        first.push(IMAGE)
+        mine = {"url": first.url, "fallback_urls": [second.url]}
+        async with running(tmp_path, "", upstreams={UPSTREAM: mine}) as pool:
+            first.retag("team/other", "v1", IMAGE)
+            for name in (IMAGE.name, "team/other"):  # the second one's token is asked for at once
+                answer = await pool.get(manifest_path("v1", name))
+                assert answer.body == IMAGE.manifest
+            assert not second.counters.seen
+            assert tokens.counters.tokens_issued == 2
+
+
 async def test_every_url_has_a_cap_of_its_own(tmp_path: Path) -> None:
     async with two(tmp_path, FakeClock(), max_connections=2) as (pool, first, second):
         first.script(Fault(Scripted(500), times=None))

@@ -7,10 +7,15 @@ import ipaddress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
+from proxy.observe.metrics import Metrics
 from proxy.oci.errors import RedirectRefused
+from proxy.testing import FakeClock, FakeRegistry
 from proxy.upstream.hosts import HostPattern
+from proxy.upstream.origin import Origin, OriginKey, OriginSettings
 from proxy.upstream.reach import ANYWHERE, Reach, Scope, allowing, scope_of
+from tests.unit.upstream_kit import LOOPS, opened, run_on, ticket
 
 FOUR = st.integers(0, 2**32 - 1).map(ipaddress.IPv4Address)
 SIX = st.integers(0, 2**128 - 1).map(ipaddress.IPv6Address)
@@ -127,3 +132,38 @@ def test_what_is_listed_is_reached_by_address_or_by_name() -> None:
 def test_the_operator_leads_anywhere() -> None:
     assert all(ANYWHERE.allows(place, 1) for place in ("169.254.169.254", "::", "127.0.0.1"))
     assert Reach(Scope.PUBLIC).allows("cdn.example.com", 443)
+
+
+# -- where sockets are made --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_socket_is_made_nor_an_open_one_used_beyond_the_reach(loop: str, host: str) -> None:
+    """A name is judged by the address that it has when it is dialled: no rebinding."""
+
+    async def main() -> None:
+        async with FakeRegistry(name=host) as registry:
+            digest = registry.put_blob("team/app", b"hello")
+            url = URL(f"{registry.url}/v2/team/app/blobs/{digest}")
+            settings = OriginSettings(max_connections=1)
+            metrics = Metrics()
+            key = OriginKey.of(url)
+            async with opened(Origin(key, settings, metrics=metrics, clock=FakeClock())) as origin:
+
+                async def ask(reach: Reach) -> bytes:
+                    async with origin.turn(ticket()) as turn:
+                        return await (await turn.request("GET", url, reach=reach)).read()
+
+                public = Reach(Scope.PUBLIC)
+                with pytest.raises(RedirectRefused, match="loopback"):
+                    await ask(public)
+                assert registry.counters.accepted == 0
+                assert await ask(ANYWHERE) == b"hello"
+                with pytest.raises(RedirectRefused, match="loopback"):
+                    await ask(public)  # although there is a socket that is open already
+                assert len(registry.counters.seen) == 1
+                assert await ask(Reach(Scope.LOOPBACK)) == b"hello"
+                assert origin.state().active == 0
+
+    run_on(loop, main())
