@@ -170,7 +170,8 @@ class _LaneConnector(aiohttp.TCPConnector):
         if self._proto is not known and self._is_poisoned(is_fresh=True):
             connection.close()
             await self.shut()
-            raise aiohttp.ClientConnectionError("it spoke or closed before anything was asked")
+            text = "it spoke before anything was asked"
+            raise aiohttp.ClientResponseError(req.request_info, (), message=text)
         self._request.start_clock()
         return connection
 
@@ -185,12 +186,12 @@ class _LaneConnector(aiohttp.TCPConnector):
         try:
             # What the kernel has and the loop has not read yet. Over TLS it may be a harmless
             # record; then one socket more is made than was needed.
-            self._sockets[-1].recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            found = self._sockets[-1].recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:  # reset, or closed on our side
-            return True
-        return True
+            return not is_fresh
+        return bool(found) or not is_fresh  # who closes at once says so to the request itself
 
     async def _create_connection(self, req: Any, *args: Any, **kwargs: Any) -> ResponseHandler:
         await self.shut()
