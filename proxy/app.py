@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -38,7 +38,7 @@ from proxy.pull.tags import TagBook, TagPolicy
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.upstream.budget import RetryBudget
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.origin import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
@@ -59,6 +59,8 @@ from proxy.wiring import (
     make_clients,
     make_throttles,
     make_waits,
+    url_states,
+    urls_in_use,
 )
 
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
@@ -79,6 +81,7 @@ class Surroundings:
 
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     short_pause: Pause = short_pause
     fill_pause: Pause = FlightSettings().pause
     budget: Callable[[], RetryBudget] = RetryBudget
@@ -152,7 +155,9 @@ class Proxy:
             metrics=self.metrics, clock=clock, log=self.log, caps=caps, budget=self._around.budget
         )
         stack.push_async_callback(self.origins.close)
-        clients = await make_clients(settings, self.origins, self.metrics, clock)
+        clients = self.clients = await make_clients(
+            settings, self.origins, self.metrics, self.log, clock, self._around.environ
+        )
         self.puller = self._puller(clients)
         stack.push_async_callback(self.puller.close)
         self._observe()
@@ -173,6 +178,7 @@ class Proxy:
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
         self.metrics.observe_origins(self.origins.conditions)
+        self.metrics.observe_urls(lambda: urls_in_use(self.clients))
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
 
@@ -286,7 +292,7 @@ class Proxy:
 
         return Reloader(files.all, reload, log=self.log)
 
-    def _puller(self, clients: Mapping[str, UpstreamClient]) -> Puller:
+    def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
         settings, tags = self.settings, self.settings.tags
         around = self._around
         policy = TagPolicy(
@@ -347,6 +353,7 @@ class Proxy:
             "version": __version__,
             "draining": self.is_draining,
             "upstreams": self.origins.details(),
+            "urls": url_states(self.clients),
             "queue": {gate.upstream: dict(gate.depth) for gate in gates},
             "flights": [
                 {

@@ -3,21 +3,20 @@ root."""
 
 from __future__ import annotations
 
-import asyncio
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from aiolimiter import AsyncLimiter
 from yarl import URL
 
 from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
+from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
 from proxy.store.store import Store
 from proxy.upstream.cap import Learned
+from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import (
     Credentials,
@@ -28,34 +27,48 @@ from proxy.upstream.credentials import (
     HelperCredentials,
     StaticCredentials,
 )
+from proxy.upstream.egress import Egress, choose_egress
 from proxy.upstream.learned import CapBook
+from proxy.upstream.mirrored import MirroredClient
+from proxy.upstream.mirrors import Mirrors, MirrorState, State
 from proxy.upstream.origin import Origins, OriginSettings
 from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 
-
-class CannotTrust(Exception):
-    """An upstream's file of authorities cannot be used."""
+__all__ = [
+    "CannotTrust",
+    "make_cap_book",
+    "make_clients",
+    "make_throttles",
+    "make_waits",
+    "url_states",
+    "urls_in_use",
+]
 
 
 async def make_clients(
-    settings: Settings, origins: Origins, metrics: Metrics, clock: Callable[[], float]
-) -> dict[str, UpstreamClient]:
-    """A client for each upstream, by its name. Raises ``CannotTrust``."""
+    settings: Settings,
+    origins: Origins,
+    metrics: Metrics,
+    log: Logger,
+    clock: Callable[[], float],
+    environ: Mapping[str, str],
+) -> dict[str, MirroredClient]:
+    """A client for each upstream, by its name. Raises ``CannotTrust``, and ``ValueError`` for what
+    ``Settings.missing`` tells of the environment."""
     clients = {}
+    around = environ if settings.proxy_from_env else {}
     for name, upstream in settings.upstreams.items():
-        tls = None  # aiohttp's own context, which all share, trusts the system's authorities
-        if upstream.ca_file is not None:
-            tls = await asyncio.to_thread(_tls_context, upstream.ca_file)
-        parts = _Parts(name, upstream, tls, settings.queue.max_waiting)
-        clients[name] = parts.client(origins, metrics, clock)
+        egress = choose_egress(upstream.proxy, upstream.no_proxy, around)
+        parts = _Parts(name, upstream, egress, settings.queue.max_waiting, metrics, log, clock)
+        clients[name] = await parts.client(origins)
     return clients
 
 
 def make_waits(
-    settings: Settings, clients: Mapping[str, UpstreamClient], metrics: Metrics
+    settings: Settings, clients: Mapping[str, MirroredClient], metrics: Metrics
 ) -> Waits:
     """The deadlines of every kind of request."""
     queue = settings.queue
@@ -65,7 +78,7 @@ def make_waits(
         manifest=queue.manifest_deadline,
         spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
     )
-    gates = {name: client.origin.key.label for name, client in clients.items()}
+    gates = {name: client.label for name, client in clients.items()}
     return Waits(deadlines, metrics=metrics, gates=gates)
 
 
@@ -86,80 +99,160 @@ async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:
     return CapBook(known, store.put_cap, clock=clock)
 
 
+def urls_in_use(clients: Mapping[str, MirroredClient]) -> list[tuple[str, str, bool]]:
+    """Every URL of every upstream, and whether it is the one that is asked, for the metrics."""
+    return [(one.upstream, one.url, one.state is State.IN_USE) for one in _urls(clients)]
+
+
+def url_states(clients: Mapping[str, MirroredClient]) -> list[dict[str, object]]:
+    """The same for the status, with what is wrong with those that are down."""
+    return [
+        {
+            "upstream": one.upstream,
+            "url": one.url,
+            "state": one.state.value,
+            "error": one.cause or None,
+            "retry_in": round(one.retry_in, 1),
+        }
+        for one in _urls(clients)
+    ]
+
+
+def _urls(clients: Mapping[str, MirroredClient]) -> list[MirrorState]:
+    return [state for client in clients.values() for state in client.mirrors.states()]
+
+
 class _Parts:
     """What one upstream's client is made of."""
 
     def __init__(
-        self, name: str, settings: UpstreamSettings, tls: ssl.SSLContext | None, max_waiting: int
+        self,
+        name: str,
+        settings: UpstreamSettings,
+        egress: Egress,
+        max_waiting: int,
+        metrics: Metrics,
+        log: Logger,
+        clock: Callable[[], float],
     ) -> None:
         self._name = name
         self._settings = settings
-        self._tls = tls
+        self._egress = egress
         self._max_waiting = max_waiting
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
 
-    def client(
-        self, origins: Origins, metrics: Metrics, clock: Callable[[], float]
+    async def client(self, origins: Origins) -> MirroredClient:
+        """A client of each URL, and the one that chooses among them. Raises ``CannotTrust``."""
+        settings = self._settings
+        foreign = await self._tls(shows_certificate=False)
+        own = foreign
+        if settings.client_cert_file is not None:
+            own = await self._tls(shows_certificate=True)
+        limits = self._limits(settings.max_connections, own, foreign)
+        redirects = self._limits(settings.max_redirect_connections, foreign, foreign)
+        throttle = self._throttle()
+        clients = [
+            self._client_at(url, origins, replace(limits, starts_low=True), redirects, throttle)
+            for url in settings.urls
+        ]
+        mirrors = Mirrors(self._name, settings.urls, clock=self._clock, on_change=self._url_changed)
+        return MirroredClient(clients, mirrors, self._metrics)
+
+    def _throttle(self) -> Throttle | None:
+        """One for all that comes from the upstream, whichever URL is asked."""
+        if self._settings.max_rate is None:
+            return None
+        waited = self._metrics.throttled.labels("upstream").inc
+        return Throttle(self._settings.max_rate.per_second, clock=self._clock, on_wait=waited)
+
+    def _client_at(
+        self,
+        url: str,
+        origins: Origins,
+        limits: OriginSettings,
+        redirects: OriginSettings,
+        throttle: Throttle | None,
     ) -> UpstreamClient:
         settings = self._settings
         rate = None
         if settings.rate is not None:
             rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
-        throttle = None
-        if settings.max_rate is not None:
-            waited = metrics.throttled.labels("upstream").inc
-            throttle = Throttle(settings.max_rate.per_second, clock=clock, on_wait=waited)
-        limits = replace(self._limits(settings.max_connections), starts_low=True)
         return UpstreamClient(
             Upstream(
                 self._name,
-                settings.url,
+                url,
                 tuple(settings.aliases),
                 settings.repository_prefix,
                 settings.library,
             ),
-            origin=origins.add(URL(settings.url), limits, rate),
+            origin=origins.add(URL(url), limits, rate),
             origins=origins,
-            redirect_settings=self._limits(settings.max_redirect_connections),
-            authenticator=self._authenticator(metrics, clock),
-            metrics=metrics,
+            redirect_settings=redirects,
+            authenticator=self._authenticator(url),
+            metrics=self._metrics,
+            redirect_hosts=settings.redirect_hosts,
             throttle=throttle,
         )
 
-    def _limits(self, connections: int) -> OriginSettings:
+    async def _tls(self, *, shows_certificate: bool) -> Tls:
+        settings = self._settings
+        if settings.ca_file is None and not shows_certificate:
+            return None  # aiohttp's own context, which all share, trusts the system's authorities
+        tls = TlsFiles(
+            ca_file=settings.ca_file,
+            cert_file=settings.client_cert_file if shows_certificate else None,
+            key_file=settings.client_key_file if shows_certificate else None,
+            clock=self._clock,
+            on_reload=self._reloaded,
+        )
+        await tls.context()  # so that what is no use is found at the start
+        return tls
+
+    def _reloaded(self, error: CannotTrust | None) -> None:
+        if error is None:
+            self._log.info("reloaded", upstream=self._name)
+        else:
+            self._log.error("not_reloaded", upstream=self._name, error=str(error))
+
+    def _url_changed(self, url: str, cause: str | None) -> None:
+        if len(self._settings.urls) == 1:
+            return  # its failures are in the lines of those who asked
+        if cause is None:
+            self._log.info("url_up", upstream=self._name, url=url)
+        else:
+            self._log.warning("url_down", upstream=self._name, url=url, error=cause)
+
+    def _limits(self, connections: int, tls: Tls, proxy_tls: Tls) -> OriginSettings:
         return OriginSettings(
             max_connections=connections,
             max_waiting=self._max_waiting,
             connect_timeout=self._settings.connect_timeout,
             read_timeout=self._settings.read_timeout,
             stall=StallLimit(self._settings.stall_rate.per_second, self._settings.stall_time),
-            tls=self._tls,
+            tls=tls,
+            proxy_tls=proxy_tls,
+            egress=self._egress,
         )
 
-    def _authenticator(self, metrics: Metrics, clock: Callable[[], float]) -> Authenticator:
-        name, refreshed = self._name, metrics.token_refresh
+    def _authenticator(self, url: str) -> Authenticator:
+        name, refreshed = self._name, self._metrics.token_refresh
         return Authenticator(
             name=name,
-            url=self._settings.url,
-            credentials=_credentials(self._settings, clock),
+            url=url,
+            credentials=_credentials(self._settings, url, self._clock),
             auth_realms=self._settings.auth_realms,
-            clock=clock,
+            clock=self._clock,
             on_refresh=lambda result: refreshed.labels(name, result).inc(),
         )
 
 
-def _tls_context(ca_file: Path) -> ssl.SSLContext:
-    """The system's authorities and those of the file."""
-    context = ssl.create_default_context()
-    try:
-        context.load_verify_locations(ca_file)
-    except OSError as error:  # ssl.SSLError among them: not PEM, or nothing in it
-        raise CannotTrust(f"ca_file {ca_file}: {error.strerror or error}") from error
-    return context
-
-
-def _credentials(upstream: UpstreamSettings, clock: Callable[[], float]) -> CredentialSource | None:
-    """Where the upstream's credentials come from; the settings hold one kind at most."""
-    host = URL(upstream.url).authority
+def _credentials(
+    upstream: UpstreamSettings, url: str, clock: Callable[[], float]
+) -> CredentialSource | None:
+    """Where the credentials for one URL come from; the settings hold one kind at most."""
+    host = URL(url).authority
     if upstream.docker_config is not None:
         known = "docker.io" if upstream.library else host
         return DockerConfigCredentials(known, upstream.docker_config, clock=clock)

@@ -88,6 +88,10 @@ class Metrics:
         """Read the breakers and quotas with this callback at every scrape."""
         self._live.origins = origins
 
+    def observe_urls(self, urls: Callable[[], Iterable[tuple[str, str, bool]]]) -> None:
+        """Read the URLs of upstreams at every scrape: upstream, URL, and whether it is in use."""
+        self._live.urls = urls
+
     def observe_store(self, store: Callable[[], StoreState]) -> None:
         """Read the store with this callback at every scrape."""
         self._live.store = store
@@ -169,6 +173,9 @@ class Metrics:
         self.upstream_throttled = self._counter(
             "upstream_throttled_seconds_total", "Pauses that upstreams asked for", labels
         )
+        self.upstream_failovers = self._counter(
+            "upstream_failovers_total", "Questions that went on at another URL", labels
+        )
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
@@ -223,12 +230,20 @@ class _LiveState(Collector):
         self.origins: Callable[[], Iterable[OriginState]] | None = None
         self.store: Callable[[], StoreState] | None = None
         self.flights: Callable[[], int] | None = None
+        self.urls: Callable[[], Iterable[tuple[str, str, bool]]] | None = None
 
     def collect(self) -> Iterator[Metric]:
         if self.gates is not None:
             yield from _gate_families(self.gates())
         if self.origins is not None:
             yield from _origin_families(self.origins())
+        if self.urls is not None:
+            text = "Is the URL of the upstream the one that is asked?"
+            labels = ("upstream", "url")
+            family = GaugeMetricFamily("pullpool_upstream_url_in_use", text, labels=labels)
+            for upstream, url, is_in_use in self.urls():
+                family.add_metric((upstream, url), is_in_use)
+            yield family
         if self.store is not None:
             yield from _store_families(self.store())
         if self.flights is not None:

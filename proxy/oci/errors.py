@@ -302,6 +302,18 @@ class UpstreamDown(UpstreamUnavailable):
     status = 503
 
 
+class UnexpectedAnswer(UpstreamUnavailable):
+    """A status that means nothing here (400, 418): more about what was asked for than about who
+    was asked."""
+
+
+class EgressFailed(UpstreamUnavailable):
+    """The egress proxy on the way to the upstream refuses, or cannot be reached."""
+
+    reason = "egress_failed"
+    default_message = "the egress proxy does not let us through"
+
+
 class UpstreamTimeout(UpstreamError):
     """The upstream did not answer in time."""
 
@@ -373,7 +385,8 @@ class RealmRefused(UpstreamError):
 
 
 class RedirectRefused(UpstreamError):
-    """A redirect that is not followed: https to http, another scheme, or too many."""
+    """A redirect that is not followed: https to http, another scheme, an address that is too near
+    to us (``upstream/reach.py``), or too many."""
 
     reason = "redirect_refused"
     default_message = "the upstream redirects to where we do not go"

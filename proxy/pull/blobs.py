@@ -31,8 +31,7 @@ from proxy.pull.permissions import Permissions
 from proxy.pull.reader import FileSpan, Piece, Reader
 from proxy.store.blobs import FileLease
 from proxy.store.store import Link, Store
-from proxy.upstream.blob import BlobSource
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.mirrored import MirroredClient
 
 #: Seconds that a place is kept for a client whose body was let go without a byte: dockerd comes
 #: back after 25 s at the latest.
@@ -54,7 +53,7 @@ class Blobs:
         *,
         store: Store,
         flights: Flights,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         permissions: Permissions,
         waits: Waits,
     ) -> None:
@@ -132,7 +131,7 @@ class Blobs:
     ) -> BlobAnswer:
         if link is None:
             self._permissions.check(ask, str(digest))
-        source = BlobSource(self._clients[ask.upstream], ask.repository, digest)
+        source = self._clients[ask.upstream].blob(ask.repository, digest)
         size = link.size if link else None
         reader, joined = self._flights.join(source, ask.client, size=size, named=link is not None)
         try:

@@ -179,6 +179,8 @@ class Fill:
             total = self.received + sum(map(len, chunks))
             if self.size is not None and total > self.size:
                 raise SizeMismatch(self.size, total)
+            if self.size is None:
+                self._crowd.expect(total)
             await self.intake.take(chunks, wait=wait)
             self._publish(now=False)
 

@@ -162,6 +162,8 @@ class Flight:
         source = self.sources.add(source, named=named)
         reader = Reader(self, source, client, size)
         reader.check_promise(self.size)
+        if self.size is None and size is not None and size < self.received:
+            reader.check_promise(self.received)
         self.readers.add(reader)
         self.ticket.join(client)
         self._fill.classify()

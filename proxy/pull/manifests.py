@@ -44,7 +44,8 @@ from proxy.pull.tags import (
 )
 from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
-from proxy.upstream.client import Head, UpstreamClient
+from proxy.upstream.client import Head
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 #: Manifests below an index that are looked at to see whether any of them can be served.
@@ -68,7 +69,7 @@ class Manifests:
         self,
         *,
         store: Store,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         permissions: Permissions,
         book: TagBook,
         policy: TagPolicy,
@@ -160,9 +161,9 @@ class Manifests:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
         self._permissions.check(ask, key[2])
         standing = await self._standing(ask, entry)
-        health = self._clients[ask.upstream].origin.conduct.health
-        if health.is_down and covers(standing, UpstreamDown()):
-            if health.wants_probe:
+        client = self._clients[ask.upstream]
+        if client.is_down and covers(standing, UpstreamDown()):
+            if client.wants_probe:
                 self._check_in_background(ask, key, entry)
             return await self._stale(ask, entry, "the upstream is down", head=head)
         try:
@@ -242,7 +243,7 @@ class Manifests:
     async def _keep_last_pulls(self, ask: Ask, key: TagKey, digest: Digest | None) -> None:
         """The tag has moved: the last pulls of a quota are not for what the old manifest can
         stand in for. Raises ``Throttled``."""
-        pulls = self._clients[ask.upstream].origin.conduct.pulls
+        pulls = self._clients[ask.upstream].pulls
         if not pulls.is_last or (digest is not None and await self.held(digest) is not None):
             return
         entry, error = await self._book.get(key), pulls.kept()

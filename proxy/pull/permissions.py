@@ -21,7 +21,8 @@ from proxy.oci.errors import Denied, NotFound, PullError
 from proxy.pull.asking import Key, Questions
 from proxy.pull.asks import Ask
 from proxy.store.store import Link, Store
-from proxy.upstream.client import Head, UpstreamClient
+from proxy.upstream.client import Head
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 #: Denials kept at most.
@@ -69,7 +70,7 @@ class Permissions:
             self._refusals.pop(key, None)
 
     async def prove_blob(
-        self, ask: Ask, digest: Digest, client: UpstreamClient, *, named: bool = False
+        self, ask: Ask, digest: Digest, client: MirroredClient, *, named: bool = False
     ) -> Link:
         """Ask the upstream whether this repository has the blob. Raises its refusal.
 
@@ -81,7 +82,7 @@ class Permissions:
 
         return await self._prove(ask, digest, head, named=named)
 
-    async def prove_manifest(self, ask: Ask, digest: Digest, client: UpstreamClient) -> Link:
+    async def prove_manifest(self, ask: Ask, digest: Digest, client: MirroredClient) -> Link:
         """The same for a manifest: a HEAD, which Docker Hub does not count."""
 
         async def head(ticket: Ticket) -> Head:

@@ -293,6 +293,7 @@ class Crowd:
         self._readers: dict[Reader, None] = {}
         self._clients: Counter[str] = Counter()
         self._promises: Counter[int | None] = Counter()
+        self._last: int | None = None  # what the last one to leave was promised
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -311,6 +312,7 @@ class Crowd:
     def discard(self, reader: Reader) -> bool:
         """Forget ``reader``; whether its client has no other one here."""
         del self._readers[reader]
+        self._last = reader.promise
         _take_one(self._promises, reader.promise)
         return _take_one(self._clients, reader.client)
 
@@ -328,6 +330,20 @@ class Crowd:
             raise SizeMismatch(self.promise or 0, size)
         for reader in self._readers:
             reader.check_promise(size)
+
+    def expect(self, received: int) -> None:
+        """So many bytes have come, and nobody knows the size: refuse those who were promised less.
+
+        Without this their clients would have all they were promised before the digest is known.
+        Raises ``SizeMismatch``, and refuses nobody, when that would be all of them.
+        """
+        promises = self._promises.keys() or {self._last}
+        short = [size for size in promises if size is not None and size < received]
+        if len(short) == len(promises):
+            raise SizeMismatch(max(short), received)
+        for reader in self._readers if short else ():
+            if reader.promise in short:
+                reader.check_promise(received)
 
     def refuse(self, source: Source, error: PullError) -> None:
         """Refuse those who came through ``source``."""

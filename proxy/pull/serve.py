@@ -16,7 +16,8 @@ from proxy.pull.deadlines import Waits
 from proxy.pull.flight import Flights
 from proxy.pull.manifests import Checked, Manifests
 from proxy.pull.permissions import Permissions
-from proxy.upstream.client import Page, UpstreamClient
+from proxy.upstream.client import Page
+from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 
@@ -26,7 +27,7 @@ class Puller:
     def __init__(
         self,
         *,
-        clients: Mapping[str, UpstreamClient],
+        clients: Mapping[str, MirroredClient],
         manifests: Manifests,
         blobs: Blobs,
         flights: Flights,

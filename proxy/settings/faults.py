@@ -193,7 +193,7 @@ def _fault(detail: ErrorDetails, model: type[BaseModel], layers: Sequence[Layer]
 
 def _shown(location: Location, value: object) -> str | None:
     """What was given, if it is short and cannot be a secret."""
-    if any(str(part).startswith("password") for part in location):
+    if any(str(part).startswith("password") or part == "proxy" for part in location):
         return None
     if not isinstance(value, str | int | float):
         return None

@@ -34,6 +34,7 @@ from proxy.settings.types import (
 )
 from proxy.settings.upstream import Upstream, chosen_upstreams, clashing_caps, clashing_names
 from proxy.settings.values import HostPort, format_duration
+from proxy.upstream.egress import environment_faults
 
 # containerd >= 2.3 gives up on a request after 30 s without headers, the kubelet's CRI client
 # after 5 minutes without a byte: half a minute is left for the network and the client's own queue.
@@ -172,6 +173,11 @@ class Settings(BaseSettings):
     client_rate: MaybeBytesInTime = Field(
         default=None, description="Most bytes in a time to each client, such as 20MiB/s."
     )
+    proxy_from_env: bool = Field(
+        default=True,
+        description="Reach upstreams without a proxy of their own as HTTPS_PROXY, HTTP_PROXY and"
+        " NO_PROXY say.",
+    )
     log_format: Literal["console", "json"] = Field(
         default="console", description="Form of log lines: for people, or for machines."
     )
@@ -291,8 +297,10 @@ class Settings(BaseSettings):
                 "default_upstream: not set, so a request without ns or path prefix is answered 404"
             )
         for name, upstream in self.upstreams.items():
-            if upstream.credential_keys and upstream.url.startswith("http://"):
-                path = key_path(("upstreams", name, "url"))
+            plain = [url for url in upstream.urls if url.startswith("http://")]
+            if upstream.credential_keys and plain:
+                key = "url" if upstream.url in plain else "fallback_urls"
+                path = key_path(("upstreams", name, key))
                 found.append(f"{path}: credentials go over http, which anybody can read")
         if self.auth.htpasswd_file and not self.tls.files and not self.listen.is_loopback:
             found.append(
@@ -305,4 +313,6 @@ class Settings(BaseSettings):
         """Files and variables that the settings name and that cannot be read (looks at disk)."""
         named = self.upstreams.items()
         found = [fault for name, one in named for fault in one.missing(name, environ)]
+        if self.proxy_from_env and any(one.proxy is None for one in self.upstreams.values()):
+            found += [Fault(variable, why) for variable, why in environment_faults(environ)]
         return [*self.tls.missing(), *self.auth.missing(), *found]

@@ -27,6 +27,8 @@ from proxy.settings.values import (
     parse_registry_url,
     parse_size,
 )
+from proxy.upstream.egress import EgressProxy
+from proxy.upstream.hosts import HostPattern
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY_PREFIX = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*/?")
@@ -93,6 +95,18 @@ TrustedNetwork = Annotated[
 ]
 Size = Annotated[
     int, BeforeValidator(parse_size), _amount_schema("integer", "50GiB"), Shown("size")
+]
+EgressUrl = Annotated[
+    EgressProxy,
+    PlainValidator(EgressProxy.parse),
+    PlainSerializer(str),
+    _text_schema("http://proxy.example.com:3128", "http://user:password@proxy.example.com:3128"),
+]
+Hosts = Annotated[
+    HostPattern,
+    PlainValidator(HostPattern.parse),
+    PlainSerializer(str),
+    _text_schema("harbor.example.com", ".example.com", "10.0.0.0/8", "minio:9000"),
 ]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), _amount_schema("number", "20s"), Shown("duration")

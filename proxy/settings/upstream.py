@@ -13,8 +13,10 @@ from proxy.settings.types import (
     Access,
     BytesInTime,
     Duration,
+    EgressUrl,
     FilePath,
     Helper,
+    Hosts,
     Limit,
     MaybeBytesInTime,
     MaybeRate,
@@ -58,6 +60,11 @@ class Upstream(Section):
     url: Annotated[Url, Shown("URL", "https://NAME")] = Field(
         default="", description="Base URL of the registry."
     )
+    fallback_urls: tuple[Url, ...] = Field(
+        default=(),
+        description="Base URLs of mirrors of the registry, tried in this order while those before"
+        " them fail.",
+    )
     aliases: tuple[Name, ...] = Field(
         default=(), description="Other names by which clients ask for this registry."
     )
@@ -93,6 +100,15 @@ class Upstream(Section):
     stall_time: Duration = Field(
         default=30.0, gt=0, description="How long an answer may be slower than stall_rate."
     )
+    proxy: Annotated[EgressUrl | None, Shown("URL", "as the environment says")] = Field(
+        default=None,
+        description="HTTP proxy on the way to it: 'http://user:password@proxy.example.com:3128'.",
+    )
+    no_proxy: tuple[Hosts, ...] = Field(
+        default=(),
+        description="Hosts, .domains and networks (with or without :port) that are reached without"
+        " the proxy.",
+    )
     username: str | None = Field(
         default=None, min_length=1, description="Account to pull with; needs one password key."
     )
@@ -114,11 +130,26 @@ class Upstream(Section):
     auth_realms: tuple[Name, ...] = Field(
         default=(), description="Hosts of token services outside the registry's own domain."
     )
+    redirect_hosts: tuple[Hosts, ...] = Field(
+        default=(),
+        description="Hosts and networks that redirects may lead to although they are nearer to us"
+        " than the registry: private, loopback, link-local.",
+    )
     repository_prefix: Prefix = Field(
         default="", description="Put before every repository name: 'dockerhub-proxy/'."
     )
     ca_file: FilePath | None = Field(
-        default=None, description="PEM file of the authorities to trust for this registry."
+        default=None,
+        description="PEM file of the authorities to trust for this registry; read again when it"
+        " changes.",
+    )
+    client_cert_file: FilePath | None = Field(
+        default=None,
+        description="PEM file of the certificate to show to the registry; read again when it"
+        " changes.",
+    )
+    client_key_file: FilePath | None = Field(
+        default=None, description="PEM file of that certificate's key."
     )
     access: Annotated[Access, Shown("", "shared with credentials, else public")] = Field(
         default_factory=lambda: "public",
@@ -130,6 +161,11 @@ class Upstream(Section):
         description="When the queue is long: 'wait' keeps a pull's place, 'spill' sends it on to"
         " the client's next mirror.",
     )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where it is reached, in the order of preference."""
+        return (self.url, *self.fallback_urls)
 
     @property
     def credential_keys(self) -> tuple[str, ...]:
@@ -156,7 +192,7 @@ class Upstream(Section):
         about = tuple((*here, key) for key in (*kinds, "username"))
         if not NAME.fullmatch(name):
             yield Conflict(here, "the name must be host or host:port, in lower case")
-        elif _origin(self) is None:
+        elif _origin(self.url) is None:
             yield Conflict(here, "needs url, as its name is not the address of a host")
         if len(kinds) > 1:
             message = f"only one kind of credential can be used, and {' and '.join(kinds)} are set"
@@ -169,12 +205,25 @@ class Upstream(Section):
             yield Conflict((*here, kinds[0]), "needs username beside it", about)
         elif kinds and not kinds[0].startswith("password") and self.username is not None:
             yield Conflict((*here, "username"), f"comes from {kinds[0]}: leave it out", about)
+        if (self.client_cert_file is None) != (self.client_key_file is None):
+            has_cert = self.client_cert_file is not None
+            pair = ("client_cert_file", "client_key_file")
+            given, other = pair if has_cert else pair[::-1]
+            yield Conflict((*here, given), f"needs {other} beside it", ((*here, other),))
+        yield from self._repeated_urls(here)
         if self.access == "passthrough":
             yield Conflict((*here, "access"), "'passthrough' is not available yet: use 'shared'")
 
+    def _repeated_urls(self, here: tuple[str, str]) -> Iterator[Conflict]:
+        for place, url in enumerate(self.fallback_urls):
+            if url in self.urls[: place + 1]:
+                at = (*here, "fallback_urls", place)
+                yield Conflict(at, "is there already", ((*here, "url"), (*here, "fallback_urls")))
+
     def missing(self, name: str, environ: Mapping[str, str]) -> Iterator[Fault]:
         """Files and variables that these keys name and that cannot be read."""
-        for key in ("ca_file", "password_file", "docker_config"):
+        files = ("ca_file", "client_cert_file", "client_key_file", "password_file", "docker_config")
+        for key in files:
             path: Path | None = getattr(self, key)
             if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
                 reason = "is not a file that can be read"
@@ -240,25 +289,37 @@ def clashing_names(upstreams: Mapping[str, Upstream]) -> Iterator[Conflict]:
                 yield Conflict(("upstreams", name, "aliases"), message)
 
 
+#: What belongs to the sockets of an origin.
+_OF_THE_SOCKETS = ("max_connections", "proxy", "client_cert_file", "client_key_file")
+
+
 def clashing_caps(upstreams: Mapping[str, Upstream]) -> Iterator[Conflict]:
-    """A cap belongs to an origin, so upstreams that share one cannot differ in it."""
+    """Sockets belong to an origin, so upstreams that share one cannot differ in their keys."""
     first: dict[str, str] = {}
     for name, upstream in upstreams.items():
-        address = _origin(upstream)
-        if address is None:
+        for address in filter(None, map(_origin, upstream.urls)):
+            other = first.setdefault(address, name)
+            yield from _differences(name, upstream, other, upstreams[other])
+
+
+def _differences(name: str, ours: Upstream, other: str, theirs: Upstream) -> Iterator[Conflict]:
+    for key in _OF_THE_SOCKETS:
+        meant = getattr(theirs, key)
+        if getattr(ours, key) == meant:
             continue
-        other = first.setdefault(address, name)
-        theirs = upstreams[other].max_connections
-        if upstream.max_connections != theirs:
-            at = ("upstreams", name, "max_connections")
-            message = f"must be {theirs}, as '{other}' is at the same address"
-            about = (("upstreams", other, "max_connections"), ("upstreams", name, "url"))
-            yield Conflict(at, message, (*about, ("upstreams", other, "url")))
+        what = meant if key == "max_connections" else "the same"
+        message = f"must be {what}, as '{other}' is at the same address"
+        keys = ((other, key), *((one, place) for one in (name, other) for place in _PLACES))
+        about = tuple(("upstreams", *one) for one in keys)
+        yield Conflict(("upstreams", name, key), message, about)
 
 
-def _origin(upstream: Upstream) -> str | None:
-    """Where its sockets go; None while its URL, made of its name, is no URL."""
+_PLACES = ("url", "fallback_urls")
+
+
+def _origin(url: str) -> str | None:
+    """Where its sockets go; None while the URL, made of a name, is no URL."""
     try:
-        return origin(parse_registry_url(upstream.url))
+        return origin(parse_registry_url(url))
     except ValueError:
         return None

@@ -75,6 +75,7 @@ class Counters:
         self.gets: Counter[Digest] = Counter()
         self.bytes_by_digest: Counter[Digest] = Counter()
         self.bytes_sent = 0
+        self.raw_bytes = 0  # of raw answers, as far as the kernel took them
         self.refused = 0
         self.tokens_issued = 0
         self.authorization_leaks = 0
@@ -124,6 +125,10 @@ class Counters:
         if content is not None:
             self.bytes_sent += count
             self.bytes_by_digest[content] += count
+
+    def note_raw(self, count: int) -> None:
+        """Count bytes of a raw answer."""
+        self.raw_bytes += count
 
     def note_accept(self, established: int) -> None:
         """Count a socket and remember the peak."""

@@ -3,7 +3,7 @@
 A fault strikes a request that has passed the connection limit and authentication, so a script does
 not depend on how many challenges a client needs first. Actions are values. Those that change an
 answer are applied by the pure function `distort`; those that concern the connection (`Cut`,
-`Reset`, `Stall`, `Hang`, `Disconnect`) are carried out while writing.
+`Reset`, `Stall`, `Hang`, `Disconnect`, `Raw`) are carried out while writing.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class Raw:
+    """Write these bytes in place of an answer; then `late`, when the client has had time to read
+    them and to think the answer complete; then `forever`, again and again while the client reads,
+    with a `pause` in seconds; then FIN, or with `ends` false nothing more."""
+
+    data: bytes
+    forever: bytes = b""
+    pause: float = 0.0
+    ends: bool = True
+    late: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Corrupt:
     """Flip all bits of the body byte at offset `at`, counted from the end when negative."""
 
@@ -109,6 +122,7 @@ Action = (
     | Stall
     | Hang
     | Disconnect
+    | Raw
     | Corrupt
     | ShortLength
     | Oversize

@@ -66,11 +66,15 @@ class Connection:
 
         SO_LINGER with time 0 would throw away what is still queued, so the queue is awaited first.
         """
-        while self.transport is not None and self._unacknowledged():  # noqa: ASYNC110 - no event
-            await asyncio.sleep(_QUEUE_POLL)
+        await self.taken()
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.abort()
+
+    async def taken(self) -> None:
+        """Until the peer's kernel has everything written so far."""
+        while self.transport is not None and self._unacknowledged():  # noqa: ASYNC110 - no event
+            await asyncio.sleep(_QUEUE_POLL)
 
     def _unacknowledged(self) -> int:
         try:
@@ -91,10 +95,12 @@ class _Server(web.Server):
         self,
         answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         connections: dict[RequestHandler, Connection],
+        greeting: bytes,
     ) -> None:
         # handler_cancellation: a request that stalls or hangs ends when its client leaves.
         super().__init__(answer, handler_cancellation=True, access_log=None)
         self._known = connections
+        self._greeting = greeting
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -103,6 +109,8 @@ class _Server(web.Server):
         is_tls = transport.get_extra_info("ssl_object") is not None
         transport.set_write_buffer_limits(high=1 if is_tls else 0, low=0)
         self._known[handler].transport = transport
+        if self._greeting:
+            transport.write(self._greeting)
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
@@ -115,7 +123,8 @@ class Listener:
     """Accepts, counts and serves connections.
 
     `on_accept` gets the number of ESTABLISHED sockets after each accept. Sockets beyond `limit` are
-    accepted too, and marked: refusing them is the answer's business.
+    accepted too, and marked: refusing them is the answer's business. A connection begins with
+    `greeting`, whatever the client has to say.
     """
 
     def __init__(
@@ -124,8 +133,10 @@ class Listener:
         limit: int | None,
         on_accept: Callable[[int], None],
         ssl_context: ssl.SSLContext | None,
+        greeting: bytes = b"",
     ) -> None:
         self.limit = limit
+        self._greeting = greeting
         self._answer = answer
         self._on_accept = on_accept
         self._ssl_context = ssl_context
@@ -137,8 +148,9 @@ class Listener:
 
     async def open(self, host: str, port: int) -> int:
         """Listen, and return the port (a free one for 0). Raises OSError when it is taken."""
-        self._server = _Server(self._serve, self._connections)
-        self._listening = socket.create_server((host, port), backlog=_BACKLOG)
+        self._server = _Server(self._serve, self._connections, self._greeting)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         self._listening.setblocking(False)
         asyncio.get_running_loop().add_reader(self._listening, self._accept_all)
         return int(self._listening.getsockname()[1])

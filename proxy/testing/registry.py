@@ -74,7 +74,8 @@ class FakeRegistry:
       `signed_url_ttl` seconds; it refuses requests that carry an Authorization header.
     - `pulls`: a quota of manifest GETs, as Docker Hub has one.
     - `rate`: body bytes per second and connection. `latency`: seconds before each answer.
-    - `ranges`: whether Range is served. `page_size`: most entries of a list.
+    - `ranges`: whether Range is served. `page_size`: most entries of a list. `greeting`: bytes that
+      each connection begins with, before anything was asked.
     - `clock`: seconds since the epoch, for tokens and signed URLs.
     """
 
@@ -102,6 +103,7 @@ class FakeRegistry:
         latency: float = 0.0,
         ranges: bool = True,
         page_size: int | None = None,
+        greeting: bytes = b"",
         keep_seen: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -124,10 +126,10 @@ class FakeRegistry:
         self._script = Script()
         self._holds: list[Hold] = []
         self._guard: Guard | None = None
-        self._listener = Listener(self._handle, limit, self._note_accept, ssl_context)
+        self._listener = Listener(self._handle, limit, self._note_accept, ssl_context, greeting)
         self.counters = Counters(self._listener.established, keep_seen=keep_seen, clock=clock)
         self._load = Load(overload, self.counters.note_progress)
-        self._transmitter = Transmitter(rate, self.stalls, self._note_body)
+        self._transmitter = Transmitter(rate, self.stalls, self._note_body, self.counters.note_raw)
 
     async def start(self) -> None:
         """Listen. Raises OSError when the port is taken."""
@@ -158,7 +160,7 @@ class FakeRegistry:
     @property
     def netloc(self) -> str:
         """`host:port`, as image names and `ns` carry it."""
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def url(self) -> str:

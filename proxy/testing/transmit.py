@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from proxy.testing.faults import Action, Cut, Disconnect, Reset, Stall
+from proxy.testing.faults import Action, Cut, Disconnect, Raw, Reset, Stall
 from proxy.testing.holds import Parking
 from proxy.testing.listener import Connection
 from proxy.testing.pattern import Pattern
@@ -21,6 +21,8 @@ from proxy.testing.wire import Reply
 
 _PIECE = 256 * 1024
 _SLICES = 50  # pieces per second at least, when a rate is set
+_POLL = 0.001  # seconds between two looks at a full buffer
+_LATE = 0.02  # seconds after which late bytes follow what the peer's kernel has
 _BURST = 0.02  # seconds of sending that an idle connection may catch up on
 
 
@@ -31,6 +33,7 @@ class Transmitter:
     rate: int | None
     stalls: Parking
     on_body: Callable[[Reply, int], None]
+    on_raw: Callable[[int], None]
 
     async def send(
         self,
@@ -51,12 +54,40 @@ class Transmitter:
             if isinstance(action, Disconnect):
                 await _hang_up(connection, action)
                 return response
+            if isinstance(action, Raw):
+                await self._send_raw(connection, action)
+                return response
             await response.prepare(request)
             if request.method != "HEAD":
                 await self._send_body(response, connection, reply, action)
         except ConnectionError:
             pass  # the client left: aiohttp sees the closed transport itself
         return response
+
+    async def _send_raw(self, connection: Connection, action: Raw) -> None:
+        """Past aiohttp, which would mend it."""
+        transport = connection.transport
+        if transport is None:
+            return
+        transport.write(action.data)
+        written = len(action.data)
+        try:
+            if action.late:
+                await connection.taken()
+                await asyncio.sleep(_LATE)
+                transport.write(action.late)
+                written += len(action.late)
+            while action.forever and not transport.is_closing():
+                transport.write(action.forever)
+                written += len(action.forever)
+                while transport.get_write_buffer_size() > _PIECE:  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(_POLL)
+                await asyncio.sleep(action.pause)
+            if action.ends:
+                connection.finish()
+            await connection.lost.wait()
+        finally:
+            self.on_raw(written - transport.get_write_buffer_size())
 
     async def _send_body(
         self,

@@ -21,10 +21,11 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
-from proxy.upstream.client import UpstreamClient, drain
+from proxy.upstream.client import UpstreamClient
 from proxy.upstream.errors import refusal
 from proxy.upstream.origin import Origin, OriginKey
-from proxy.upstream.reply import Reply
+from proxy.upstream.reach import Reach
+from proxy.upstream.reply import Reply, drain
 from proxy.upstream.turns import Ticket
 
 #: What a CDN answers when a signed URL has expired.
@@ -87,6 +88,7 @@ class BlobSource:
         self._client = client
         self._url = client.url(repository, f"blobs/{digest}")
         self._location: URL | None = None
+        self._reach: Reach | None = None  # of the reply that led there
         self._origin: Origin = client.origin  # where the bytes came from last
         self.ranged = True
 
@@ -106,12 +108,19 @@ class BlobSource:
         return sum(self._client.origin.state().depth.values())
 
     @contextlib.asynccontextmanager
-    async def open(self, start: int, length: int | None, ticket: Ticket) -> AsyncIterator[Body]:
-        """One turn for ``length`` bytes from ``start`` (``None``: to the end)."""
+    async def open(
+        self, start: int, length: int | None, ticket: Ticket, *, patience: float | None = None
+    ) -> AsyncIterator[Body]:
+        """One turn for ``length`` bytes from ``start`` (``None``: to the end).
+
+        ``patience`` bounds the wait for the head of the answer, in seconds.
+        """
+        client = self._client if patience is None else self._client.hasty(patience)
         try:
             while True:
                 location = self._location
-                async with self._at(location or self._url, start, length, ticket) as reply:
+                url = location or self._url
+                async with self._at(client, url, start, length, ticket) as reply:
                     if location is not None and reply.status in _EXPIRED_URL:
                         self._location = None
                     elif reply.status == 416 and start == 0 and self.ranged:
@@ -126,18 +135,20 @@ class BlobSource:
             raise
 
     def _at(
-        self, url: URL, start: int, length: int | None, ticket: Ticket
+        self, client: UpstreamClient, url: URL, start: int, length: int | None, ticket: Ticket
     ) -> contextlib.AbstractAsyncContextManager[Reply]:
         headers = {}
         if self.ranged and (start or length is not None):
             stop = "" if length is None else str(start + length - 1)
             headers["Range"] = f"bytes={start}-{stop}"
-        return self._client.exchange("GET", url, self.repository, ticket, headers)
+        reach = self._reach if url is self._location else None
+        return client.exchange("GET", url, self.repository, ticket, headers, reach=reach)
 
     def _body(self, reply: Reply, start: int, length: int | None) -> Body:
         is_elsewhere = OriginKey.of(reply.url) != self._client.origin.key
         if reply.status in (200, 206):
             self._location = reply.url if is_elsewhere else None
+            self._reach = reply.reach
             self._origin = reply.origin
             if reply.status == 206:
                 return self._part(reply, start, length)

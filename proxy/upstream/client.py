@@ -4,17 +4,19 @@ A request is one turn: the gate grants a slot, the token is fetched inside that 
 needed (on the same socket when the token service is on the same origin, so there is no deadlock at
 a cap of one), the answer is read under it. Redirects are followed by hand: each hop takes a turn of
 the origin it leads to, after the previous turn has ended; Authorization never crosses an origin,
-nor is it sent again once another origin had a say in where we go; https never leads to http.
+nor is it sent again once another origin had a say in where we go; https never leads to http, and
+nobody leads to an address nearer to us than their own (``reach.py``).
 
 What reaches the layers above are value types and ``PullError``s, never aiohttp's objects.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlencode
 
 import aiohttp
@@ -26,6 +28,8 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
     DigestInvalid,
+    EgressFailed,
+    RealmRefused,
     RedirectRefused,
     TooLarge,
     UpstreamBusy,
@@ -36,8 +40,10 @@ from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
 from proxy.oci.token import grants
 from proxy.upstream.errors import refusal, translated
+from proxy.upstream.hosts import HostPattern
 from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
-from proxy.upstream.reply import Reply
+from proxy.upstream.reach import ANYWHERE, Reach, allowing
+from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
 from proxy.upstream.throttle import Stream, Throttle
@@ -46,10 +52,6 @@ from proxy.upstream.turns import Ticket, TurnClass
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 5
-#: Bytes read of an answer that is only read to keep its connection, or for its error text.
-MAX_ERROR_BODY = 64 << 10
-#: Seconds such an answer may take: its socket is worth no more.
-DRAIN_SECONDS = 1.0
 MAX_TOKEN_BODY = 64 << 10
 MAX_LISTING = 8 << 20
 #: Refusals of a HEAD that say nothing about a GET: ECR Public answers 401 where it grants a GET
@@ -83,7 +85,10 @@ class Page:
 
 
 class UpstreamClient:
-    """Asks one upstream. Shared by all requests to it."""
+    """Asks one upstream at one URL. Shared by all requests to it.
+
+    ``redirect_hosts`` may be led to whatever their address is.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class UpstreamClient:
         authenticator: Authenticator,
         metrics: Metrics,
         throttle: Throttle | None = None,
+        redirect_hosts: Sequence[HostPattern] = (),
     ) -> None:
         self.upstream = upstream
         self.origin = origin
@@ -104,10 +110,18 @@ class UpstreamClient:
         self._authenticator = authenticator
         self._throttle = throttle
         self._base = URL(upstream.url.rstrip("/"), encoded=True)
+        self._reach = allowing(redirect_hosts)
+        self.patience: float | None = None
 
     @property
     def name(self) -> str:
         return self.upstream.name
+
+    def hasty(self, patience: float) -> Self:
+        """The same client, which waits ``patience`` seconds at most for the head of an answer."""
+        other = copy.copy(self)
+        other.patience = patience
+        return other
 
     def url(self, repository: str, tail: str, query: str = "") -> URL:
         """The upstream's URL of ``tail`` (``blobs/sha256:…``) in ``repository``."""
@@ -190,27 +204,41 @@ class UpstreamClient:
 
     @contextlib.asynccontextmanager
     async def exchange(
-        self, method: str, url: URL, repository: str, ticket: Ticket, headers: Mapping[str, str]
+        self,
+        method: str,
+        url: URL,
+        repository: str,
+        ticket: Ticket,
+        headers: Mapping[str, str],
+        *,
+        reach: Reach | None = None,
     ) -> AsyncIterator[Reply]:
         """Ask, with authorisation and redirects; the reply's turn lasts as long as the block.
 
-        A body with a Content-Encoding is refused: identity was asked for, and the digest is over
-        the bytes as they are.
+        ``reach`` is that of the earlier reply that led to ``url``, if one did. A body with a
+        Content-Encoding is refused: identity was asked for, and the digest is over the bytes as
+        they are.
         """
+        reach = self._reach if reach is None else reach
         is_ours = True  # no other origin had a say yet
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
             async with origin.turn(ticket) as turn:
+                turn.patience = self.patience
                 with self._weighed(turn), translated(origin.key.label, self.metrics):
-                    response = await self._send(turn, method, url, headers, repository, is_ours)
+                    if is_ours:
+                        response = await self._send(turn, method, url, headers, repository)
+                    else:
+                        hop = ANYWHERE if origin is self.origin else reach
+                        response = await turn.request(method, url, headers, reach=hop)
                     if response.status in REDIRECTS:
                         await drain(response)
+                reach = reach.after(turn.peer)
                 self._weigh(turn, response)
                 if response.status not in REDIRECTS:
                     _expect_identity(origin, response)
-                    stream = self._stream(ticket)
-                    yield Reply(response, turn, url, self.metrics, stream)
+                    yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
                     return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
@@ -225,6 +253,8 @@ class UpstreamClient:
         """A connection that is refused, or broken before there is an answer, is one too many."""
         try:
             yield
+        except EgressFailed:
+            raise  # says nothing of the upstream
         except UpstreamUnavailable as error:
             if isinstance(error.__cause__, _BROKEN) and not isinstance(error.__cause__, _GONE):
                 turn.was_too_much("connection refused or reset")
@@ -246,7 +276,15 @@ class UpstreamClient:
     async def _origin_of(self, url: URL) -> Origin:
         if OriginKey.of(url) == self.origin.key:
             return self.origin
-        return await self._origins.foreign(url, self._redirect_settings)
+        origin = await self._origins.foreign(url, self._redirect_settings)
+        theirs, ours = origin.settings, self.origin.settings
+        # Another upstream's, which knows us by our certificate: what it shows us is not for those
+        # who read this one.
+        if theirs.shows_certificate and theirs.tls is not ours.tls:
+            raise RedirectRefused(
+                f"{self.name} leads to {origin.key.label}, which gets a client certificate of ours"
+            )
+        return origin
 
     async def _send(
         self,
@@ -255,15 +293,13 @@ class UpstreamClient:
         url: URL,
         headers: Mapping[str, str],
         repository: str,
-        is_ours: bool,
     ) -> aiohttp.ClientResponse:
-        if not is_ours:
-            return await turn.request(method, url, headers)
         fetch = self._token_fetch(turn)
         auth = await self._authenticator.headers(repository, fetch)
         response = await turn.request(method, url, {**headers, **auth})
         if response.status not in (401, 403):
             return self._granted(response, repository)
+        self._authenticator.realm_reach = self._reach.after(turn.peer)
         # ECR Public refuses every HEAD of a blob: that says nothing, the GET after it will.
         is_telling = method != "HEAD" or "/blobs/" not in url.raw_path
         refused = await _refusal(response, auth, repository)
@@ -319,8 +355,14 @@ class UpstreamClient:
             with translated(origin.key.label, self.metrics):
                 if origin is turn.origin:
                     return await _fetch_small(turn, url, headers)
+                known = self._authenticator
+                reach = ANYWHERE if known.lists(text) else known.realm_reach
                 async with origin.turn(Ticket(TurnClass.METADATA)) as other:
-                    return await _fetch_small(other, url, headers)
+                    other.patience = self.patience
+                    try:
+                        return await _fetch_small(other, url, headers, reach)
+                    except RedirectRefused as error:
+                        raise RealmRefused(f"{self.name}: for tokens, {error}") from error
 
         return fetch
 
@@ -332,59 +374,12 @@ class UpstreamClient:
         return f"<UpstreamClient {self.name} {self.origin!r}>"
 
 
-def next_hop(url: URL, location: str) -> URL:
-    """Where a redirect from ``url`` leads. Raises ``RedirectRefused`` (D8).
-
-    A Location that can be sent as it is stays as it is, because it may be signed. User information
-    in it is dropped: it would become an Authorization header.
-    """
-    if not location:
-        raise RedirectRefused(f"{url.host}: a redirect without Location")
-    is_plain = location.isascii() and location.isprintable() and " " not in location
-    try:
-        target = url.join(URL(location, encoded=is_plain))
-        OriginKey.of(target)
-        if target.raw_user is not None or target.raw_password is not None:
-            target = target.with_user(None)
-    except ValueError as error:
-        raise RedirectRefused(f"{url.host}: a redirect to what is no http(s) URL") from error
-    if url.scheme == "https" and target.scheme != "https":
-        raise RedirectRefused(f"{url.host}: a redirect from https to {target.scheme} is refused")
-    return target
-
-
 def claimed_digest(headers: Mapping[str, str]) -> Digest | None:
     """The upstream's ``Docker-Content-Digest``, if it is one that can be checked."""
     try:
         return Digest.parse(headers.get("Docker-Content-Digest", ""))
     except DigestInvalid:
         return None
-
-
-async def read_bounded(reply: Reply, limit: int, what: str) -> bytes:
-    """The whole body, at most ``limit`` bytes. Raises ``TooLarge``."""
-    length = reply.response.content_length
-    if length is not None and length > limit:
-        raise TooLarge(limit, f"{reply.origin.key.label}: {what} of {length} bytes")
-    body = bytearray()
-    while data := await reply.read():
-        body += data
-        if len(body) > limit:
-            raise TooLarge(limit, f"{reply.origin.key.label}: {what} of more than {limit} bytes")
-    return bytes(body)
-
-
-async def drain(response: aiohttp.ClientResponse, patience: float = DRAIN_SECONDS) -> bytes:
-    """Read what is left, so that the socket stays usable.
-
-    The head has said what counts: a rest that is long, late or broken is left to be aborted.
-    """
-    body = bytearray()
-    with contextlib.suppress(aiohttp.ClientError, OSError):  # TimeoutError is an OSError
-        async with asyncio.timeout(patience):
-            while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
-                body += data
-    return bytes(body)
 
 
 async def _refusal(
@@ -401,8 +396,10 @@ async def _refusal(
     )
 
 
-async def _fetch_small(turn: Turn, url: URL, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    response = await turn.request("GET", url, headers)
+async def _fetch_small(
+    turn: Turn, url: URL, headers: Mapping[str, str], reach: Reach = ANYWHERE
+) -> tuple[int, bytes]:
+    response = await turn.request("GET", url, headers, reach=reach)
     body = bytearray()
     while data := await turn.read():
         body += data

@@ -19,9 +19,11 @@ import aiohttp
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import (
     Denied,
+    EgressFailed,
     NotFound,
     PullError,
     Throttled,
+    UnexpectedAnswer,
     UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -44,6 +46,28 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
         metrics.upstream_errors.labels(label, kind).inc()
         failure: type[UpstreamError] = UpstreamTimeout if kind == "timeout" else UpstreamUnavailable
         raise failure(f"{label}: {said}") from error
+
+
+def egress_failure(error: aiohttp.ClientError, label: str, proxy: str) -> EgressFailed | None:
+    """The failure that an egress proxy is to blame for; ``None`` if it is not about the proxy."""
+    match error:
+        case aiohttp.ClientHttpProxyError():
+            said = f"answers {error.status} to CONNECT"
+        case aiohttp.ConnectionTimeoutError():
+            said = "makes no connection in time"
+        case aiohttp.ClientConnectorError() if _is_at(proxy, error):
+            said = (
+                sort_failure(error)[1].removeprefix("its name is ").removeprefix("cannot connect: ")
+            )
+            said = f"cannot be reached: {said}"
+        case _:
+            return None
+    return EgressFailed(f"{label}: the egress proxy {proxy} {said}")
+
+
+def _is_at(place: str, error: aiohttp.ClientConnectorError) -> bool:
+    host = f"[{error.host}]" if ":" in error.host else error.host
+    return f"{host}:{error.port}" == place
 
 
 def sort_failure(error: Exception) -> tuple[str, str]:
@@ -95,6 +119,8 @@ def refusal(
         return Denied(f"{label} denies {name} (status {status})")
     if status == 429:
         return Throttled(retry_after(headers), message=f"{label} asks to wait (status 429)")
+    if status < 500:
+        return UnexpectedAnswer(f"{label} answered {status} to {name}")
     after = retry_after(headers) if status == 503 else None
     return UpstreamUnavailable(f"{label} answered {status} to {name}", retry_after=after)
 

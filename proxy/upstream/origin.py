@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,14 +30,18 @@ from yarl import URL
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics, OriginState
-from proxy.oci.errors import PullError, ShuttingDown, UpstreamStalled
+from proxy.oci.errors import EgressFailed, PullError, ShuttingDown, UpstreamStalled
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
+from proxy.upstream.certificates import Tls, TlsFiles
 from proxy.upstream.conduct import Conduct
 from proxy.upstream.dns import OriginResolver
+from proxy.upstream.egress import DIRECT, Egress, EgressProxy
+from proxy.upstream.errors import egress_failure
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
+from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.stall import StallLimit, StallMeter
 from proxy.upstream.turns import Ticket
 
@@ -82,7 +85,14 @@ class OriginSettings:
     connect_timeout: float = 10.0
     read_timeout: float = 60.0
     stall: StallLimit = field(default_factory=StallLimit)
-    tls: ssl.SSLContext | None = None
+    tls: Tls = None
+    proxy_tls: Tls = None  # for an egress proxy that speaks TLS
+    egress: Egress = DIRECT
+
+    @property
+    def shows_certificate(self) -> bool:
+        """Do its sockets tell the other side who we are?"""
+        return isinstance(self.tls, TlsFiles) and self.tls.shows_certificate
 
 
 class Turn:
@@ -91,6 +101,7 @@ class Turn:
     def __init__(self, origin: Origin, slot: Slot) -> None:
         self.origin = origin
         self.slot = slot
+        self.patience: float | None = None  # for the head of an answer; None: read_timeout
         self._response: aiohttp.ClientResponse | None = None
         self._meter = StallMeter(origin.settings.stall)
         self._answered_at: float | None = None
@@ -100,16 +111,24 @@ class Turn:
         self.was_of_use = False  # there was an answer that was meant
 
     async def request(
-        self, method: str, url: URL, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str] | None = None,
+        *,
+        reach: Reach = ANYWHERE,
     ) -> aiohttp.ClientResponse:
         """Send one request on this turn's socket; what is left of the previous one is aborted.
 
-        Raises what aiohttp raises.
+        ``reach`` says where it may go.
+        Raises what aiohttp raises, ``TimeoutError`` and ``RedirectRefused``.
         """
         self.finish()
         self._sent_at = self.origin.clock()
         try:
-            self._response = await self.origin.send(self.slot, method, url, headers or {})
+            self._response = await self.origin.send(
+                self.slot, method, url, headers or {}, reach=reach, patience=self.patience
+            )
         except BaseException:
             # aiohttp closes the socket; but a cancelled request may be answered at length.
             self.origin.abort(self.slot)
@@ -140,6 +159,11 @@ class Turn:
             if meter.patience <= 0:
                 self.origin.note_stall()
                 raise UpstreamStalled(f"{self.origin.key.label}: {self.origin.settings.stall}")
+
+    @property
+    def peer(self) -> str:
+        """Who answers: an address, or what the egress proxy was asked for."""
+        return self.origin.peer(self.slot)
 
     def finish(self) -> None:
         """End the response: nothing to do if it was read to its end, else abort its socket."""
@@ -268,27 +292,59 @@ class Origin:
             await self.conduct.passage(ticket)
 
     async def send(
-        self, slot: Slot, method: str, url: URL, headers: Mapping[str, str]
+        self,
+        slot: Slot,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        *,
+        reach: Reach = ANYWHERE,
+        patience: float | None = None,
     ) -> aiohttp.ClientResponse:
-        """One request on the slot's lane, counted. Raises what aiohttp raises."""
+        """One request on the slot's lane, counted. Raises as ``Turn.request`` does."""
         lane = self._lane(slot.number)
         await self._make_room()
         started = self.clock()
         try:
-            response = await lane.request(method, url, headers)
+            response = await lane.request(method, url, headers, reach=reach, patience=patience)
         except (aiohttp.ClientError, OSError) as error:
             self.conduct.broke(slot, error)
-            raise
+            failure = self._egress_failure(error)
+            if failure is None:
+                raise
+            raise self._counted(failure) from error
+        if response.status == 407 and self.proxy is not None:  # no registry's to say
+            text = f"the egress proxy {self.proxy.label} answers 407"
+            raise self._counted(EgressFailed(f"{self.key.label}: {text}"))
         self.conduct.heed(slot, response)
         self._metrics.upstream_requests.labels(self.key.label, str(response.status)).inc()
         self._metrics.upstream_duration.labels(self.key.label).observe(self.clock() - started)
         return response
+
+    def _egress_failure(self, error: Exception) -> EgressFailed | None:
+        if self.proxy is None or not isinstance(error, aiohttp.ClientError):
+            return None
+        return egress_failure(error, self.key.label, self.proxy.label)
+
+    def _counted(self, failure: EgressFailed) -> EgressFailed:
+        self._metrics.upstream_errors.labels(self.key.label, "egress").inc()
+        return failure
 
     def abort(self, slot: Slot) -> None:
         """Drop the socket of the slot's lane, whatever it is doing."""
         lane = self._lanes.get(slot.number)
         if lane is not None:
             lane.abort()
+
+    def peer(self, slot: Slot) -> str:
+        """Who answers on the slot's lane."""
+        lane = self._lanes.get(slot.number)
+        return (lane.peer if lane is not None else None) or self.key.host
+
+    @property
+    def proxy(self) -> EgressProxy | None:
+        """The egress proxy that its sockets go through."""
+        return self.settings.egress.proxy_for(self.key.scheme, self.key.host, self.key.port)
 
     def _lane(self, number: int) -> Lane:
         if self._is_closed:
@@ -306,6 +362,8 @@ class Origin:
                 connect_timeout=settings.connect_timeout,
                 read_timeout=settings.read_timeout,
                 on_replay=self._metrics.upstream_replays.labels(self.key.label).inc,
+                proxy=self.proxy,
+                proxy_tls=settings.proxy_tls,
             )
         return lane
 

@@ -57,6 +57,12 @@ def realm_allowed(realm: str, upstream_url: str, auth_realms: Sequence[str] = ()
     return domain is not None and domain == registrable_domain(home.host)
 
 
+def realm_listed(realm: str, auth_realms: Sequence[str]) -> bool:
+    """Whether the operator named the host of `realm`."""
+    asked = endpoint(realm)
+    return asked is not None and any(_lists(entry, asked) for entry in auth_realms)
+
+
 def _is_plain(realm: str) -> bool:
     """No user names, backslashes, spaces, control or non-ASCII characters.
 

@@ -1,7 +1,12 @@
-"""An upstream's answer whose body has not been read, as its turn hands it on."""
+"""An upstream's answer inside its turn: its body read within bounds, and where it leads.
+
+Whatever an upstream sends, no more of it is held than somebody has asked for.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,9 +14,16 @@ import aiohttp
 from yarl import URL
 
 from proxy.observe.metrics import Metrics
+from proxy.oci.errors import RedirectRefused, TooLarge
 from proxy.upstream.errors import translated
-from proxy.upstream.origin import Origin, Turn
+from proxy.upstream.origin import Origin, OriginKey, Turn
+from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.throttle import Stream
+
+#: Bytes read of an answer that is only read to keep its connection, or for its error text.
+MAX_ERROR_BODY = 64 << 10
+#: Seconds such an answer may take: its socket is worth no more.
+DRAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +34,7 @@ class Reply:
     turn: Turn
     url: URL
     metrics: Metrics
+    reach: Reach = ANYWHERE  # how near the upstream may lead from here
     stream: Stream | None = None  # through the cap on the upstream's bytes, if there is one
 
     async def read(self) -> bytes:
@@ -45,3 +58,50 @@ class Reply:
     @property
     def origin(self) -> Origin:
         return self.turn.origin
+
+
+def next_hop(url: URL, location: str) -> URL:
+    """Where a redirect from ``url`` leads. Raises ``RedirectRefused`` (D8).
+
+    A Location that can be sent as it is stays as it is, because it may be signed. User information
+    in it is dropped: it would become an Authorization header.
+    """
+    if not location:
+        raise RedirectRefused(f"{url.host}: a redirect without Location")
+    is_plain = location.isascii() and location.isprintable() and " " not in location
+    try:
+        target = url.join(URL(location, encoded=is_plain))
+        OriginKey.of(target)
+        if target.raw_user is not None or target.raw_password is not None:
+            target = target.with_user(None)
+    except ValueError as error:
+        raise RedirectRefused(f"{url.host}: a redirect to what is no http(s) URL") from error
+    if url.scheme == "https" and target.scheme != "https":
+        raise RedirectRefused(f"{url.host}: a redirect from https to {target.scheme} is refused")
+    return target
+
+
+async def read_bounded(reply: Reply, limit: int, what: str) -> bytes:
+    """The whole body, at most ``limit`` bytes. Raises ``TooLarge``."""
+    length = reply.response.content_length
+    if length is not None and length > limit:
+        raise TooLarge(limit, f"{reply.origin.key.label}: {what} of {length} bytes")
+    body = bytearray()
+    while data := await reply.read():
+        body += data
+        if len(body) > limit:
+            raise TooLarge(limit, f"{reply.origin.key.label}: {what} of more than {limit} bytes")
+    return bytes(body)
+
+
+async def drain(response: aiohttp.ClientResponse, patience: float = DRAIN_SECONDS) -> bytes:
+    """Read what is left, so that the socket stays usable.
+
+    The head has said what counts: a rest that is long, late or broken is left to be aborted.
+    """
+    body = bytearray()
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # TimeoutError is an OSError
+        async with asyncio.timeout(patience):
+            while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
+                body += data
+    return bytes(body)

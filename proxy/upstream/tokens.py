@@ -47,7 +47,8 @@ from proxy.oci.challenge import (
 from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamError
 from proxy.oci.token import grants, parse_token_reply
 from proxy.upstream.credentials import Credentials, CredentialSource
-from proxy.upstream.realm import endpoint, realm_allowed
+from proxy.upstream.reach import Reach, Scope
+from proxy.upstream.realm import endpoint, realm_allowed, realm_listed
 
 Fetch = Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]
 """GET a URL with these headers, in the caller's own turn: status and body (at most 64 KiB)."""
@@ -171,6 +172,7 @@ class Authenticator:
         self._clock = clock
         self._on_refresh = on_refresh
         self._learned: Decision | None = None
+        self.realm_reach = Reach(Scope.PUBLIC)  # how near the one who named the realm may lead
         self._tokens: TLRUCache[_Key, _Token, float] = TLRUCache(
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
@@ -231,6 +233,10 @@ class Authenticator:
         too busy to look. A new token tells the two apart."""
         known = self._learned is not None and self._learned.action is Action.BEARER
         return known and _scheme(judged) == "bearer" and offers_basic(offered)
+
+    def lists(self, url: str) -> bool:
+        """Did the operator name the host of this token service?"""
+        return realm_listed(url, self._auth_realms)
 
     def worked(self, repository: str) -> None:
         """The upstream has just granted access to ``repository``."""

@@ -36,8 +36,9 @@ from proxy.testing import (
     Stall,
     make_image,
 )
-from proxy.upstream.client import MAX_REDIRECTS, MAX_TOKEN_BODY, Head, drain, next_hop
+from proxy.upstream.client import MAX_REDIRECTS, MAX_TOKEN_BODY, Head
 from proxy.upstream.origin import OriginSettings
+from proxy.upstream.reply import drain, next_hop
 from tests.unit.upstream_kit import ROBOT, Mute, Puller, sample, ticket, tls, until
 
 IMAGE = make_image("team/app", "v1", layers=(3000, 0), seed=7)

@@ -37,12 +37,13 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
         "byte rate": "7KiB/s",
     }  # fmt: skip
     choices = {"log_level": "error", "log_format": "json", "cache.on_abandon": "cancel"}
-    water = {"cache.low_water": "0.07", "cache.high_water": "0.97", "fast_transport": "false"}
+    water = {"cache.low_water": "0.07", "cache.high_water": "0.97"}
+    off = {"fast_transport": "false", "proxy_from_env": "false"}
     networks = {"trusted_proxies": "10.0.0.0/8"}
     for row in settings_table():
         if row.key.startswith("upstreams."):
             continue
-        text = (choices | water | networks).get(row.key) or values.get(row.type, "7")
+        text = (choices | water | off | networks).get(row.key) or values.get(row.type, "7")
         variable = "PULLPOOL_" + row.key.replace(".", "_").upper()
         extra = {"PULLPOOL_UPSTREAMS": '{"docker.io": {}, "a": {}}'} if "default" in row.key else {}
         if row.key == "proxy_protocol":

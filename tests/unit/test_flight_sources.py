@@ -231,6 +231,39 @@ async def test_a_reader_who_was_promised_more_than_came_gets_no_clean_end(tmp_pa
         assert isinstance(results[1], SizeMismatch)
 
 
+async def test_nobody_has_all_he_was_promised_before_the_digest_is_known(tmp_path: Path) -> None:
+    """More comes than a manifest says, and no Content-Length: the promise is not fulfilled."""
+    source = ScriptedSource(DATA, says_size=False, serves_ranges=False)
+    trickle = iter(range(len(DATA) * 3 // 4, len(DATA)))  # its end is not in sight
+    source.valve.open(next(trickle))
+    async with flying(tmp_path) as rig:
+        promised = len(DATA) // 2
+        sipper = Sipper(rig.join(source, size=promised))
+        drinking = asyncio.create_task(sipper.rest())
+        while not drinking.done() and len(sipper.got) < promised:
+            source.valve.open(next(trickle))
+            await asyncio.sleep(0)
+        assert len(sipper.got) < promised
+        with pytest.raises(SizeMismatch):
+            await drinking
+
+
+async def test_who_joins_with_a_promise_that_was_passed_is_refused_and_others_are_served(
+    tmp_path: Path,
+) -> None:
+    source = ScriptedSource(DATA, says_size=False, serves_ranges=False)
+    async with flying(tmp_path) as rig:
+        unsure = Sipper(rig.join(source))
+        early = rig.join(source, size=len(DATA) // 2)
+        await unsure.sip()
+        late = rig.join(source, size=1)
+        results = await asyncio.gather(
+            unsure.rest(), drink(early), drink(late), return_exceptions=True
+        )
+        assert unsure.got == DATA
+        assert all(isinstance(one, SizeMismatch) for one in results[1:])
+
+
 async def test_a_range_beyond_the_end_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
     source = ScriptedSource(DATA)
     async with flying(tmp_path) as rig:

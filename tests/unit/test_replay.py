@@ -137,10 +137,10 @@ def test_a_socket_seen_to_be_closed_is_dialled_anew(loop: str, secure: bool, res
 @every_loop
 @plain_and_tls
 @fin_and_rst
-def test_a_socket_closed_just_before_the_request_is_replayed(
+def test_a_socket_closed_just_before_the_request_is_dialled_anew(
     loop: str, secure: bool, reset: bool
 ) -> None:
-    """Closed by the kernel, but the loop has not looked when the request is written."""
+    """Closed by the kernel, but the loop has not looked when the request comes: the lane has."""
 
     async def main() -> None:
         async with peered(secure) as (peer, line):
@@ -151,7 +151,7 @@ def test_a_socket_closed_just_before_the_request_is_replayed(
                 answering = asyncio.create_task(asyncio.to_thread(peer.answer))
                 assert await (await asking).read() == b"ok"
                 await answering
-            assert (peer.accepted, peer.requests, line.replays) == (2, 2, 1)
+            assert (peer.accepted, peer.requests, line.replays) == (2, 2, 0)
 
     run_on(loop, main())
 
@@ -245,7 +245,7 @@ def test_a_silent_socket_is_not_replayed(loop: str) -> None:
             async with opened(line.origin):
                 await line.ask()
                 registry.script(Fault(Hang()))
-                with pytest.raises(aiohttp.SocketTimeoutError):
+                with pytest.raises(TimeoutError):
                     await line.ask()
                 assert (registry.counters.count("ping"), line.replays) == (2, 0)
 
