@@ -8,7 +8,7 @@ from proxy.oci.digest import Digest
 
 # containers/image retries 429 with Retry-After, five times, and nothing else. containerd retries
 # 429 at once and without pause, dockerd gives up on TOOMANYREQUESTS: both do better with 503.
-_RETRIES_429 = ("libpod/", "skopeo/", "buildah/", "cri-o/", "containers/")
+_CONTAINERS = ("libpod/", "skopeo/", "buildah/", "cri-o/", "containers/")
 
 _ENTITY_TAG = re.compile(r'(?:W/)?"(?P<quoted>[^"]*)"|(?P<bare>[^\s,"]+)')
 
@@ -18,7 +18,17 @@ _MAX_WARNING = 4096
 
 def overload_status(user_agent: str | None) -> int:
     """429 for the family of podman, skopeo, Buildah and CRI-O; 503 for everybody else."""
-    return 429 if (user_agent or "").lower().startswith(_RETRIES_429) else 503
+    return 429 if _is_of_containers(user_agent) else 503
+
+
+def waits_for_a_body(user_agent: str | None) -> bool:
+    """Does this client wait for the bytes of a body as long as it takes, and give the pull up when
+    it ends early? podman and its family do; others come back."""
+    return _is_of_containers(user_agent)
+
+
+def _is_of_containers(user_agent: str | None) -> bool:
+    return (user_agent or "").lower().startswith(_CONTAINERS)
 
 
 def etag(digest: Digest) -> str:

@@ -44,11 +44,13 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One client's request: where it goes, for whom, and since when: the loop's time, in seconds,
-    at which its head had been read."""
+    at which its head had been read. ``is_patient``: its client waits for a body as long as it
+    takes, and does not come back when that ends early."""
 
     route: Route
     client: str
     arrived: float
+    is_patient: bool = False
     timing: Timing = field(default_factory=Timing)
 
     @property

@@ -10,8 +10,8 @@ asked for again. What clients do then, tried with an answer of no byte at all: c
 again at once, three times; dockerd 20.10 five times, after 5, 10, … 25 s, and then docker.io;
 podman 4.3 and skopeo 1.9 give the pull up. For those who come back the place in the queue is kept
 for ``KEEP_PLACE``: they join the same flight, whose ticket stands where it stood, and have lost
-nothing by the deadline. For the others only a longer deadline helps, which is for the operator to
-set: a client that has had its 200 cannot be told anything else.
+nothing by the deadline. The others have no clock of their own that would have to be met, so for
+them there is no deadline: they wait until their turn comes.
 """
 
 from __future__ import annotations

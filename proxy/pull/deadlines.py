@@ -94,7 +94,9 @@ class Waits:
         return asyncio.timeout_at(ask.arrived + self._deadlines.headers(ask.upstream))
 
     def first_byte(self, ask: Ask) -> asyncio.Timeout:
-        """``TimeoutError`` when a blob's first byte is overdue."""
+        """``TimeoutError`` when a blob's first byte is overdue; never for a patient client."""
+        if ask.is_patient:
+            return asyncio.timeout(None)
         return asyncio.timeout_at(ask.arrived + self._deadlines.blob)
 
     async def short(self, ask: Ask, work: Coroutine[Any, Any, V]) -> V:

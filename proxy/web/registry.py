@@ -20,7 +20,13 @@ from urllib.parse import parse_qsl
 from aiohttp import web
 
 from proxy.observe.metrics import Metrics
-from proxy.oci.answers import etag, etag_matches, overload_status, warning
+from proxy.oci.answers import (
+    etag,
+    etag_matches,
+    overload_status,
+    waits_for_a_body,
+    warning,
+)
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     DigestMismatch,
@@ -169,7 +175,8 @@ class Registry:
         if parsed.target.repository is None:
             return await self._ping(request, visit)
         route = self._routes.route(parsed.target.repository, parsed.ns)
-        visit.ask = Ask(route, visit.key, visit.since)
+        is_patient = waits_for_a_body(request.headers.get("User-Agent"))
+        visit.ask = Ask(route, visit.key, visit.since, is_patient)
         handlers = {
             Kind.MANIFEST: self._manifest,
             Kind.BLOB: self._blob,

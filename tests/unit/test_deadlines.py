@@ -389,6 +389,21 @@ class TestBlobDeadline:
 
         play(tmp_path, scenario)
 
+    def test_a_client_that_would_give_the_pull_up_waits_until_its_turn_comes(
+        self, tmp_path: Path
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pool.get(manifest_path("v1"))
+            async with slots_taken(pool, fake.url) as give_back:
+                asyncio.get_running_loop().call_later(600, give_back)
+                agent = "skopeo/1.9.3"
+                async with Patient.asking(pool.address, blob_path(), agent=agent) as client:
+                    assert (await client.head()).startswith("HTTP/1.1 200 ")
+                    assert await client.body(LAYER.size) == LAYER.data
+                    assert client.waited == within(600)
+
+        play(tmp_path, scenario)
+
     def test_a_place_is_not_kept_for_ever(self, tmp_path: Path) -> None:
         async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
             await pool.get(manifest_path("v1"))
