@@ -39,7 +39,7 @@ from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.mirrored import MirroredClient
-from proxy.upstream.origin import Origins
+from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin

@@ -28,10 +28,11 @@ from proxy.upstream.credentials import (
     StaticCredentials,
 )
 from proxy.upstream.egress import Egress, choose_egress
+from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.learned import CapBook
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.mirrors import Mirrors, MirrorState, State
-from proxy.upstream.origin import Origins, OriginSettings
+from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles

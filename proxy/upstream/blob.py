@@ -22,8 +22,9 @@ from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
 from proxy.upstream.client import UpstreamClient
+from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import refusal
-from proxy.upstream.origin import Origin, OriginKey
+from proxy.upstream.origin import Origin
 from proxy.upstream.reach import Reach
 from proxy.upstream.reply import Reply, drain
 from proxy.upstream.turns import Ticket

@@ -39,9 +39,11 @@ from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
 from proxy.oci.token import grants
+from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.hosts import HostPattern
-from proxy.upstream.origin import Origin, OriginKey, Origins, OriginSettings, Turn
+from proxy.upstream.origin import Origin, Turn
+from proxy.upstream.origins import Origins
 from proxy.upstream.reach import ANYWHERE, Reach, allowing
 from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream

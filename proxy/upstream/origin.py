@@ -20,29 +20,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import aiohttp
 from yarl import URL
 
 from proxy.observe.logs import Logger
-from proxy.observe.metrics import GateState, Metrics, OriginState
+from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import EgressFailed, PullError, ShuttingDown, UpstreamStalled
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
-from proxy.upstream.certificates import Tls, TlsFiles
 from proxy.upstream.conduct import Conduct
 from proxy.upstream.dns import OriginResolver
-from proxy.upstream.egress import DIRECT, Egress, EgressProxy
+from proxy.upstream.egress import EgressProxy
+from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import egress_failure
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
 from proxy.upstream.reach import ANYWHERE, Reach
-from proxy.upstream.stall import StallLimit, StallMeter
+from proxy.upstream.stall import StallMeter
 from proxy.upstream.turns import Ticket
 
 #: Seconds a turn for bulk is meant to last (D2); a range is sized to it by the measured rate.
@@ -51,48 +48,6 @@ TURN_SECONDS = 2.0
 OVERRUN = 2.0
 MIN_TURN_BYTES = 1 << 20
 MAX_TURN_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class OriginKey:
-    """Where sockets go to: scheme, host, port."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    def of(cls, url: URL) -> OriginKey:
-        """Raises ``ValueError`` for anything but http and https."""
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(f"expected an http or https URL with a host, got {url.scheme!r}")
-        return cls(url.scheme, url.host.lower(), url.port or 0)
-
-    @property
-    def label(self) -> str:
-        """For metrics and logs; no two origins share one. The port of https is left out."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if (self.scheme, self.port) == ("https", 443) else f"{host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class OriginSettings:
-    """How to reach an origin and how hard it may be used. Times in seconds."""
-
-    max_connections: int = 16
-    starts_low: bool = False  # the cap adapts from a low start (D6), else it is max_connections
-    max_waiting: int = 10_000
-    connect_timeout: float = 10.0
-    read_timeout: float = 60.0
-    stall: StallLimit = field(default_factory=StallLimit)
-    tls: Tls = None
-    proxy_tls: Tls = None  # for an egress proxy that speaks TLS
-    egress: Egress = DIRECT
-
-    @property
-    def shows_certificate(self) -> bool:
-        """Do its sockets tell the other side who we are?"""
-        return isinstance(self.tls, TlsFiles) and self.tls.shows_certificate
 
 
 class Turn:
@@ -436,103 +391,3 @@ class Origin:
 
     def __repr__(self) -> str:
         return f"<Origin {self.key.label} {self.slots!r}>"
-
-
-class Origins:
-    """Every origin in use: those of configured upstreams, and those that redirects lead to."""
-
-    #: Redirect targets kept at most; those without turns leave first.
-    MAX_FOREIGN = 256
-
-    def __init__(
-        self,
-        *,
-        metrics: Metrics,
-        clock: Callable[[], float],
-        log: Logger | None = None,
-        caps: CapBook | None = None,
-        budget: Callable[[], RetryBudget] = RetryBudget,
-    ) -> None:
-        """``caps`` remembers the caps of configured upstreams across a restart, ``budget`` makes
-        the retry budget of an origin."""
-        self._metrics = metrics
-        self._clock = clock
-        self._log = log
-        self._caps = caps
-        self._budget = budget
-        self._own: dict[OriginKey, Origin] = {}
-        self._foreign: OrderedDict[OriginKey, Origin] = OrderedDict()
-
-    def add(self, url: URL, settings: OriginSettings, rate: RateLimit | None = None) -> Origin:
-        """The origin of a configured upstream. Upstreams that share one share its gate, which
-        takes the settings of the first."""
-        key = OriginKey.of(url)
-        if key not in self._own:
-            self._own[key] = Origin(
-                key,
-                settings,
-                metrics=self._metrics,
-                clock=self._clock,
-                rate=rate,
-                log=self._log,
-                caps=self._caps,
-                budget=self._budget(),
-            )
-        return self._own[key]
-
-    async def foreign(self, url: URL, settings: OriginSettings) -> Origin:
-        """The origin of a redirect or of a token service, made when it is first met.
-
-        Nothing is awaited after it was found or made: ask it for a turn before anything else, and
-        it cannot be forgotten meanwhile. Raises ``ValueError`` as ``OriginKey.of`` does.
-        """
-        key = OriginKey.of(url)
-        if key not in self._own and key not in self._foreign:
-            await self._forget_one()
-        known = self._own.get(key) or self._foreign.get(key)
-        if known is None:
-            known = Origin(
-                key,
-                settings,
-                metrics=self._metrics,
-                clock=self._clock,
-                log=self._log,
-                budget=self._budget(),
-            )
-            self._foreign[key] = known
-        elif key in self._foreign:
-            self._foreign.move_to_end(key)
-        return known
-
-    async def _forget_one(self) -> None:
-        """Make place for one more: the origin that was not asked for longest goes."""
-        for key, origin in list(self._foreign.items()):
-            if len(self._foreign) < self.MAX_FOREIGN:
-                return
-            if origin.is_in_use:
-                continue
-            # Still in the table, so that whoever asks meanwhile finds this gate and no second one.
-            await origin.shut_idle()
-            if self._foreign.get(key) is origin and not origin.is_in_use and not origin.is_open:
-                del self._foreign[key]
-                await origin.close()
-
-    def details(self) -> list[Mapping[str, Any]]:
-        """What is known of each origin, for the status page."""
-        return [origin.conduct.details() for origin in self._all()]
-
-    def conditions(self) -> list[OriginState]:
-        """Breakers and quotas, for metrics."""
-        return [origin.conduct.state() for origin in self._all()]
-
-    def _all(self) -> tuple[Origin, ...]:
-        return (*self._own.values(), *self._foreign.values())
-
-    def states(self) -> list[GateState]:
-        return [origin.state() for origin in self._all()]
-
-    async def close(self) -> None:
-        for origin in self._all():
-            await origin.close()
-        self._own.clear()
-        self._foreign.clear()

@@ -15,8 +15,9 @@ from yarl import URL
 
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import RedirectRefused, TooLarge
+from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import translated
-from proxy.upstream.origin import Origin, OriginKey, Turn
+from proxy.upstream.origin import Origin, Turn
 from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.throttle import Stream
 

@@ -21,7 +21,7 @@ from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
 from proxy.upstream.budget import RetryBudget
-from proxy.upstream.origin import OriginSettings
+from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.store_kit import staging_files, stored_files
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.oci.answers import etag, etag_matches, overload_status, warning
+from proxy.oci.answers import etag, etag_matches, overload_status, waits_for_a_body, warning
 from proxy.oci.digest import Digest
 
 from .test_digest import digests
@@ -27,6 +27,7 @@ OTHER = Digest.of(b"other")
 )
 def test_clients_that_retry_429_are_told_429(user_agent: str) -> None:
     assert overload_status(user_agent) == 429
+    assert waits_for_a_body(user_agent)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_clients_that_retry_429_are_told_429(user_agent: str) -> None:
 )
 def test_everybody_else_is_told_503(user_agent: str | None) -> None:
     assert overload_status(user_agent) == 503
+    assert not waits_for_a_body(user_agent)
 
 
 @given(digests)

@@ -37,7 +37,7 @@ from proxy.testing import (
     make_image,
 )
 from proxy.upstream.client import MAX_REDIRECTS, MAX_TOKEN_BODY, Head
-from proxy.upstream.origin import OriginSettings
+from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.reply import drain, next_hop
 from tests.unit.upstream_kit import ROBOT, Mute, Puller, sample, ticket, tls, until
 

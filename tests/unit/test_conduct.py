@@ -12,8 +12,8 @@ from proxy.testing import Answer, FakeClock, FakeRegistry, Fault, PullQuota
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import START
 from proxy.upstream.conduct import MAX_PAUSE, Conduct
+from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.health import Breaker, State
-from proxy.upstream.origin import OriginSettings
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.fake_kit import IMAGE
 from tests.unit.upstream_kit import Puller, sample, ticket, until

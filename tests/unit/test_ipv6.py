@@ -14,8 +14,8 @@ from yarl import URL
 
 from proxy.testing import FakeClock, FakeRegistry
 from proxy.upstream.dns import OriginResolver
+from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.lane import Lane
-from proxy.upstream.origin import OriginKey
 from tests.unit.proxy_kit import (
     IMAGE,
     LAYER,

@@ -16,16 +16,9 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import ShuttingDown
 from proxy.testing import Answer, Cut, Disconnect, FakeClock, FakeRegistry, Fault, Hang, Reset
 from proxy.testing.faults import Action
-from proxy.upstream.origin import (
-    MAX_TURN_BYTES,
-    MIN_TURN_BYTES,
-    OVERRUN,
-    TURN_SECONDS,
-    Origin,
-    OriginKey,
-    Origins,
-    OriginSettings,
-)
+from proxy.upstream.endpoint import OriginKey, OriginSettings
+from proxy.upstream.origin import MAX_TURN_BYTES, MIN_TURN_BYTES, OVERRUN, TURN_SECONDS, Origin
+from proxy.upstream.origins import Origins
 from proxy.upstream.turns import TurnClass
 from tests.unit.upstream_kit import LOOPS, MIB, Mute, noise, opened, run_on, ticket, tls, until
 

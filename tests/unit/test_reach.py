@@ -12,8 +12,9 @@ from yarl import URL
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import RedirectRefused
 from proxy.testing import FakeClock, FakeRegistry
+from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.hosts import HostPattern
-from proxy.upstream.origin import Origin, OriginKey, OriginSettings
+from proxy.upstream.origin import Origin
 from proxy.upstream.reach import ANYWHERE, Reach, Scope, allowing, scope_of
 from tests.unit.upstream_kit import LOOPS, opened, run_on, ticket
 

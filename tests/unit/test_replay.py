@@ -17,7 +17,8 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.errors import UpstreamUnavailable
 from proxy.testing import Disconnect, FakeClock, FakeRegistry, Fault, Hang
 from proxy.upstream.cap import START
-from proxy.upstream.origin import Origin, OriginKey, OriginSettings
+from proxy.upstream.endpoint import OriginKey, OriginSettings
+from proxy.upstream.origin import Origin
 from tests.unit.fake_kit import IMAGE
 from tests.unit.upstream_kit import LOOPS, Puller, opened, run_on, sample, ticket, tls, until
 

@@ -19,7 +19,8 @@ from proxy.pull.pump import Pump
 from proxy.pull.sources import TRIES
 from proxy.testing import FakeClock, FakeRegistry, Fault, Stall
 from proxy.upstream.blob import BlobSource
-from proxy.upstream.origin import Origin, OriginSettings
+from proxy.upstream.endpoint import OriginSettings
+from proxy.upstream.origin import Origin
 from proxy.upstream.stall import StallLimit, StallMeter
 from proxy.upstream.throttle import Throttle
 from tests.unit.fake_kit import IMAGE

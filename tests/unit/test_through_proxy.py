@@ -18,8 +18,9 @@ from proxy.testing import Cut, Disconnect, FakeClock, FakeRegistry, Fault, Reset
 from proxy.testing.faults import Action
 from proxy.testing.forward import ForwardProxy
 from proxy.upstream.egress import Egress, EgressProxy
+from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.hosts import HostPattern
-from proxy.upstream.origin import Origin, OriginKey, OriginSettings
+from proxy.upstream.origin import Origin
 from proxy.upstream.reach import Reach, Scope
 from tests.unit.proxy_kit import IMAGE, LAYER, UPSTREAM, blob_path, manifest_path, running
 from tests.unit.upstream_kit import LOOPS, MIB, noise, opened, run_on, ticket, tls, until

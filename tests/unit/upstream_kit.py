@@ -22,7 +22,9 @@ from proxy.testing import FakeClock, FakeRegistry
 from proxy.upstream.blob import BlobSource
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import Credentials, StaticCredentials
-from proxy.upstream.origin import Origin, Origins, OriginSettings
+from proxy.upstream.endpoint import OriginSettings
+from proxy.upstream.origin import Origin
+from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Upstream
 from proxy.upstream.throttle import Throttle
 from proxy.upstream.tokens import Authenticator
