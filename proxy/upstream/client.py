@@ -49,7 +49,7 @@ from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
 from proxy.upstream.throttle import Stream, Throttle
-from proxy.upstream.tokens import Authenticator
+from proxy.upstream.tokens import SECOND_LOOK, Authenticator, Evidence
 from proxy.upstream.turns import Ticket, TurnClass
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -300,7 +300,7 @@ class UpstreamClient:
         auth = await self._authenticator.headers(repository, fetch)
         response = await turn.request(method, url, {**headers, **auth})
         if response.status not in (401, 403):
-            return self._granted(response, repository)
+            return self._granted(turn, response, repository)
         self._authenticator.realm_reach = self._reach.after(turn.peer)
         # ECR Public refuses every HEAD of a blob: that says nothing, the GET after it will.
         is_telling = method != "HEAD" or "/blobs/" not in url.raw_path
@@ -322,7 +322,7 @@ class UpstreamClient:
             raise
         response = await turn.request(method, url, {**headers, **auth})
         if response.status not in (401, 403):
-            return self._granted(response, repository)
+            return self._granted(turn, response, repository)
         if is_telling:
             await self._expect_denial(turn, await _refusal(response, auth, repository), repository)
         return response
@@ -332,14 +332,21 @@ class UpstreamClient:
         sign, reason = read_sign(refused)
         if sign is Sign.UNPROVEN:
             fetch = self._token_fetch(turn)
-            if await self._authenticator.is_overloaded(repository, fetch):
-                sign = Sign.OVERLOAD
+            is_stressed = turn.origin.conduct.is_stressed
+            match await self._authenticator.weigh(repository, fetch, is_stressed=is_stressed):
+                case Evidence.OVERLOAD:
+                    sign = Sign.OVERLOAD
+                case Evidence.NONE:  # asked again soon; the cap stays until it is known
+                    message = f"{self.name} refuses {repository}, which may be for lack of time"
+                    raise UpstreamBusy(SECOND_LOOK, message=message)
         if sign is Sign.OVERLOAD:
             raise self._busy(turn, reason)
 
-    def _granted(self, response: aiohttp.ClientResponse, repository: str) -> aiohttp.ClientResponse:
-        if response.status < 400:
-            self._authenticator.worked(repository)
+    def _granted(
+        self, turn: Turn, response: aiohttp.ClientResponse, repository: str
+    ) -> aiohttp.ClientResponse:
+        if response.status < 400 and self._authenticator.worked(repository):
+            turn.was_too_much("granted after a refusal")  # held against the cap only now
         return response
 
     def _busy(self, turn: Turn, reason: str) -> UpstreamBusy:

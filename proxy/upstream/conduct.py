@@ -36,6 +36,9 @@ from proxy.upstream.turns import Ticket, TurnClass
 #: The longest pause that an upstream gets by asking, in seconds.
 MAX_PAUSE = 300.0
 
+#: Seconds after an overload in which what looks like a denial may be one more sign of it.
+STRESSED = 10.0
+
 _METADATA = frozenset({TurnClass.METADATA})
 _EVERYTHING = frozenset(TurnClass)
 #: Kinds of failures (``upstream/errors.py``) in which there was no connection.
@@ -69,6 +72,7 @@ class Conduct:
         self._log = log
         self._on_cap = on_cap
         self._before = cap  # as it was before the first failure in a row
+        self._overloaded_at = float("-inf")
         gate.limit = cap.limit
 
     # -- before a request ------------------------------------------------------------------
@@ -124,6 +128,11 @@ class Conduct:
 
     # -- the cap ---------------------------------------------------------------------------
 
+    @property
+    def is_stressed(self) -> bool:
+        """Was it overloaded a moment ago?"""
+        return self._clock() - self._overloaded_at < STRESSED
+
     def went_well(self, *, full: bool) -> None:
         """A request went well; ``full``: the cap was the limit when it was sent."""
         self._settle(self.cap.succeeded(self._clock(), full=full))
@@ -131,6 +140,7 @@ class Conduct:
     def was_too_much(self, sent_at: float, reason: str) -> None:
         """The upstream broke under a request sent at ``sent_at`` (monotonic seconds)."""
         self._metrics.upstream_overloads.labels(self._label).inc()
+        self._overloaded_at = self._clock()
         self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
 
     def _settle(self, cap: Cap) -> None:

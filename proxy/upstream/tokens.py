@@ -66,6 +66,22 @@ _EARLY_SHARE = 0.1
 _LATELY = 600.0
 
 
+#: Seconds after which a repository that was refused is looked at again …
+SECOND_LOOK = 0.5
+#: … and until a refusal that may be bad luck is taken for a denial, which is due within 5 s.
+DOUBT = 2.0
+#: Seconds until the same refusal would be doubted again.
+_DOUBTED_FOR = 60.0
+
+
+class Evidence(Enum):
+    """What a token that grants nothing is for."""
+
+    DENIAL = "there are no rights"
+    OVERLOAD = "there was no time"
+    NONE = "nobody knows yet"
+
+
 class Action(Enum):
     """What a refused request does next."""
 
@@ -177,6 +193,7 @@ class Authenticator:
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
         self._worked: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _LATELY, timer=clock)
+        self._doubted: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _DOUBTED_FOR, timer=clock)
         self._refreshes: dict[_Key, asyncio.Future[_Outcome]] = {}
 
     def __repr__(self) -> str:
@@ -238,31 +255,42 @@ class Authenticator:
         """Did the operator name the host of this token service?"""
         return realm_listed(url, self._auth_realms)
 
-    def worked(self, repository: str) -> None:
-        """The upstream has just granted access to ``repository``."""
+    def worked(self, repository: str) -> bool:
+        """The upstream has just granted access to ``repository``; whether it was in doubt, so that
+        an earlier refusal was for want of time."""
         self._worked[repository] = self._clock()
+        return self._doubted.pop(repository, None) is not None
 
-    async def is_overloaded(self, repository: str, fetch: Fetch) -> bool:
+    async def weigh(self, repository: str, fetch: Fetch, *, is_stressed: bool) -> Evidence:
         """A token came without access to `repository`: is that for want of rights, or of time?
 
-        Harbor answers both alike (D5), so there has to be evidence. In this order: another token,
-        because that is what a denial gets as its second chance; credentials that do not even get a
-        token without a scope are wrong; what worked lately has not lost its rights just now; and
-        if another repository that worked fails as well, it is not about this one. Where nothing
-        has ever worked there is no evidence, and it is a denial. Raises as `fetch` does.
+        Harbor answers both alike (D5), so there has to be evidence. The first look at a repository
+        that has not worked yet is none: whoever wants to know asks again after a pause, which is
+        the second chance of a denial. Then, in this order: another token; credentials that do not
+        even get a token without a scope are wrong; what worked lately has not lost its rights just
+        now; and if another repository that worked fails as well, it is not about this one. Where
+        nothing has ever worked, and while the upstream `is_stressed` (was overloaded a moment ago),
+        bad luck looks like a denial for a while longer. Raises as `fetch` does.
         """
         if self._learned is None or self._learned.bearer is None:
-            return False
+            return Evidence.DENIAL
+        has_worked = repository in self._worked
+        doubted = self._clock() - self._doubted.setdefault(repository, self._clock())
+        if not has_worked and doubted < SECOND_LOOK:
+            return Evidence.NONE
         credentials = await self._credentials()
         ask = partial(self._is_granted, self._learned.bearer, credentials, fetch)
         if await ask(repository):
-            return True
+            return Evidence.OVERLOAD
         if credentials is not None and not await ask(None):
-            return False
-        if repository in self._worked:
-            return True
+            return Evidence.DENIAL
+        if has_worked:
+            return Evidence.OVERLOAD
         other = next(iter(self._worked), None)
-        return other is not None and not await ask(other)
+        if other is not None and not await ask(other):
+            return Evidence.OVERLOAD
+        may_be_luck = other is None or is_stressed
+        return Evidence.NONE if may_be_luck and doubted < DOUBT else Evidence.DENIAL
 
     async def _is_granted(
         self,

@@ -1,0 +1,107 @@
+"""A token that grants nothing: for want of rights, or of time? What counts as evidence (D5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from proxy.upstream.tokens import DOUBT, SECOND_LOOK, Evidence
+from tests.unit.test_tokens import APP, BEARER, Service, Setting, jwt, token
+
+OTHER = "team/other"
+
+
+def empty() -> tuple[int, bytes]:
+    """What Harbor says to who may not, and to everybody when it is too busy to look."""
+    return token(jwt())
+
+
+def full(repository: str) -> tuple[int, bytes]:
+    return token(jwt({"type": "repository", "name": repository, "actions": ["pull"]}))
+
+
+class Case(Setting):
+    """An authenticator that has been challenged, and what its token service says from now on."""
+
+    @classmethod
+    async def challenged_once(cls, *worked: str) -> Case:
+        case = cls()
+        await case.challenged(APP, [BEARER], None, Service(empty()))
+        for repository in worked:
+            case.authenticator.worked(repository)
+        return case
+
+    async def weigh(self, *answers: tuple[int, bytes], is_stressed: bool = False) -> Evidence:
+        service = Service(*answers)
+        found = await self.authenticator.weigh(APP, service, is_stressed=is_stressed)
+        assert not service.answers, "it asked for less than was expected"
+        return found
+
+    def later(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+
+async def test_the_first_look_asks_nothing_and_decides_nothing() -> None:
+    case = await Case.challenged_once(OTHER)
+    assert await case.weigh() is Evidence.NONE
+
+
+async def test_the_second_look_is_a_denial_when_others_still_get_what_they_may() -> None:
+    case = await Case.challenged_once(OTHER)
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+
+
+async def test_it_is_an_overload_when_what_worked_fails_as_well() -> None:
+    case = await Case.challenged_once(OTHER)
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(empty(), empty(), empty()) is Evidence.OVERLOAD
+
+
+async def test_it_is_an_overload_when_another_token_grants_it() -> None:
+    case = await Case.challenged_once()
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(full(APP)) is Evidence.OVERLOAD
+
+
+async def test_credentials_that_get_no_token_at_all_are_wrong() -> None:
+    case = await Case.challenged_once()
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(empty(), (401, b"")) is Evidence.DENIAL
+
+
+async def test_what_worked_lately_is_an_overload_at_the_first_look() -> None:
+    case = await Case.challenged_once(APP)
+    assert await case.weigh(empty(), empty()) is Evidence.OVERLOAD
+
+
+@pytest.mark.parametrize(
+    ("worked", "is_stressed", "answers"),
+    [
+        ((), False, lambda: (empty(), empty())),
+        ((OTHER,), True, lambda: (empty(), empty(), full(OTHER))),
+    ],
+    ids=["nothing has worked yet", "overloaded a moment ago"],
+)
+async def test_what_may_be_bad_luck_is_doubted_for_longer_but_not_for_ever(
+    worked: tuple[str, ...], is_stressed: bool, answers: Callable[[], tuple[tuple[int, bytes], ...]]
+) -> None:
+    case = await Case.challenged_once(*worked)
+    await case.weigh(is_stressed=is_stressed)
+    case.later(SECOND_LOOK)
+    assert await case.weigh(*answers(), is_stressed=is_stressed) is Evidence.NONE
+    case.later(DOUBT)
+    assert await case.weigh(*answers(), is_stressed=is_stressed) is Evidence.DENIAL
+
+
+async def test_what_is_granted_after_a_refusal_was_refused_for_want_of_time() -> None:
+    case = await Case.challenged_once(OTHER)
+    await case.weigh()
+    assert case.authenticator.worked(APP)
+    assert not case.authenticator.worked(APP)
+    assert not case.authenticator.worked(OTHER)
