@@ -21,6 +21,7 @@ from proxy.oci.errors import (
 from proxy.pull.tags import Standing, covers
 from proxy.testing import Answer as Scripted
 from proxy.testing import FakeRegistry, Fault, Hang, make_image, make_index
+from proxy.upstream.conduct import MAX_PAUSE
 from tests.unit.proxy_kit import (
     IMAGE,
     NAME,
@@ -210,7 +211,8 @@ class TestWhatStandsIn:
             await asyncio.sleep(31)
             assert (await pool.get(manifest_path("multi"))).status == 503
             fake.clear_script()
-            await pool.get(manifest_path(amd.digest))
+            await asyncio.sleep(MAX_PAUSE)  # as long as the upstream is left alone for its 429
+            assert (await pool.get(manifest_path(amd.digest))).status == 200
             fake.script(Fault(QUOTA, kind="manifest", times=None))
             assert (await pool.get(manifest_path("multi"))).word == "stale"
 
