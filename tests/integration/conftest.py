@@ -18,29 +18,24 @@ LIMIT = 8
 """Requests that the upstream serves at a time; it answers 401 beyond."""
 
 _RIG: pytest.StashKey[Rig] = pytest.StashKey()
-_CTR: pytest.StashKey[Build] = pytest.StashKey()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All tests with real parts run in one process, one after the other: some of them look at the
+    whole machine. With several processes they come first, because they take longest; alone, last.
+    """
     here = Path(__file__).parent
+    is_one_of_several = hasattr(config, "workerinput")
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        is_here = item.path.is_relative_to(here)
+        return is_here is not is_one_of_several, "ctr" in getattr(item, "fixturenames", ())
+
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.integration)
-    # What takes long comes last.
-    items.sort(key=lambda item: item.path.is_relative_to(here))
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What takes long to build begins now."""
-    wanted = any("ctr" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wanted and not session.config.option.collectonly and os.geteuid() == 0 and has("go"):
-        session.config.stash[_CTR] = Build()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    build = session.config.stash.get(_CTR, None)
-    if build is not None:
-        build.stop()
+            item.add_marker(pytest.mark.xdist_group("real parts"))
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -69,14 +64,28 @@ def session_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield rig
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctr_build(request: pytest.FixtureRequest) -> Iterator[Build | None]:
+    """What takes long to build begins with the first test of this suite, beside those before the
+    one that needs it."""
+    wanted = any("ctr" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if not wanted or os.geteuid() != 0 or not has("go"):
+        yield None
+        return
+    build = Build()
+    try:
+        yield build
+    finally:
+        build.stop()
+
+
 @pytest.fixture(scope="session")
-def ctr(pytestconfig: pytest.Config) -> Path:
+def ctr(ctr_build: Build | None) -> Path:
     """ctr of a containerd since 2.3, which waits 30 s for headers."""
-    build = pytestconfig.stash.get(_CTR, None)
-    if build is None:
+    if ctr_build is None:
         pytest.skip("not installed: go")
     try:
-        return build.wait()
+        return ctr_build.wait()
     except NotToBeHad as reason:
         pytest.skip(str(reason))
 

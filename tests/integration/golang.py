@@ -2,8 +2,8 @@
 
 Versions and checksums are pinned by go.mod and go.sum in `ctr/`; what was compiled stays in Go's
 own cache. Where that is empty it takes a minute of both cores (containerd 2.4, nothing else
-running), so the build begins with the session and goes on, nicely, beside the tests that come
-before the one that needs it.
+running), so the build begins early and goes on, nicely, beside the tests that come before the one
+that needs it.
 """
 
 import contextlib
