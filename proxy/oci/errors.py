@@ -306,6 +306,9 @@ class UnexpectedAnswer(UpstreamUnavailable):
     """A status that means nothing here (400, 418): more about what was asked for than about who
     was asked."""
 
+    reason = "unexpected_answer"
+    default_message = "the upstream's answer means nothing here"
+
 
 class EgressFailed(UpstreamUnavailable):
     """The egress proxy on the way to the upstream refuses, or cannot be reached."""

@@ -22,6 +22,7 @@ from proxy.oci.errors import (
     NotFound,
     PullError,
     Throttled,
+    UnexpectedAnswer,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -124,8 +125,8 @@ def test_what_is_not_the_upstreams_failure_passes_unchanged(error: BaseException
         (429, Throttled, 503),
         (500, UpstreamUnavailable, 502),
         (503, UpstreamUnavailable, 502),
-        (304, UpstreamUnavailable, 502),
-        (204, UpstreamUnavailable, 502),
+        (304, UnexpectedAnswer, 502),
+        (204, UnexpectedAnswer, 502),
     ],
 )
 def test_a_status_that_was_not_hoped_for_is_a_refusal(
