@@ -82,7 +82,7 @@ class Expected:
     code: str | None = None
     word: str | None = None
     at: float = 0
-    by: float | None = None
+    by: float = 0.0
     warning: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
