@@ -47,7 +47,7 @@ from proxy.upstream.origins import Origins
 from proxy.upstream.reach import ANYWHERE, Reach, allowing
 from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
-from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign
+from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign, speaks_of_load
 from proxy.upstream.throttle import Stream, Throttle
 from proxy.upstream.tokens import SECOND_LOOK, Authenticator, Evidence
 from proxy.upstream.turns import Ticket, TurnClass
@@ -363,17 +363,27 @@ class UpstreamClient:
             origin = await self._origin_of(url)
             with translated(origin.key.label, self.metrics):
                 if origin is turn.origin:
-                    return await _fetch_small(turn, url, headers)
+                    return self._decided(turn, await _fetch_small(turn, url, headers))
                 known = self._authenticator
                 reach = ANYWHERE if known.lists(text) else known.realm_reach
                 async with origin.turn(Ticket(TurnClass.METADATA)) as other:
                     other.patience = self.patience
                     try:
-                        return await _fetch_small(other, url, headers, reach)
+                        answer = await _fetch_small(other, url, headers, reach)
+                        return self._decided(other, answer)
                     except RedirectRefused as error:
                         raise RealmRefused(f"{self.name}: for tokens, {error}") from error
 
         return fetch
+
+    def _decided(self, turn: Turn, answer: tuple[int, bytes]) -> tuple[int, bytes]:
+        """A token service's answer, unless it had no time to decide: then ``UpstreamBusy``."""
+        status, body = answer
+        if status in BUSY:
+            turn.was_too_much(f"status {status} of the token service")
+        elif status != 200 and speaks_of_load(body):
+            raise self._busy(turn, "database text of the token service")
+        return answer
 
     def _expect(self, reply: Reply, status: int, kind: Kind, name: str) -> None:
         if reply.status != status:

@@ -54,6 +54,11 @@ class Refusal:
     granted: bool | None
 
 
+def speaks_of_load(body: bytes) -> bool:
+    """Does an error's text come from a database, a pool or a cache that is out of connections?"""
+    return _DATABASE.search(body) is not None
+
+
 def read_sign(refusal: Refusal) -> tuple[Sign, str]:
     """What ``refusal`` means, and why, in a few words for the log and the metric.
 
@@ -65,7 +70,7 @@ def read_sign(refusal: Refusal) -> tuple[Sign, str]:
     5. Only Basic is offered to a token that has the access: Harbor could not look the project up.
     6. Anything else: the upstream wants other credentials, and there are none.
     """
-    if _DATABASE.search(refusal.body):
+    if speaks_of_load(refusal.body):
         return Sign.OVERLOAD, "database text in a refusal"
     if refusal.status != 401:
         return Sign.DENIAL, "refused"

@@ -44,7 +44,13 @@ from proxy.oci.challenge import (
     parse_challenges,
     pick_bearer,
 )
-from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamError
+from proxy.oci.errors import (
+    Denied,
+    RealmRefused,
+    TokenServiceFailed,
+    UpstreamBusy,
+    UpstreamError,
+)
 from proxy.oci.token import grants, parse_token_reply
 from proxy.upstream.credentials import Credentials, CredentialSource
 from proxy.upstream.reach import Reach, Scope
@@ -66,6 +72,9 @@ _EARLY_SHARE = 0.1
 _LATELY = 600.0
 
 
+#: Seconds in which credentials that were refused are not shown again: behind a token service there
+#: may be a directory that locks accounts.
+REFUSED_FOR = 10.0
 #: Seconds after which a repository that was refused is looked at again …
 SECOND_LOOK = 0.5
 #: … and until a refusal that may be bad luck is taken for a denial, which is due within 5 s.
@@ -193,6 +202,7 @@ class Authenticator:
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
         self._worked: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _LATELY, timer=clock)
+        self._refused: TTLCache[str, bool] = TTLCache(1, REFUSED_FOR, timer=clock)
         self._doubted: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _DOUBTED_FOR, timer=clock)
         self._refreshes: dict[_Key, asyncio.Future[_Outcome]] = {}
 
@@ -299,14 +309,21 @@ class Authenticator:
         fetch: Fetch,
         repository: str | None,
     ) -> bool:
-        """Does the token service give access to `repository`, or with None any token at all?"""
+        """Does the token service give access to `repository`, or with None any token at all?
+
+        Raises `UpstreamBusy` when it says neither.
+        """
         account = credentials.account if credentials else None
         scope = f"repository:{repository}:pull" if repository else ""
         key = _Key(bearer.realm, bearer.service, scope, account)
         headers = {"Authorization": credentials.authorization} if credentials else {}
         status, body = await fetch(key.url(), headers)
-        if status != 200:
+        if status in (401, 403):
+            if repository is None and headers:
+                self._refused[headers["Authorization"]] = True
             return False
+        if status != 200:
+            raise UpstreamBusy(message=f"the token service of {self._name} answered {status}")
         return repository is None or grants(parse_token_reply(body).token, repository, "pull")
 
     def _renewable(self, judged: str | None) -> bool:
@@ -399,10 +416,14 @@ class Authenticator:
         """Ask the token service, keep what it grants; the token and the result for `on_refresh`."""
         credentials = need.credentials
         headers = {"Authorization": credentials.authorization} if credentials else {}
+        if headers and self._refused.get(headers["Authorization"]):
+            raise Denied(f"the token service of {self._name} has just refused the credentials")
         # Lifetimes count from before the request: late answers must not make tokens younger.
         asked_at = self._clock()
         status, body = await need.fetch(need.key.url(), headers)
         if status in (401, 403):
+            if status == 401 and headers:  # about the account; 403 may be about the repository
+                self._refused[headers["Authorization"]] = True
             who = "the configured credentials" if credentials else "anonymous access"
             raise Denied(
                 f"the token service of {self._name} refuses {who} to {need.repository} "

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from proxy.upstream.tokens import DOUBT, SECOND_LOOK, Evidence
-from tests.unit.test_tokens import APP, BEARER, Service, Setting, jwt, token
+from proxy.oci.errors import Denied, UpstreamBusy
+from proxy.upstream.credentials import Credentials
+from proxy.upstream.tokens import DOUBT, REFUSED_FOR, SECOND_LOOK, Evidence
+from tests.unit.test_tokens import APP, BEARER, Service, Setting, bearer, jwt, never, token
 
 OTHER = "team/other"
 
@@ -73,6 +75,37 @@ async def test_credentials_that_get_no_token_at_all_are_wrong() -> None:
     await case.weigh()
     case.later(SECOND_LOOK)
     assert await case.weigh(empty(), (401, b"")) is Evidence.DENIAL
+
+
+@pytest.mark.parametrize("answers", [[(500, b"")], [empty(), (500, b"")], [empty(), (429, b"")]])
+async def test_a_token_service_that_does_not_decide_is_no_evidence(
+    answers: list[tuple[int, bytes]],
+) -> None:
+    case = await Case.challenged_once(OTHER)
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    with pytest.raises(UpstreamBusy):
+        await case.weigh(*answers)
+
+
+async def test_credentials_that_were_refused_are_not_shown_again_for_a_while() -> None:
+    """Behind the token service there may be a directory that locks accounts."""
+    case = await Case.challenged_once()
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    await case.weigh(empty(), (401, b""))
+    with pytest.raises(Denied):
+        await case.headers(APP, never)
+    case.later(REFUSED_FOR)
+    assert await case.headers(APP, Service(token("new"))) == bearer("new")
+
+
+async def test_a_password_that_was_refused_says_nothing_of_the_next_one() -> None:
+    case = await Case.challenged_once()
+    with pytest.raises(Denied):
+        await case.headers(APP, Service((401, b"")))
+    case.source.now = Credentials("robot$pull", "another")
+    assert await case.headers(APP, Service(token("new"))) == bearer("new")
 
 
 async def test_what_worked_lately_is_an_overload_at_the_first_look() -> None:

@@ -136,7 +136,9 @@ async def test_a_blob(served: Served, name: str) -> None:
     assert (await pool.get(blob_path())).body == LAYER.data
 
 
-@pytest.mark.parametrize("name", [*HEADS, *(set(BODIES) - {"a length that is too short"})])
+@pytest.mark.parametrize(
+    "name", [n for n in [*HEADS, *BODIES] if n != "a length that is too short"]
+)
 async def test_a_listing(served: Served, name: str) -> None:
     pool, fake = served
     fake.script(Fault((HEADS | BODIES)[name], times=None))

@@ -104,6 +104,25 @@ async def test_no_way_in_which_harbor_breaks_reaches_a_client(
         assert state["breaker"]["state"] == "closed"
 
 
+@pytest.mark.parametrize("kind", list(Misbehaviour))
+async def test_repositories_that_are_new_to_a_warm_proxy_wait_out_an_overload(
+    tmp_path: Path, kind: Misbehaviour
+) -> None:
+    """Everything breaks for a while, the token service too: no right password is called wrong."""
+    async with (
+        harbor() as registry,
+        running(tmp_path, registry.url, pause=0.05, upstreams={UPSTREAM: ROBOT}) as pool,
+    ):
+        await pull(pool, IMAGES[0])
+        registry.overload = Overload(0, {kind: 1.0})
+        asked = [asyncio.create_task(pull(pool, image)) for image in IMAGES[1:]]
+        while registry.counters.overloads.total() < 10:  # noqa: ASYNC110 - nothing announces them
+            await asyncio.sleep(0.01)
+        registry.overload = None
+        await asyncio.gather(*asked)
+        assert {answer["status"] for answer in pool.access_log} == {200}
+
+
 async def test_the_good_token_is_kept_while_harbor_hands_out_empty_ones(tmp_path: Path) -> None:
     """Tokens that grant nothing come while good ones are held: the good ones go on being used."""
     async with (
