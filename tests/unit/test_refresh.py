@@ -260,6 +260,17 @@ class TestWhoMayOrderIt:
         assert status == 400
         assert answer["error"]
 
+    @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "x"])
+    async def test_bodies_are_not_unpacked(
+        self, served: Served, caplog: pytest.LogCaptureFixture, encoding: str
+    ) -> None:
+        pool, _ = served
+        body = b'{"images": ["demo/app"]}'  # none of these
+        status, answer = await order(pool, body, **{"Content-Encoding": encoding})
+        assert (status, answer) == (400, {"error": "send it without Content-Encoding"})
+        assert (await pool.admin("/livez")).status == 200
+        assert caplog.records == []
+
 
 async def command(*words: str) -> Result:
     """`pullpool refresh …`, in a thread: it is a program of its own."""
