@@ -176,6 +176,7 @@ class TestNames:
         [
             ("nowhere.example.com/team/app:v1", "NAME_UNKNOWN"),
             ("Team/app", "NAME_INVALID"),
+            ("http://h/demo/app", "NAME_INVALID"),
             (f"{NAME}:-", "MANIFEST_UNKNOWN"),
             (f"{NAME}@{IMAGE.digest}", "UNSUPPORTED"),
             (f"{NAME}@sha256:0", "DIGEST_INVALID"),
