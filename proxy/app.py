@@ -50,7 +50,7 @@ from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import Proxies, RegistryServer
+from proxy.web.server import AdminRunner, Proxies, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
@@ -207,11 +207,12 @@ class Proxy:
             is_draining=lambda: self.is_draining,
             loop_lag=watch.lag,
             status=self.status,
+            log=self.log,
             refresh=Refresh(puller=self.puller, routes=routes, host=host).post,
         )
-        runner = web.AppRunner(
+        runner = AdminRunner(
             admin.application(),
-            access_log=None,
+            admin.malformed,
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CANCEL_PATIENCE,
         )

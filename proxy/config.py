@@ -25,7 +25,15 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 from pydantic_settings import InitSettingsSource
 
-from proxy.settings.faults import ConfigError, Fault, Layer, Location, collect, read_toml
+from proxy.settings.faults import (
+    ConfigError,
+    Fault,
+    Layer,
+    Location,
+    Rest,
+    collect,
+    read_toml,
+)
 from proxy.settings.listener import Auth, Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
@@ -50,6 +58,7 @@ __all__ = [
     "Upstream",
     "json_schema",
     "load_settings",
+    "load_usable",
     "settings_table",
     "unknown_variables",
 ]
@@ -83,6 +92,29 @@ def load_settings(
         Layer(defaults),
     )
     return collect(Settings, layers, _build)
+
+
+def load_usable(
+    config: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]
+) -> Settings:
+    """`load_settings`, and then a look at the files and variables that the settings name.
+
+    Raises ConfigError with every fault of both kinds: what is right by itself is looked at whatever
+    else is wrong.
+    """
+    faults: tuple[Fault, ...] = ()
+    rest: Rest | None = None
+    try:
+        settings = load_settings(config, overrides, environ)
+    except ConfigError as error:
+        faults, rest = error.faults, error.rest
+        if rest is None or not isinstance(rest.built, Settings):
+            raise
+        settings = rest.built
+    found = (*faults, *settings.missing(environ, () if rest is None else rest.wrong))
+    if found:
+        raise ConfigError(found, rest)
+    return settings
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -37,6 +37,7 @@ from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
+from proxy.web.registry import ClientThrottles
 
 __all__ = [
     "CannotTrust",
@@ -83,14 +84,22 @@ def make_waits(
     return Waits(deadlines, metrics=metrics, gates=gates)
 
 
+#: Bytes a second that each client has for manifests, however low its rate is: at a rate that a few
+#: manifests use up for minutes, nobody could as much as ask what there is.
+MANIFEST_RATE = 64 << 10
+
+
 def make_throttles(
     settings: Settings, metrics: Metrics, clock: Callable[[], float]
-) -> Throttles | None:
+) -> ClientThrottles | None:
     """What holds each client to its byte rate, if there is one."""
     if settings.client_rate is None:
         return None
-    waited = metrics.throttled.labels("client").inc
-    return Throttles(settings.client_rate.per_second, clock=clock, on_wait=waited)
+    rate, waited = settings.client_rate.per_second, metrics.throttled.labels("client").inc
+    bulk = Throttles(rate, clock=clock, on_wait=waited)
+    if rate >= MANIFEST_RATE:
+        return ClientThrottles(bulk, bulk)  # one account: bulk pays for manifests
+    return ClientThrottles(bulk, Throttles(MANIFEST_RATE, clock=clock, on_wait=waited))
 
 
 async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:

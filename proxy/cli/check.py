@@ -16,12 +16,10 @@ def check_config(context: click.Context, file: Path) -> None:
     PULLPOOL_ variables count as they would for `serve`, and files that the settings name must be
     there. The exit code is 0 when `serve` would start with it, else 1.
     """
-    from proxy.config import ConfigError, load_settings, unknown_variables
+    from proxy.config import ConfigError, load_usable, unknown_variables
 
     try:
-        settings = load_settings(file, {}, os.environ)
-        if missing := settings.missing(os.environ):
-            raise ConfigError(missing)
+        settings = load_usable(file, {}, os.environ)
     except ConfigError as error:
         for fault in error.faults:
             click.echo(fault, err=True)

@@ -73,12 +73,10 @@ def start(
     environ: Mapping[str, str],
 ) -> int:
     """Load the settings and run the server with them; the exit code, 2 when they are wrong."""
-    from proxy.config import ConfigError, load_settings, unknown_variables
+    from proxy.config import ConfigError, load_usable, unknown_variables
 
     try:
-        settings = load_settings(config, overrides(flags), environ)
-        if missing := settings.missing(environ):
-            raise ConfigError(missing)
+        settings = load_usable(config, overrides(flags), environ)
     except ConfigError as error:
         for fault in error.faults:
             click.echo(fault, err=True)

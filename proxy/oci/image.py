@@ -7,13 +7,17 @@ not filled in here: which registry is meant without one is for routing to say.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Self
 
 from proxy.oci.digest import Digest
+from proxy.oci.errors import NameInvalid
 from proxy.oci.reference import Reference, Repository, Tag
 
 DEFAULT_TAG = Tag("latest")
+# Of a URL that was taken for a name, or of a transport of skopeo's.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,8 @@ class ImageName:
     def parse(cls, text: str) -> Self:
         """Raises ``NameInvalid``, ``TagInvalid`` and ``DigestInvalid``. Of a tag and a digest the
         digest counts, as with every client."""
+        if scheme := _SCHEME.match(text):
+            raise NameInvalid(f"the name of an image does not begin with {scheme[0]}: leave it out")
         name, at, digest = text.partition("@")
         first, slash, rest = name.partition("/")
         registry = first.lower() if slash and _is_registry(first) else None

@@ -2,7 +2,8 @@
 
 pydantic stops at the first layer of trouble: rules that compare keys run only when every key is
 right by itself. `collect` goes on: it notes the wrong keys, takes them out, and validates again,
-so that one look shows everything. Rules that involve a key already found wrong keep silent.
+so that one look shows everything. Rules that involve a key already found wrong keep silent. What is
+left then comes with the error (`Rest`), for whoever looks at the files that it names.
 
 What was given is shown beside a fault, except where it may be a secret.
 """
@@ -25,6 +26,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 # User name and password before a host, and the query of a URL.
 _PERHAPS_SECRET = re.compile(r".+(?=@)|(?<=\?).+", re.DOTALL)
 _CONFLICTS = "conflicts"
+_BUILT = "built"
 _TABLE = "must be a table (in an environment variable: a JSON object)"
 # pydantic speaks Python; the person who reads this writes TOML.
 _WORDS = {
@@ -34,6 +36,7 @@ _WORDS = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
     "tuple_type": "must be a list",
     "string_type": "must be text",
+    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
 }
 
 
@@ -51,12 +54,21 @@ class Fault:
         return f"{where}: {self.message}" + (f", got {self.got}" if self.got else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What could be built once the keys that are `wrong` were taken out."""
+
+    built: BaseModel
+    wrong: tuple[Location, ...]
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; `faults` holds every reason."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
+    def __init__(self, faults: Sequence[Fault], rest: Rest | None = None) -> None:
         super().__init__("\n".join(map(str, faults)))
         self.faults = tuple(faults)
+        self.rest = rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +107,14 @@ class Conflict:
         return any(key[: len(loc)] == loc for loc in wrong for key in looked_at)
 
 
-def raise_conflicts(conflicts: Iterable[Conflict]) -> None:
-    """For a model validator: raise the pydantic error that carries all conflicts, if any."""
+def raise_conflicts(built: BaseModel, conflicts: Iterable[Conflict]) -> None:
+    """For a validator of `built`: raise the pydantic error that carries all conflicts, if any."""
     found = tuple(conflicts)
     if found:
         text = "; ".join(f"{key_path(one.at)}: {one.message}" for one in found)
-        raise PydanticCustomError(_CONFLICTS, "{text}", {"text": text, _CONFLICTS: found})
+        raise PydanticCustomError(
+            _CONFLICTS, "{text}", {"text": text, _CONFLICTS: found, _BUILT: built}
+        )
 
 
 def key_path(location: Location) -> str:
@@ -150,14 +164,15 @@ def collect(
             details = error.errors(include_url=False)
         else:
             if faults:
-                raise ConfigError(faults)
+                raise ConfigError(faults, Rest(built, tuple(wrong)))
             return built
         faults += _faults(details, model, layers, wrong)
         plain = [detail["loc"] for detail in details if detail["type"] != _CONFLICTS]
         taken = [taken for loc in plain if (taken := _take_out(loc, layers))]
         if not taken:
             # Only conflicts are left, and those come last.
-            raise ConfigError(faults)
+            parts = [detail["ctx"][_BUILT] for detail in details if detail["type"] == _CONFLICTS]
+            raise ConfigError(faults, Rest(parts[0], tuple(wrong)) if parts else None)
         wrong += taken
 
 

@@ -10,14 +10,21 @@ of the whole (`max_connections`) or follow from others (`max_redirect_connection
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from proxy.settings.faults import Conflict, Fault, key_path, raise_conflicts, suggestion
+from proxy.settings.faults import (
+    Conflict,
+    Fault,
+    Location,
+    key_path,
+    raise_conflicts,
+    suggestion,
+)
 from proxy.settings.listener import Auth, Tls
 from proxy.settings.types import (
     Address,
@@ -241,7 +248,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        raise_conflicts(self._conflicts())
+        raise_conflicts(self, self._conflicts())
         return self
 
     def _conflicts(self) -> Iterator[Conflict]:
@@ -309,10 +316,22 @@ class Settings(BaseSettings):
             )
         return found
 
-    def missing(self, environ: Mapping[str, str]) -> list[Fault]:
-        """Files and variables that the settings name and that cannot be read (looks at disk)."""
+    def missing(self, environ: Mapping[str, str], wrong: Iterable[Location] = ()) -> list[Fault]:
+        """Files and variables that the settings name and that cannot be used (looks at disk).
+
+        Keys that are ``wrong`` have been taken out: what follows from their absence is not told.
+        """
         named = self.upstreams.items()
         found = [fault for name, one in named for fault in one.missing(name, environ)]
-        if self.proxy_from_env and any(one.proxy is None for one in self.upstreams.values()):
+        if self._heeds_environment(frozenset(wrong)):
             found += [Fault(variable, why) for variable, why in environment_faults(environ)]
         return [*self.tls.missing(), *self.auth.missing(), *found]
+
+    def _heeds_environment(self, wrong: frozenset[Location]) -> bool:
+        """Does an upstream go through the proxy that the environment names, for all we know?"""
+        if not self.proxy_from_env or wrong & {("proxy_from_env",), ("upstreams",)}:
+            return False
+        return any(
+            one.proxy is None and ("upstreams", name, "proxy") not in wrong
+            for name, one in self.upstreams.items()
+        )

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +15,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SecretStr,
     WithJsonSchema,
 )
 
@@ -22,6 +24,7 @@ from proxy.settings.values import (
     HostPort,
     Network,
     Rate,
+    format_duration,
     parse_duration,
     parse_network,
     parse_registry_url,
@@ -29,6 +32,12 @@ from proxy.settings.values import (
 )
 from proxy.upstream.egress import EgressProxy
 from proxy.upstream.hosts import HostPattern
+
+# Each socket gets at least this long before it is given up for another: whatever the rate, most of
+# the time goes into bytes and not into new connections, so that an answer ends some day.
+MIN_STALL_TIME = 1.0
+# Above it, lines that are merely not very fast count as broken.
+MAX_STALL_RATE = ByteRate(10 * 2**20)
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY_PREFIX = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*/?")
@@ -50,8 +59,57 @@ def _no_boolean(value: object) -> object:
     return value
 
 
-def _home_expanded(value: object) -> object:
-    return os.path.expanduser(value) if isinstance(value, str) else value
+def _file_path(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError("must be a path, and none holds a NUL character")
+    return os.path.expanduser(value)
+
+
+def _egress(value: object) -> EgressProxy:
+    form = "must be the URL of a proxy, such as 'http://proxy.example.com:3128'"
+    if isinstance(value, str):
+        try:
+            urlsplit(value.strip())
+        except ValueError:  # in Python's words
+            raise ValueError(form) from None
+    proxy = EgressProxy.parse(value)
+    if urlsplit(proxy.url).port == 0:
+        raise ValueError(f"{form}: no proxy listens on port 0")
+    return proxy
+
+
+def _account(value: str) -> str:
+    if ":" in value:
+        raise ValueError("must not hold a colon: HTTP Basic ends the name at the first one")
+    return _printable(value)
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    _printable(value.get_secret_value())
+    return value
+
+
+def _printable(value: str) -> str:
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
+        raise ValueError("must not hold control characters: HTTP Basic cannot carry them")
+    return value
+
+
+def _patient_rate(value: ByteRate) -> ByteRate:
+    if value > MAX_STALL_RATE:
+        raise ValueError(
+            f"must be at most {MAX_STALL_RATE}: every answer that is slower is cut off"
+        )
+    return value
+
+
+def _patient_time(value: float) -> float:
+    if value < MIN_STALL_TIME:
+        least = format_duration(MIN_STALL_TIME)
+        raise ValueError(f"must be at least {least}: less shows nothing of a connection")
+    return value
 
 
 def _pattern(expression: str, message: str) -> AfterValidator:
@@ -98,7 +156,7 @@ Size = Annotated[
 ]
 EgressUrl = Annotated[
     EgressProxy,
-    PlainValidator(EgressProxy.parse),
+    PlainValidator(_egress),
     PlainSerializer(str),
     _text_schema("http://proxy.example.com:3128", "http://user:password@proxy.example.com:3128"),
 ]
@@ -124,11 +182,15 @@ BytesInTime = Annotated[
     _text_schema("50MiB/s"),
     Shown("byte rate"),
 ]
+StallRate = Annotated[BytesInTime, AfterValidator(_patient_rate)]
+StallTime = Annotated[Duration, AfterValidator(_patient_time)]
 MaybeBytesInTime = Annotated[BytesInTime | None, Shown("byte rate")]
 Url = Annotated[
     str, BeforeValidator(parse_registry_url), _text_schema("https://harbor.example.com")
 ]
-FilePath = Annotated[Path, BeforeValidator(_home_expanded)]
+FilePath = Annotated[Path, BeforeValidator(_file_path)]
+Account = Annotated[str, Field(min_length=1), AfterValidator(_account)]
+Secret = Annotated[SecretStr, Field(min_length=1), AfterValidator(_secret)]
 Variable = Annotated[str, _pattern(r"[A-Za-z_][A-Za-z0-9_]*", "must be a variable's name")]
 Helper = Annotated[
     str, _pattern(r"[A-Za-z0-9][A-Za-z0-9._-]*", "must be NAME of docker-credential-NAME")

@@ -1,17 +1,16 @@
 """[upstreams.NAME]: a registry to pull from, the public ones that are known, and their rules."""
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from proxy.settings.faults import Conflict, Fault, key_path
+from proxy.settings.listener import unreadable
 from proxy.settings.types import (
     NAME,
     Access,
-    BytesInTime,
+    Account,
     Duration,
     EgressUrl,
     FilePath,
@@ -23,12 +22,17 @@ from proxy.settings.types import (
     Name,
     Overload,
     Prefix,
+    Secret,
     Section,
     Shown,
+    StallRate,
+    StallTime,
     Url,
     Variable,
 )
 from proxy.settings.values import ByteRate, origin, parse_registry_url, registry_name
+from proxy.web.reload import Unusable
+from proxy.web.tls import check_authorities, check_key_pair
 
 # What `pullpool serve` offers when it is told of no upstream, and what an upstream of one of these
 # names starts from.
@@ -93,12 +97,14 @@ class Upstream(Section):
     read_timeout: Duration = Field(
         default=60.0, gt=0, description="Longest silence of the upstream within an answer."
     )
-    stall_rate: BytesInTime = Field(
+    stall_rate: StallRate = Field(
         default=ByteRate(1024),
-        description="An answer that comes slower than this for stall_time is asked for again.",
+        description="An answer that comes slower than this for stall_time is asked for again; at"
+        " most 10MiB/s and half of max_rate.",
     )
-    stall_time: Duration = Field(
-        default=30.0, gt=0, description="How long an answer may be slower than stall_rate."
+    stall_time: StallTime = Field(
+        default=30.0,
+        description="How long an answer may be slower than stall_rate; at least 1s.",
     )
     proxy: Annotated[EgressUrl | None, Shown("URL", "as the environment says")] = Field(
         default=None,
@@ -109,11 +115,11 @@ class Upstream(Section):
         description="Hosts, .domains and networks (with or without :port) that are reached without"
         " the proxy.",
     )
-    username: str | None = Field(
-        default=None, min_length=1, description="Account to pull with; needs one password key."
+    username: Annotated[Account | None, Shown("text")] = Field(
+        default=None, description="Account to pull with; needs one password key."
     )
-    password: SecretStr | None = Field(
-        default=None, min_length=1, description="The account's password."
+    password: Annotated[Secret | None, Shown("text")] = Field(
+        default=None, description="The account's password."
     )
     password_env: Variable | None = Field(
         default=None, description="Environment variable that holds the password."
@@ -210,9 +216,19 @@ class Upstream(Section):
             pair = ("client_cert_file", "client_key_file")
             given, other = pair if has_cert else pair[::-1]
             yield Conflict((*here, given), f"needs {other} beside it", ((*here, other),))
+        yield from self._impatience(here)
         yield from self._repeated_urls(here)
         if self.access == "passthrough":
             yield Conflict((*here, "access"), "'passthrough' is not available yet: use 'shared'")
+
+    def _impatience(self, here: tuple[str, str]) -> Iterator[Conflict]:
+        """All sockets share max_rate: no answer can be expected to have most of it."""
+        given, most = self.stall_rate, self.max_rate
+        if most is None or "stall_rate" not in self.model_fields_set:
+            return  # only what comes while we wait for it counts: the default goes with any cap
+        if 2 * given.per_second > most.per_second:
+            message = f"must be at most half of max_rate ({most})"
+            yield Conflict((*here, "stall_rate"), message, ((*here, "max_rate"),))
 
     def _repeated_urls(self, here: tuple[str, str]) -> Iterator[Conflict]:
         for place, url in enumerate(self.fallback_urls):
@@ -221,13 +237,20 @@ class Upstream(Section):
                 yield Conflict(at, "is there already", ((*here, "url"), (*here, "fallback_urls")))
 
     def missing(self, name: str, environ: Mapping[str, str]) -> Iterator[Fault]:
-        """Files and variables that these keys name and that cannot be read."""
-        files = ("ca_file", "client_cert_file", "client_key_file", "password_file", "docker_config")
-        for key in files:
-            path: Path | None = getattr(self, key)
-            if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
-                reason = "is not a file that can be read"
-                yield Fault(key_path(("upstreams", name, key)), reason, repr(str(path)))
+        """Files and variables that these keys name and that cannot be used."""
+        table = key_path(("upstreams", name))
+        unread = list(unreadable(self, table))
+        yield from unread
+        bad = {fault.path for fault in unread}
+        authorities, pair = ("ca_file",), ("client_cert_file", "client_key_file")
+        for keys, check in ((authorities, check_authorities), (pair, check_key_pair)):
+            files = [getattr(self, key) for key in keys]
+            if None in files or bad & {f"{table}.{key}" for key in keys}:
+                continue
+            try:
+                check(*files)
+            except Unusable as error:
+                yield Fault(f"{table}.{keys[0]}", str(error))
         if self.password_env is not None and not environ.get(self.password_env):
             reason = "names an environment variable that is not set"
             yield Fault(key_path(("upstreams", name, "password_env")), reason)

@@ -234,6 +234,8 @@ def parse_registry_url(value: object) -> str:
         raise ValueError("must not hold a user name or password: use the keys for credentials")
     if parts.query or parts.fragment or value.rstrip().endswith(("?", "#")):
         raise ValueError("must not have a query or a fragment")
+    if port == 0:
+        raise ValueError("must not have port 0: nothing can be reached there")
     host = _url_host(parts.hostname or "")
     return f"{parts.scheme}://{host}{'' if port is None else f':{port}'}{_url_path(parts.path)}"
 

@@ -3,6 +3,9 @@
 ``/livez`` says that the process and its loop work, and never depends on an upstream: a restart
 would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 while draining.
 ``/startupz`` says that the start is over, and stays so.
+
+Whatever is wrong with a request, or with us, its answer is JSON with an ``error`` and the log has
+one line at most.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
+from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 
 #: Seconds the loop may lag before the process counts as dead.
 MAX_LAG = 30.0
+#: Characters of the parser's words about a malformed request that are said back.
+MAX_WORDS = 200
 
 
 class Admin:
@@ -31,6 +37,7 @@ class Admin:
         is_draining: Callable[[], bool],
         loop_lag: Callable[[], float],
         status: Callable[[], Mapping[str, Any]],
+        log: Logger,
         refresh: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
     ) -> None:
         self._metrics = metrics
@@ -38,10 +45,11 @@ class Admin:
         self._is_draining = is_draining
         self._loop_lag = loop_lag
         self._status = status
+        self._log = log
         self._refresh = refresh
 
     def application(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[self._answer_defects])
         app.add_routes(
             [
                 web.get("/livez", self._livez),
@@ -54,6 +62,25 @@ class Admin:
         if self._refresh is not None:
             app.router.add_post("/api/v1/refresh", self._refresh)
         return app
+
+    def malformed(self, request: web.BaseRequest, words: str) -> web.Response:
+        """Answer what could not be parsed as HTTP."""
+        said = " ".join(words.split())[:MAX_WORDS]
+        self._log.info("admin_malformed", client=request.remote, error=said)
+        return _refusal(400, f"the request is not valid HTTP: {said}")
+
+    @web.middleware
+    async def _answer_defects(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """A defect of ours is a 500 for who asks; the log gets the trace."""
+        try:
+            return await handler(request)
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception as error:
+            self._log.error("admin_failed", path=request.path, exc_info=error)
+            return _refusal(500, "internal error")
 
     async def _livez(self, _request: web.Request) -> web.Response:
         lag = self._loop_lag()
@@ -79,6 +106,12 @@ class Admin:
 
     async def _render_status(self, _request: web.Request) -> web.Response:
         return web.json_response(self._status())
+
+
+def _refusal(status: int, words: str) -> web.Response:
+    response = web.json_response({"error": words}, status=status)
+    response.force_close()
+    return response
 
 
 def process_metrics() -> bytes:

@@ -53,6 +53,8 @@ class Refresh:
             return web.json_response({"error": refused}, status=403)
         if request.content_type != "application/json":
             return web.json_response({"error": "send application/json"}, status=415)
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            return web.json_response({"error": "send it without Content-Encoding"}, status=400)
         try:
             names = _names(json.loads(await request.read()))
         except (ValueError, RecursionError) as error:

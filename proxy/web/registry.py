@@ -70,6 +70,15 @@ class Parsed:
     query: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ClientThrottles:
+    """The byte rate of each client: for blobs, and for the short answers that do not wait behind
+    them. They are the same, unless the rate is too low to have manifests by."""
+
+    bulk: Throttles
+    prompt: Throttles
+
+
 class Registry:
     """Handles every request of the registry listener."""
 
@@ -84,7 +93,7 @@ class Registry:
         clients: Clients | None = None,
         authentication: Authentication | None = None,
         header_deadline: float = 20.0,
-        throttles: Throttles | None = None,
+        throttles: ClientThrottles | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         """``header_deadline`` in seconds: what a client's password may take of it, at most."""
@@ -327,7 +336,8 @@ class Registry:
         """The way through the client's byte rate, if there is one."""
         if self._throttles is None:
             return contextlib.nullcontext()
-        return self._throttles.stream(visit.key, prompt=prompt)
+        throttles = self._throttles.prompt if prompt else self._throttles.bulk
+        return throttles.stream(visit.key, prompt=prompt)
 
     async def _throttled(self, visit: Visit, length: int) -> None:
         """Wait until the client may have ``length`` bytes that are no bulk."""

@@ -1,8 +1,8 @@
 """aiohttp's low-level server with our words for what never becomes a request.
 
 A request line or header that is not HTTP is answered by aiohttp itself, as plain text and with a
-trace in its own log. Here it becomes what every other refusal is: OCI JSON, one access-log line.
-Errors that reach this point from a handler mean that its connection is of no use any more.
+trace in its own log. Here it becomes what every other refusal of the listener is: JSON, one line in
+our log. Errors that reach this point from a handler mean that its connection is of no use any more.
 
 A client that stops reading would hold its descriptors, and maybe a window, for ever: the kernel
 ends a connection whose bytes it could not deliver for ``STUCK_SECONDS`` (tcp(7): also when the
@@ -41,6 +41,10 @@ class Proxies:
     refused: Callable[[str, str], None]
 
 
+#: What only the server takes, and not the protocol of a connection.
+_OF_THE_SERVER = ("handler_cancellation", "request_factory")
+
+
 class RegistryServer(web.Server):
     """Makes one protocol per connection. ``proxies`` None: nobody speaks the PROXY protocol."""
 
@@ -58,8 +62,26 @@ class RegistryServer(web.Server):
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
-        options = {k: v for k, v in self._options.items() if k != "handler_cancellation"}
+        options = {k: v for k, v in self._options.items() if k not in _OF_THE_SERVER}
         return _Protocol(self, self._malformed, self._proxies, loop=self._loop, **options)
+
+
+class AdminRunner(web.AppRunner):
+    """Serves an application by a server of the above. Bodies reach it as they came: what a sender
+    says of their compression may be wrong, and aiohttp would find out where nobody can answer."""
+
+    def __init__(self, app: web.Application, malformed: Malformed, **options: Any) -> None:
+        super().__init__(app, access_log=None, auto_decompress=False, **options)
+        self._malformed = malformed
+
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()  # has no connections yet: only its parts are wanted
+        return RegistryServer(
+            plain.request_handler,
+            self._malformed,
+            request_factory=plain.request_factory,
+            **self._kwargs,
+        )
 
 
 class _Protocol(web.RequestHandler):

@@ -1,4 +1,7 @@
-"""TLS of the registry listener: the context that handshakes use, and the name in a certificate."""
+"""TLS of the registry listener: the context that handshakes use, and the name in a certificate.
+
+And whether PEM files can be used at all, which the settings ask for those of upstreams too.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +36,35 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(files.cert, files.key, password=_no_password)
-    except (OSError, ValueError) as error:
-        raise Unusable(f"{files.cert} with {files.key}: {_words(error)}") from error
+    _load_key_pair(context, files.cert, files.key)
     if files.client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
-        try:
-            context.load_verify_locations(files.client_ca)
-        except (OSError, ValueError) as error:
-            raise Unusable(f"{files.client_ca}: {_words(error)}") from error
+        _load_authorities(context, files.client_ca)
     return context
+
+
+def check_authorities(file: Path) -> None:
+    """Raises ``Unusable`` for a file that is no PEM of certificates."""
+    _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), file)
+
+
+def check_key_pair(cert: Path, key: Path) -> None:
+    """Raises ``Unusable`` for a certificate and a key that nobody can be shown."""
+    _load_key_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), cert, key)
+
+
+def _load_key_pair(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{cert} with {key}: {_words(error)}") from error
+
+
+def _load_authorities(context: ssl.SSLContext, file: Path) -> None:
+    try:
+        context.load_verify_locations(file)
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{file}: {_words(error)}") from error
 
 
 def certificate_name(certificate: Mapping[str, Any] | None) -> str | None:
@@ -77,6 +98,8 @@ def _words(error: Exception) -> str:
     """What is wrong: ``[X509: KEY_VALUES_MISMATCH] key values mismatch (_ssl.c:3900)``, shorter."""
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
+    if isinstance(error, ssl.SSLError) and "PEM lib" in str(error):
+        return "no PEM, or of something else"  # OpenSSL gives no reason, then
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)

@@ -242,6 +242,10 @@ class RawClient:
     async def ask(self, target: str, *, method: str = "GET", headers: str = "") -> None:
         await self.send(f"{method} {target} HTTP/1.1\nHost: pullpool\n{headers}\n")
 
+    def finish(self) -> None:
+        """Send no more: FIN."""
+        self._sock.shutdown(socket.SHUT_WR)
+
     async def more(self) -> bytes:
         """The next bytes; b"" at FIN. Raises ConnectionResetError at RST."""
         data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)

@@ -1,7 +1,10 @@
 """The admin listener: health, status and the metrics that the contract names."""
 
 import asyncio
+import contextlib
+import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -9,15 +12,18 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import Corrupt, Fault
 from proxy.web.admin import Admin
+from proxy.web.server import AdminRunner
 from proxy.web.watch import LoopWatch
 from tests.unit.proxy_kit import (
     LAYER,
     NAME,
     UPSTREAM,
     Pullpool,
+    RawClient,
     Served,
     blob_path,
     manifest_path,
@@ -73,24 +79,94 @@ class TestHealth:
             is_draining=lambda: False,
             loop_lag=lambda: lag,
             status=dict,
+            log=make_logger("json", io.StringIO()),
         )
         assert await statuses(admin) == {"/livez": live, "/readyz": ready, "/startupz": ready}
 
 
 async def statuses(admin: Admin) -> dict[str, int]:
-    runner = web.AppRunner(admin.application(), shutdown_timeout=0.1)
+    found = {}
+    async with listening(admin) as url, aiohttp.ClientSession() as session:
+        for path in ("/livez", "/readyz", "/startupz"):
+            async with session.get(url + path) as answer:
+                found[path] = answer.status
+    return found
+
+
+@contextlib.asynccontextmanager
+async def listening(admin: Admin) -> AsyncIterator[str]:
+    runner = AdminRunner(admin.application(), admin.malformed, shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        found = {}
-        async with aiohttp.ClientSession() as session:
-            for path in ("/livez", "/readyz", "/startupz"):
-                async with session.get(url + path) as answer:
-                    found[path] = answer.status
-        return found
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+class TestWhatIsWrong:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "GARBAGE\n\n",
+            "GET /livez HTTP/1.1\n\n",
+            "GET /livez HTTP/1.1\nHost: a\nContent-Length: x\n\n",
+            "GET /livez HTTP/1.1\nHost: a\nX: " + "x" * 20_000 + "\n\n",
+            "GET /livez HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\nzzz\n",
+            "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        ],
+        ids=lambda text: repr(text[:30]),
+    )
+    async def test_what_is_not_http_gets_json_and_one_line(
+        self, served: Served, caplog: pytest.LogCaptureFixture, text: str
+    ) -> None:
+        pool, _ = served
+        async with RawClient.connected(pool.proxy.admin_address) as client:
+            await client.send(text)
+            assert await client.ending() in ("FIN", "RST")
+        head, _, body = client.received.partition(b"\r\n\r\n")
+        assert head.split()[1] == b"400"
+        assert "not valid HTTP" in json.loads(body)["error"]
+        [line] = pool.events("admin_malformed")
+        assert (line["level"], line["client"]) == ("info", "127.0.0.1")
+        assert caplog.records == []  # what aiohttp says goes past our log
+
+    async def test_a_body_that_never_comes_leaves_no_trace(
+        self, served: Served, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pool, _ = served
+        async with RawClient.connected(pool.proxy.admin_address) as client:
+            kind = "Host: localhost\nContent-Type: application/json\n"
+            await client.send(f"POST /api/v1/refresh HTTP/1.1\n{kind}Content-Length: 9\n\n{{")
+            client.finish()
+            assert await client.ending() == "FIN"
+        assert caplog.records == []
+        assert (await pool.admin("/livez")).status == 200
+
+    async def test_a_defect_of_ours_is_a_500_with_one_line(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken() -> dict[str, object]:
+            raise RuntimeError("a defect")
+
+        log = io.StringIO()
+        admin = Admin(
+            metrics=Metrics(),
+            is_started=lambda: True,
+            is_draining=lambda: False,
+            loop_lag=lambda: 0,
+            status=broken,
+            log=make_logger("json", log),
+        )
+        async with listening(admin) as url, aiohttp.ClientSession() as session:
+            async with session.get(f"{url}/api/v1/status") as answer:
+                assert (answer.status, await answer.json()) == (500, {"error": "internal error"})
+            async with session.get(f"{url}/nowhere") as answer:
+                assert answer.status == 404
+        [line] = map(json.loads, log.getvalue().splitlines())
+        assert (line["event"], line["path"]) == ("admin_failed", "/api/v1/status")
+        assert "a defect" in line["exception"]
+        assert caplog.records == []
 
 
 class TestLoopWatch:

@@ -104,7 +104,7 @@ def test_every_fault_of_a_file_is_on_its_own_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     keys = {line.split(":")[0] for line in result.stderr.splitlines()}
-    assert keys == {"lisen", "max_connections", "upstreams.h.rate"}
+    assert keys == {"lisen", "max_connections", "upstreams.h.rate", "upstreams.h.ca_file"}
 
 
 def test_a_file_that_the_settings_name_has_to_be_there(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from proxy.config import ConfigError, load_settings
-from tests.unit.configs import HARBOR, faults, load
+from proxy.config import ConfigError, load_settings, load_usable
+from tests.unit.configs import HARBOR, faults, load, write
 
 # --- what is refused --------------------------------------------------------------------------
 
@@ -95,7 +95,19 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
         ("password = 'p'", "password", "username"),
         ("password_file = '/p'", "password_file", "username"),
         ("username = 'u'", "username", "password"),
-        ("username = 'u'\npassword = ''", "password", "at least 1"),
+        ("username = 'u'\npassword = ''", "password", "must not be empty"),
+        ("username = ''\npassword = 'p'", "username", "must not be empty"),
+        ("username = 'a:b'\npassword = 'p'", "username", "colon"),
+        ('username = "a\\u0007"\npassword = "p"', "username", "control"),
+        ('username = "a"\npassword = "p\\n"', "password", "control"),
+        ('ca_file = "/a\\u0000b"', "ca_file", "NUL"),
+        ("proxy = 'http://p:0'", "proxy", "port 0"),
+        ("proxy = 'http://u:x@[::1'", "proxy", "URL of a proxy, such as"),
+        ("url = 'https://h:0'", "url", "port 0"),
+        ("stall_time = '999ms'", "stall_time", "at least 1s"),
+        ("stall_time = 0", "stall_time", "at least 1s"),
+        ("stall_rate = '10241KiB/s'", "stall_rate", "at most 10MiB/s"),
+        ("stall_rate = '1MiB/s'\nmax_rate = '2047KiB/s'", "stall_rate", "max_rate (2047KiB/s)"),
         ("username = 'u'\npassword = 'p'\ndocker_config = '/c'", "docker_config", "only one"),
         ("username = 'u'\ncredential_helper = 'x'", "username", "leave it out"),
         ("credential_helper = '../x'", "credential_helper", "docker-credential"),
@@ -123,6 +135,7 @@ def test_a_wrong_upstream_is_refused(tmp_path: Path, keys: str, path: str, words
         ("[cache]\nhigh_water = 1.5", "cache.high_water", "less than or equal to 1"),
         ("[cache]\nhigh_water = true", "cache.high_water", "number"),
         ("cache = 3", "cache", "table"),
+        ('[cache]\ndir = "/c\\u0000"', "cache.dir", "NUL"),
         ("[upstreams]\nharbor = 'https://h'", "upstreams.harbor", "table"),
         ("[upstreams.'Harbor']", "upstreams.Harbor", "lower case"),
         ("[upstreams.'a b']", 'upstreams."a b"', "lower case"),
@@ -226,9 +239,110 @@ def test_files_and_variables_that_are_named_have_to_be_there(tmp_path: Path) -> 
     settings = load(tmp_path, text)
     paths = {fault.path for fault in settings.missing({})}
     assert paths == {f"{HARBOR}.password_env", f"{HARBOR}.ca_file", "upstreams.other.docker_config"}
-    (tmp_path / "ca.pem").touch()
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
     (left,) = settings.missing({"HARBOR_PASSWORD": "p"})
     assert left.path == "upstreams.other.docker_config"
+
+
+def test_the_slowest_that_an_answer_may_be_is_well_below_what_all_may_have(tmp_path: Path) -> None:
+    keys = "stall_time = '1s'\nstall_rate = '10MiB/s'\nmax_rate = '20MiB/s'"
+    load(tmp_path, f"[{HARBOR}]\n{keys}")
+    load(tmp_path, f"[{HARBOR}]\nmax_rate = '1B/s'")  # the default is not in its way
+
+
+def test_the_pem_files_of_an_upstream_have_to_be_some(tmp_path: Path) -> None:
+    ca, cert, key = (tmp_path / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    text = f"""
+        [{HARBOR}]
+        ca_file = "{ca}"
+        client_cert_file = "{cert}"
+        client_key_file = "{key}"
+    """
+    for file in (ca, cert, key):
+        file.write_text("root:x:0:0:root:/root:/bin/sh\n")
+    settings = load(tmp_path, text)
+    assert {str(fault) for fault in settings.missing({})} == {
+        f"{HARBOR}.ca_file: {ca}: no certificate or crl found",
+        f"{HARBOR}.client_cert_file: {cert} with {key}: no PEM, or of something else",
+    }
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(ca)
+    issued = authority.issue_cert("node.example.com")
+    issued.cert_chain_pems[0].write_to_path(cert)
+    authority.issue_cert("node.example.com").private_key_pem.write_to_path(key)
+    (fault,) = settings.missing({})
+    assert str(fault) == f"{HARBOR}.client_cert_file: {cert} with {key}: key values mismatch"
+    issued.private_key_pem.write_to_path(key)
+    assert settings.missing({}) == []
+
+
+# --- faults of several kinds ------------------------------------------------------------------
+
+
+def all_faults(directory: Path, text: str, environ: dict[str, str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_usable(write(directory, text), {}, environ)
+    return [fault.path for fault in caught.value.faults]
+
+
+def test_wrong_keys_rules_files_and_variables_are_told_together(tmp_path: Path) -> None:
+    text = f"""
+        log_format = "xml"
+        default_upstream = "nowhere"
+        [tls]
+        cert_file = "/nowhere/c"
+        [auth]
+        htpasswd_file = "/nowhere/h"
+        [{HARBOR}]
+        rate = "x"
+        ca_file = "/nowhere/a"
+        [upstreams.other]
+        proxy = "http://p:1"
+        client_cert_file = "/nowhere/n"
+    """
+    assert all_faults(tmp_path, text, {"HTTPS_PROXY": "socks5://p", "NO_PROXY": "a b"}) == [
+        "log_format",
+        f"{HARBOR}.rate",
+        "tls.cert_file",
+        "upstreams.other.client_cert_file",
+        "default_upstream",
+        "tls.cert_file",
+        "auth.htpasswd_file",
+        f"{HARBOR}.ca_file",
+        "upstreams.other.client_cert_file",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("proxy_from_env = 'x'", ["proxy_from_env"]),
+        ("upstreams = 'x'", ["upstreams"]),
+        ("[upstreams.h]\nproxy = 'socks5://x'", ["upstreams.h.proxy"]),
+        ("proxy_from_env = false\nlog_format = 'x'", ["log_format"]),
+        ("[upstreams.h]\nproxy = 'http://p:1'\nrate = 'x'", ["upstreams.h.rate"]),
+        ("log_format = 'x'", ["log_format", "HTTPS_PROXY"]),
+        (
+            "[upstreams.h]\nproxy = 'socks5://x'\n[upstreams.g]",
+            ["upstreams.h.proxy", "HTTPS_PROXY"],
+        ),
+    ],
+)
+def test_what_may_follow_from_a_wrong_key_alone_is_not_told(
+    tmp_path: Path, text: str, told: list[str]
+) -> None:
+    assert all_faults(tmp_path, text, {"HTTPS_PROXY": "socks5://p"}) == told
+
+
+def test_what_cannot_be_read_at_all_is_told_alone(tmp_path: Path) -> None:
+    (path,) = all_faults(tmp_path, "listen", {"HTTPS_PROXY": "socks5://p"})
+    assert path.endswith("pullpool.toml")
+
+
+def test_what_is_right_is_loaded(tmp_path: Path) -> None:
+    assert load_usable(write(tmp_path, "max_connections = 3"), {}, {}).max_connections == 3
 
 
 def test_a_certificate_has_to_go_with_its_key(tmp_path: Path) -> None:

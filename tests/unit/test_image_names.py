@@ -52,7 +52,7 @@ def test_a_name_is_read(text: str, registry: str | None, repository: str, refere
         ("a//b", NameInvalid),
         ("a/b/", NameInvalid),
         ("a b", NameInvalid),
-        ("https://quay.io/app", TagInvalid),
+        ("://quay.io/app", NameInvalid),
         ("a:b:c", NameInvalid),
         ("app:", TagInvalid),
         ("app:v1/x", TagInvalid),
@@ -67,6 +67,15 @@ def test_a_name_is_read(text: str, registry: str | None, repository: str, refere
 def test_what_is_no_name_is_refused(text: str, error: type[PullError]) -> None:
     with pytest.raises(error):
         ImageName.parse(text)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "docker", "HTTPS", "oci-archive"])
+def test_a_url_is_no_name_and_is_told_so(scheme: str) -> None:
+    with pytest.raises(NameInvalid) as caught:
+        ImageName.parse(f"{scheme}://h/demo/app")
+    assert caught.value.message == (
+        f"the name of an image does not begin with {scheme}://: leave it out"
+    )
 
 
 @given(st.text(alphabet="aZ0.:/@-_ sha256", max_size=40) | st.text(max_size=20))

@@ -176,6 +176,7 @@ class TestNames:
         [
             ("nowhere.example.com/team/app:v1", "NAME_UNKNOWN"),
             ("Team/app", "NAME_INVALID"),
+            ("http://h/demo/app", "NAME_INVALID"),
             (f"{NAME}:-", "MANIFEST_UNKNOWN"),
             (f"{NAME}@{IMAGE.digest}", "UNSUPPORTED"),
             (f"{NAME}@sha256:0", "DIGEST_INVALID"),
@@ -259,6 +260,17 @@ class TestWhoMayOrderIt:
         status, answer = await order(served[0], body)
         assert status == 400
         assert answer["error"]
+
+    @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "x"])
+    async def test_bodies_are_not_unpacked(
+        self, served: Served, caplog: pytest.LogCaptureFixture, encoding: str
+    ) -> None:
+        pool, _ = served
+        body = b'{"images": ["demo/app"]}'  # none of these
+        status, answer = await order(pool, body, **{"Content-Encoding": encoding})
+        assert (status, answer) == (400, {"error": "send it without Content-Encoding"})
+        assert (await pool.admin("/livez")).status == 200
+        assert caplog.records == []
 
 
 async def command(*words: str) -> Result:

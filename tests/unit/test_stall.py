@@ -291,7 +291,7 @@ async def test_a_token_that_stalls_is_given_up() -> None:
 
 # -- through the whole proxy -------------------------------------------------------------------
 
-STALLING = {UPSTREAM: {"stall_time": "10ms"}}
+STALLING = {UPSTREAM: {"stall_time": "1s"}}
 
 
 async def test_a_blob_that_stalls_goes_on_at_its_byte_on_a_fresh_socket(tmp_path: Path) -> None:

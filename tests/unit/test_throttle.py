@@ -323,6 +323,34 @@ async def test_a_client_that_is_held_back_holds_no_slot(tmp_path: Path) -> None:
             assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
 
 
+@pytest.mark.parametrize("rate", ["1B/s", "1KiB/s", "63KiB/s"])
+async def test_manifests_come_at_once_however_low_the_rate_is(tmp_path: Path, rate: str) -> None:
+    clock = FakeClock()
+    async with pulling(tmp_path, clock=clock, client_rate=rate) as (pool, _):
+        async with RawClient.connected(pool.address) as client:
+            await client.ask(blob_path())
+            await client.until(lambda data: len(data) > KIB)  # and the rest of it waits
+            pulls = 2 + (48 * KIB) // len(IMAGE.manifest)
+            for _ in range(pulls):
+                assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
+        assert pool.count("throttled_seconds_total", side="client") == 0
+
+
+async def test_manifests_alone_keep_to_a_rate_too(tmp_path: Path) -> None:
+    clock = FakeClock()
+    async with pulling(tmp_path, clock=clock, client_rate="1B/s") as (pool, _):
+        before, count = clock(), (256 * KIB) // len(IMAGE.manifest)
+
+        async def pull_all() -> None:
+            for _ in range(count):
+                assert (await pool.get(manifest_path("v1"))).status == 200
+
+        asking = asyncio.create_task(pull_all())
+        await pace(clock, asking.done)
+        await asking
+        assert clock() - before >= 256 / 64 - 1.5  # a second's worth in advance
+
+
 async def test_an_upstream_gives_no_more_than_its_rate_over_all_its_sockets(tmp_path: Path) -> None:
     clock = FakeClock()
     changes: Mapping[str, object] = {UPSTREAM: {"max_rate": "4MiB/s"}}
