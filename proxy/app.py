@@ -314,7 +314,9 @@ class Proxy:
         )
         flights = Flights(
             store=self.store,
-            settings=FlightSettings(on_abandon=settings.cache.on_abandon, pause=around.fill_pause),
+            settings=FlightSettings(
+                on_abandon=settings.cache.on_abandon, pause=around.fill_pause, clock=around.clock
+            ),
             metrics=self.metrics,
             log=self.log,
         )

@@ -156,6 +156,7 @@ class Blobs:
                 error = self._waits.late_blob(ask, reader.flight.ticket)
                 reader.give_up()
                 raise error from None
+            reader.has_answered = True
             return f"queued, {reader.ahead} ahead"
         finally:
             waited = loop.time() - ask.arrived

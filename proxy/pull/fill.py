@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,13 +49,14 @@ MAX_PAUSE = 30.0
 @dataclass(frozen=True, slots=True)
 class FlightSettings:
     """What a flight may do: sizes in bytes; ``patience`` in seconds; ``pause`` gives the seconds to
-    wait before try ``n`` (1, 2, …)."""
+    wait before try ``n`` (1, 2, …); ``clock`` is monotonic."""
 
     on_abandon: str = "finish"
     window_bytes: int = WINDOW_BYTES
     far: int = FAR
     patience: float = PATIENCE
-    pause: Callable[[int], float] = lambda n: random.uniform(0, min(5.0, 0.1 * 2**n))
+    pause: Callable[[int], float] = lambda n: random.uniform(0, min(5.0, 0.1 * 2 ** min(n, 16)))
+    clock: Callable[[], float] = time.monotonic
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""
@@ -123,12 +125,18 @@ class Fill:
         await self.intake.drain()
 
     @property
+    def has_begun(self) -> bool:
+        """May a client have its 200, though perhaps no byte?"""
+        return self.intake.has_place or self._crowd.has_answered
+
+    @property
     def _is_complete(self) -> bool:
         return self.size is not None and self.received == self.size and self.intake.has_place
 
     async def _failed(self, source: Source, error: UpstreamError) -> None:
         """Find another way, after a pause; raises ``error`` if there is none."""
-        match self.sources.judge(source, error, has_begun=self.received > 0):
+        now = self._settings.clock()
+        match self.sources.judge(source, error, now, has_begun=self.has_begun):
             case Verdict.TRY_AGAIN:
                 await self._pause(source, error)
                 return

@@ -19,6 +19,7 @@ from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
+    Denied,
     DigestMismatch,
     NotFound,
     Overloaded,
@@ -169,7 +170,8 @@ class Manifests:
         try:
             checked = await self._check_quickly(ask, key, entry, standing)
         except PullError as error:
-            if not covers(standing, error):
+            # Another question may have been refused meanwhile: then nothing stands in.
+            if not covers(standing, error) or await self._book.get(key) is None:
                 raise
             self._book.failed(key, error)
             return await self._stale(ask, entry, error.message, head=head)
@@ -201,6 +203,15 @@ class Manifests:
 
         async def check(ticket: Ticket) -> Checked:
             asked = self._clock()
+            try:
+                return await put(ticket, asked)
+            except (Denied, NotFound) as error:
+                # Here and not where it is waited for: it is heard also when nobody waits any more.
+                if await self._book.refuse(key, asked=asked):
+                    self._permissions.remember(ask, key[2], error)
+                raise
+
+        async def put(ticket: Ticket, asked: float) -> Checked:
             found = await client.head_manifest(ask.repository, key[2], ticket, known=known)
             if question is None and found.digest != known:
                 await self._keep_last_pulls(ask, key, found.digest)
@@ -211,11 +222,7 @@ class Manifests:
             return Checked(found.digest, known)
 
         linger = ask.arrived + self._policy.check_deadline
-        try:
-            checked, _ = await self._checks.ask(ask, question or key, check, linger=linger)
-        except PullError as error:
-            await self._refused(ask, key, error)
-            raise
+        checked, _ = await self._checks.ask(ask, question or key, check, linger=linger)
         return checked
 
     async def refresh(self, ask: Ask, tag: Tag) -> Checked:
@@ -234,11 +241,6 @@ class Manifests:
         was, now = str(known), str(checked.digest)
         self._log.info("tag_refreshed", tag=":".join(key[1:]), was=was, now=now)
         return checked
-
-    async def _refused(self, ask: Ask, key: TagKey, error: PullError) -> None:
-        self._permissions.remember(ask, key[2], error)
-        if isinstance(error, NotFound):
-            await self._book.drop(key)
 
     async def _keep_last_pulls(self, ask: Ask, key: TagKey, digest: Digest | None) -> None:
         """The tag has moved: the last pulls of a quota are not for what the old manifest can

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from proxy.oci.errors import PullError, QueueFull, SizeMismatch, UpstreamUnavailable
-from proxy.pull.sources import PASSING, TRIES, Source, TurnBody
+from proxy.pull.sources import PASSING, Row, Source, TurnBody
 from proxy.store.blobs import FileLease
 from proxy.upstream.turns import Ticket, class_for_blob
 
@@ -71,6 +71,7 @@ class Reader:
         self.client = client
         self.promise = promise
         self.refusal: PullError | None = None  # why its own repository, or its promise, fails
+        self.has_answered = False  # its client has its 200, though no byte has come
         self.position = 0
         self.stop: int | None = None
         self._own_bytes = OWN_TURN_BYTES
@@ -193,8 +194,8 @@ class Reader:
         return mark if self.stop is None else min(self.stop, mark)
 
     async def _alone(self) -> AsyncGenerator[bytes, None]:
-        """One turn of its own, asked for again while nothing comes (D8)."""
-        tries = 0
+        """One turn of its own, asked for again while nothing comes, as a flight does (D8)."""
+        row, settings = Row(), self.flight.settings
         while self.goes_alone:
             before = self.position
             try:
@@ -208,11 +209,12 @@ class Reader:
             except PullError as error:
                 if not isinstance(error, (*PASSING, QueueFull)):
                     raise
-                tries = 1 if self.position > before else tries + 1
-                if tries >= TRIES:
+                row = Row() if self.position > before else row
+                row.count(error, settings.clock(), has_begun=True)
+                if row.is_over(settings.clock(), has_begun=True):
                     raise
                 self._retry = error.reason
-                await asyncio.sleep(self.flight.settings.pause_after(tries, error))
+                await asyncio.sleep(settings.pause_after(row.tries, error))
             self._check()
 
     async def _own_turn(self) -> AsyncGenerator[bytes, None]:
@@ -320,6 +322,11 @@ class Crowd:
     def promise(self) -> int | None:
         """The size that somebody was promised, if anybody was."""
         return next((size for size in self._promises if size is not None), None)
+
+    @property
+    def has_answered(self) -> bool:
+        """Has a client its 200 already, though no byte has come?"""
+        return any(reader.has_answered for reader in self._readers)
 
     def settle(self, size: int) -> None:
         """The blob has ``size`` bytes: refuse those who were promised something else.

@@ -3,19 +3,34 @@
 Pure bookkeeping. Each source counts its failures since the flight last got a new byte; the one with
 the fewest goes next, so that a failing one rotates. A source is *proved* when its upstream gave
 bytes through it, *named* when a manifest of its repository names the digest.
+
+How long a source is tried depends on what it failed with, and each kind is counted apart, because
+an upstream that breaks down fails in all of them by turns:
+
+* of its *own*: 5xx, resets, silence. A flight that has not begun ends after ``TRIES`` of them. One
+  that has goes on until they have also lasted ``BROKEN_SECONDS`` in a row: so long a restart may
+  take, and after that its clients do better elsewhere. A row ends where the upstream was known to
+  be down or busy, since then it says nothing about this blob.
+* *waiting*: it is down and was not asked, it has too much to do, our queue is full. A flight that
+  has begun waits for ``WAIT_SECONDS`` without a byte, in which the failures of probes, its own too,
+  change nothing; one that has not waits for a busy upstream only.
+* *late*: "not found" of what a manifest names, ``LATE_TRIES`` times. Any other "no" is final.
+
+A flight has *begun* when a client of it may have its 200, with or without a byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     NotFound,
+    Overloaded,
     PullError,
     QueueFull,
     Throttled,
@@ -30,12 +45,15 @@ from proxy.upstream.turns import Ticket
 #: (upstream, repository): what permission and denial are keyed by (D12).
 Key = tuple[str, str]
 
-#: Failures of each source without a single new byte before a flight fails.
+#: Failures of its own of each source, without a single new byte, before a flight fails.
 TRIES = 6
+#: One that has begun also fails no sooner than when they have lasted so long in a row, in seconds.
+BROKEN_SECONDS = 60.0
 #: The same for a blob that the upstream does not have yet although a manifest names it.
 LATE_TRIES = 4
-#: The same for an upstream that is too busy: with pauses of up to 5 s a matter of minutes.
-BUSY_TRIES = 64
+#: Seconds without a new byte in which an upstream that is down or busy is waited for. No kubelet
+#: waits longer than 5 minutes; who does (docker) is told in the end.
+WAIT_SECONDS = 600.0
 #: What is worth another try at the same source.
 PASSING: tuple[type[PullError], ...] = (
     UpstreamUnavailable,
@@ -96,9 +114,50 @@ class Verdict(Enum):
 
 
 @dataclass(slots=True)
+class Row:
+    """Failures in a row of one source: without a new byte between them. Seconds are monotonic."""
+
+    tries: int = 0  # of any kind
+    own: int = 0
+    late: int = 0
+    waits: bool = False  # the last one was no failure of its own
+    is_down: bool = False  # the last one was that it was not even asked
+    _since: float = 0.0  # the first one
+    _own_since: float | None = None  # the first of its own since it was last down or busy
+
+    def count(self, error: PullError, now: float, *, has_begun: bool) -> None:
+        """One more. To a flight that has begun the upstream's own 429 is a wait as well."""
+        if not self.tries:
+            self._since = now
+        self.tries += 1
+        self.is_down = isinstance(error, UpstreamDown)
+        self.waits = isinstance(error, UpstreamDown | UpstreamBusy | QueueFull) or (
+            has_begun and isinstance(error, Overloaded)
+        )
+        if self.waits:
+            self._own_since = None
+        elif isinstance(error, NotFound):
+            self.late += 1
+        else:
+            self.own += 1
+            self._own_since = now if self._own_since is None else self._own_since
+
+    def is_over(self, now: float, *, has_begun: bool) -> bool:
+        """Has it failed for so long that there is no more hope?"""
+        if not self.tries:
+            return False
+        if now - self._since >= WAIT_SECONDS:
+            return True
+        if not has_begun:
+            return self.own >= TRIES
+        lasted = 0.0 if self._own_since is None else now - self._own_since
+        return self.own >= TRIES and lasted >= BROKEN_SECONDS
+
+
+@dataclass(slots=True)
 class _Entry:
     source: Source
-    tries: int = 0
+    row: Row = field(default_factory=Row)
 
 
 class Sources:
@@ -128,39 +187,41 @@ class Sources:
 
     def next(self) -> Source:
         """The source to ask: the one that failed least. There must be one."""
-        return min(self._entries.values(), key=lambda entry: entry.tries).source
+        return min(self._entries.values(), key=lambda entry: entry.row.tries).source
 
-    def judge(self, source: Source, error: PullError, *, has_begun: bool) -> Verdict:
-        """Count ``error`` as a failure of ``source``. ``has_begun``: the flight holds bytes."""
+    def judge(self, source: Source, error: PullError, now: float, *, has_begun: bool) -> Verdict:
+        """Count ``error`` as a failure of ``source``, at ``now`` (monotonic seconds).
+
+        ``has_begun``: a client of the flight may have its 200.
+        """
         entry = self._entries.get(source.key)
-        tries = TRIES
-        if entry is not None:
-            tries = entry.tries = entry.tries + 1
-        if isinstance(error, NotFound) and source.key in self._named and tries < LATE_TRIES:
-            return Verdict.TRY_AGAIN  # not missing but late (eventual consistency)
-        if isinstance(error, UpstreamBusy) and tries < BUSY_TRIES:
-            return Verdict.TRY_AGAIN  # the readers' deadlines are what ends the wait
-        if isinstance(error, UpstreamDown):
-            # It was not even asked. One that has begun waits; a newcomer is told, unless another
-            # source may help.
-            is_alone = all(entry.tries for entry in self._entries.values())
-            waits = has_begun and tries < BUSY_TRIES
-            return Verdict.TRY_AGAIN if waits or not is_alone else Verdict.FAILED
-        # A full queue sends newcomers away; a flight that has begun waits.
-        if isinstance(error, PASSING) or (isinstance(error, QueueFull) and has_begun):
-            exhausted = all(entry.tries >= TRIES for entry in self._entries.values())
-            return Verdict.FAILED if exhausted else Verdict.TRY_AGAIN
-        return Verdict.FAILED if isinstance(error, QueueFull) else Verdict.REFUSED
+        row = Row() if entry is None else entry.row
+        row.count(error, now, has_begun=has_begun)
+        if isinstance(error, NotFound):
+            is_late = source.key in self._named and row.late < LATE_TRIES
+            return Verdict.TRY_AGAIN if is_late else Verdict.REFUSED
+        if not isinstance(error, (*PASSING, QueueFull)):
+            return Verdict.REFUSED
+        if isinstance(error, QueueFull) and not has_begun:
+            return Verdict.FAILED  # it sends newcomers away
+        return Verdict.FAILED if self._is_hopeless(now, has_begun) else Verdict.TRY_AGAIN
+
+    def _is_hopeless(self, now: float, has_begun: bool) -> bool:
+        """Is nothing left to try? A newcomer is told of an upstream that is known to be down."""
+        return all(
+            entry.row.is_over(now, has_begun=has_begun) or (entry.row.is_down and not has_begun)
+            for entry in self._entries.values()
+        )
 
     def tries(self, source: Source) -> int:
         """Failures of ``source`` since the last new byte."""
         entry = self._entries.get(source.key)
-        return 0 if entry is None else entry.tries
+        return 0 if entry is None else entry.row.tries
 
     def went_on(self) -> None:
         """There are new bytes: what failed before them is forgotten."""
         for entry in self._entries.values():
-            entry.tries = 0
+            entry.row = Row()
 
     def drop(self, source: Source) -> None:
         """The upstream refuses ``source``: it is neither asked nor permitted any more."""

@@ -4,6 +4,11 @@ The decision is one pure function over what is known of the tag; ``TagBook`` rem
 memory with the monotonic clock and in the index with the wall clock, so that a proxy that starts
 while its upstream is down can still say what a tag was.
 
+A tag that the upstream refuses, whether it denies it or has it no more, is forgotten, in the index
+too: nothing of it stands in for an upstream that fails later on, until the upstream has granted it
+again. Answers count in the order in which they were asked for, so that a late one neither revives a
+tag nor takes it away again.
+
 An old answer stands in for an upstream that fails (``covers``), but only as far as the image can be
 had: podman takes the mirror that answers its manifest, and goes nowhere else for the blobs.
 """
@@ -127,13 +132,14 @@ class TagBook:
         self._clock = clock
         self._wall = wall
         self._memory: LRUCache[TagKey, TagEntry] = LRUCache(MAX_TAGS)
+        self._refused: LRUCache[TagKey, float] = LRUCache(MAX_TAGS)  # when that was asked
 
     async def get(self, key: TagKey) -> TagEntry | None:
         entry = self._memory.get(key)
         if entry is not None:
             return entry
         row = await self._store.tag(*key)
-        if row is None:
+        if row is None or key in self._refused:  # read before the refusal got to the index
             return None
         # Another request may have put a newer one meanwhile.
         return self._memory.setdefault(key, TagEntry(row.digest, row.checked_at))
@@ -146,6 +152,9 @@ class TagBook:
         asked, known = now if asked is None else asked, self._memory.get(key)
         if known is not None and known.asked is not None and known.asked > asked:
             return
+        if self._refused.get(key, asked) > asked:
+            return
+        self._refused.pop(key, None)
         self._memory[key] = TagEntry(digest, wall, checked=now, asked=asked)
         await self._store.put_tag(*key, digest, wall)
 
@@ -162,10 +171,16 @@ class TagBook:
         if entry is not None:
             self._memory[key] = replace(entry, checked=None, failed=None, failure=None)
 
-    async def drop(self, key: TagKey) -> None:
-        """The upstream has no such tag (any more)."""
+    async def refuse(self, key: TagKey, *, asked: float) -> bool:
+        """The upstream denies the tag, or does not have it (any more), ``asked`` at that monotonic
+        time. False if it has been confirmed since: then the refusal says nothing."""
+        known = self._memory.get(key)
+        if known is not None and known.asked is not None and known.asked > asked:
+            return False
+        self._refused[key] = max(asked, self._refused.get(key, asked))
         self._memory.pop(key, None)
         await self._store.drop_tag(*key)
+        return True
 
     def is_usable(self, entry: TagEntry, policy: TagPolicy) -> bool:
         return may_be_stale(entry, self._wall(), policy)

@@ -66,22 +66,22 @@ class TlsFiles:
         return self._context
 
     async def _look(self) -> None:
+        # Looked at before the files are read: a change in between is then seen at the next look.
+        # Kept only with what came of it: who asks may leave meanwhile, and then the next one reads.
         marks = await asyncio.to_thread(self._current_marks)
+        if self._context is None or marks != self._marks:
+            try:
+                context = await asyncio.to_thread(self._read)
+            except CannotTrust as error:
+                if self._context is None:
+                    raise
+                self._on_reload(error)
+            else:
+                if self._context is not None:
+                    self._on_reload(None)
+                self._context = context
+            self._marks = marks
         self._looked_at = self._clock()
-        if self._context is not None and marks == self._marks:
-            return
-        # Before the files are read: a change in between is then seen at the next look.
-        self._marks = marks
-        try:
-            context = await asyncio.to_thread(self._read)
-        except CannotTrust as error:
-            if self._context is None:
-                raise
-            self._on_reload(error)
-            return
-        if self._context is not None:
-            self._on_reload(None)
-        self._context = context
 
     def _current_marks(self) -> tuple[_Mark, ...]:
         return tuple(_mark(file) for file in (self._ca_file, self._cert_file, self._key_file))

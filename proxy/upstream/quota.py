@@ -100,6 +100,8 @@ class Pulls:
         self._label = label
         self._clock = clock
         self._next = float("-inf")  # when the next spaced pull may leave
+        self._queue = asyncio.Lock()  # its holder is the next to leave, in the order of arrival
+        self._queued = 0
 
     def heed(self, headers: Mapping[str, str]) -> None:
         """Note what an answer says."""
@@ -115,15 +117,28 @@ class Pulls:
         return quota is not None and quota.is_last and quota.rest(self._clock()) > 0
 
     async def place(self) -> None:
-        """Wait until one more pull may be spent. Raises ``Throttled``."""
-        now, quota = self._clock(), self.quota
-        spacing = 0.0 if quota is None else min(quota.spacing(now), LONGEST_SPACING)
-        wait = self._next - now if spacing else 0.0
-        if quota is not None and wait > LONGEST_WAIT:
+        """Wait until one more pull may be spent. Raises ``Throttled``.
+
+        A place is taken when its pull leaves: one that is given up while it waits costs nobody
+        anything, and who stands behind it moves up.
+        """
+        now, spacing = self._clock(), self._spacing()
+        wait = self._next - now + self._queued * spacing if spacing else 0.0
+        if wait > LONGEST_WAIT:
             raise Throttled(wait, message=f"{self.said}: pulls of it are spaced")
-        self._next = max(now, self._next) + spacing if spacing else now
-        if wait > 0:
-            await asyncio.sleep(wait)
+        self._queued += 1
+        try:
+            async with self._queue:
+                if self._spacing() and (wait := self._next - self._clock()) > 0:
+                    await asyncio.sleep(wait)
+                self._next = self._clock() + self._spacing()
+        finally:
+            self._queued -= 1
+
+    def _spacing(self) -> float:
+        """Seconds from one pull to the next, as things are now."""
+        spacing = 0.0 if self.quota is None else self.quota.spacing(self._clock())
+        return min(spacing, LONGEST_SPACING)
 
     @property
     def said(self) -> str:

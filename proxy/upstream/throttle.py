@@ -13,7 +13,10 @@ is the order: each stream has a *tag*, the bytes it has taken, counted from wher
 when it came; the lowest tag goes next. So streams that want all they can get have equal shares in
 bytes, whatever the size of their pieces, and one that wants little finds itself in front. *Prompt*
 streams (manifests) go before all others and may overdraw a second's worth: they do not wait behind
-bulk, and bulk pays for them; a crowd of nothing but manifests still keeps to the cap.
+bulk, and bulk pays for them; a crowd of nothing but manifests still keeps to the cap. It is clients
+who choose what is prompt (a listing may have megabytes, and be asked for again and again), so while
+bulk waits prompt streams get ``PROMPT_SHARE`` of the bytes at most: each of their bytes makes bulk
+*owed* a part of one, and as soon as that is its next piece, this goes first, overdrawing as well.
 
 Both are pure and told the time. ``Throttle`` waits: who can take at once does so without a future;
 else one timer, for when the allowance is above zero again, wakes as many as it then lets through.
@@ -37,6 +40,8 @@ from typing import Generic, TypeVar
 BURST = 0.05
 #: Seconds' worth that prompt streams may take in advance.
 PROMPT_DEBT = 1.0
+#: What prompt streams get at most while bulk waits.
+PROMPT_SHARE = 0.75
 #: Seconds that a timer is set for at least: loops count in milliseconds.
 LEAST_DELAY = 0.001
 MIN_PIECE = 1 << 10
@@ -76,35 +81,53 @@ class Allowance:
 
 
 class TapQueue(Generic[Waiter]):
-    """Waiters in the order of prompt before bulk, then of the bytes their streams have had."""
+    """Waiters in the order of prompt before bulk, then of the bytes their streams have had; but for
+    bulk that is owed."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[bool, float, int, Waiter]] = []
+        self._prompt: list[tuple[float, int, int, Waiter]] = []
+        self._bulk: list[tuple[float, int, int, Waiter]] = []
         self._number = 0
         self._reached = 0.0  # the tag at which bytes were taken last
+        self._owed = 0.0  # bytes that bulk may take before prompt ones take more
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._prompt) + len(self._bulk)
 
     def tag(self, of_stream: float) -> float:
         """Where a stream stands now: what it missed while it wanted nothing is not made up for."""
         return max(of_stream, self._reached)
 
-    def add(self, waiter: Waiter, tag: float, *, prompt: bool) -> None:
+    def add(self, waiter: Waiter, tag: float, count: int, *, prompt: bool) -> None:
+        """``count``: the bytes it waits for."""
         self._number += 1
-        heapq.heappush(self._heap, (not prompt, tag, self._number, waiter))
+        heapq.heappush(self._prompt if prompt else self._bulk, (tag, self._number, count, waiter))
+
+    @property
+    def _is_owed(self) -> bool:
+        return bool(self._bulk) and self._owed >= self._bulk[0][2]
 
     def first(self) -> tuple[Waiter, bool]:
-        """Who goes next, and whether it is prompt. There must be one."""
-        is_bulk, _, _, waiter = self._heap[0]
-        return waiter, not is_bulk
+        """Who goes next, and whether it may overdraw as prompt ones do. There must be one."""
+        if self._prompt and not self._is_owed:
+            return self._prompt[0][3], True
+        return self._bulk[0][3], self._is_owed
 
     def pop(self) -> None:
-        heapq.heappop(self._heap)
+        """Remove who goes next."""
+        if self._prompt and not self._is_owed:
+            heapq.heappop(self._prompt)
+        else:
+            heapq.heappop(self._bulk)
 
-    def passed(self, tag: float) -> None:
-        """A bulk stream at ``tag`` has taken bytes."""
-        self._reached = max(self._reached, tag)
+    def passed(self, tag: float, count: int, *, prompt: bool) -> None:
+        """A stream at ``tag`` has taken ``count`` bytes."""
+        if prompt:
+            share = (1 - PROMPT_SHARE) / PROMPT_SHARE
+            self._owed = self._owed + count * share if self._bulk else 0.0
+        else:
+            self._reached = max(self._reached, tag)
+            self._owed = max(0.0, self._owed - count)
 
 
 class Stream:
@@ -177,7 +200,7 @@ class Throttle:
             self._take(stream, count)
             return
         waiter, began = _Waiter(stream, count), self._clock()
-        self._queue.add(waiter, stream.tag, prompt=stream.prompt)
+        self._queue.add(waiter, stream.tag, count, prompt=stream.prompt)
         self._arm()
         try:
             await waiter.future
@@ -193,27 +216,27 @@ class Throttle:
         """Does somebody wait whom one of this kind must not overtake?"""
         return len(self._queue) > 0 and (not prompt or self._queue.first()[1])
 
-    def _missing(self, prompt: bool) -> float:
-        """Bytes by which the allowance is too low for anybody of this kind to take any."""
-        floor = -max(self.rate * PROMPT_DEBT, 2.0 * self.piece) if prompt else 0.0
+    def _missing(self, ahead: bool) -> float:
+        """Bytes by which the allowance is too low for anybody to take any; ``ahead``: of those who
+        may overdraw it."""
+        floor = -max(self.rate * PROMPT_DEBT, 2.0 * self.piece) if ahead else 0.0
         return floor - self._allowance.level(self._clock())
 
     def _take(self, stream: Stream, count: int) -> None:
         self._allowance.take(count, self._clock())
-        if not stream.prompt:
-            self._queue.passed(stream.tag)
+        self._queue.passed(stream.tag, count, prompt=stream.prompt)
         stream.tag += count
 
     def _serve(self) -> None:
         """Let through as many as the allowance lets, in their order."""
         while self._queue:
-            waiter, prompt = self._queue.first()
+            waiter, ahead = self._queue.first()
+            if not waiter.future.done() and self._missing(ahead) >= 0:
+                break
+            self._queue.pop()
             if not waiter.future.done():
-                if self._missing(prompt) >= 0:
-                    break
                 self._take(waiter.stream, waiter.count)
                 waiter.future.set_result(None)
-            self._queue.pop()
         self._arm()
 
     def _arm(self) -> None:
@@ -222,8 +245,8 @@ class Throttle:
             self._timer.cancel()
             self._timer = None
         if self._queue:
-            _, prompt = self._queue.first()
-            delay = max(LEAST_DELAY, self._missing(prompt) / self.rate)
+            _, ahead = self._queue.first()
+            delay = max(LEAST_DELAY, self._missing(ahead) / self.rate)
             self._timer = asyncio.get_running_loop().call_later(delay, self._serve)
 
     def __repr__(self) -> str:

@@ -35,8 +35,20 @@ async def a_while() -> None:
         await asyncio.sleep(0)
 
 
-def at_once(_tries: int) -> float:
-    return 0.0
+class Pauses:
+    """A clock on which nothing but pauses between tries takes time."""
+
+    EACH = 15.0
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pause(self, _tries: int) -> float:
+        self.now += self.EACH
+        return 0.0
 
 
 # -- sources ---------------------------------------------------------------------------------
@@ -261,14 +273,14 @@ async def flying(
     window: int = 64 * KIB,
     far: int = 1 << 30,
     patience: float = 1e9,
-    pause: Callable[[int], float] = at_once,
+    pause: Callable[[int], float] | None = None,
     max_size: int = 64 << 20,
     disk: Disk | None = None,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
-    metrics = Metrics()
+    metrics, clock = Metrics(), Pauses()
     async with opened(directory, max_size=max_size, disk=disk, metrics=metrics) as store:
-        settings = FlightSettings(on_abandon, window, far, patience, pause)
+        settings = FlightSettings(on_abandon, window, far, patience, pause or clock.pause, clock)
         flights = Flights(store=store, settings=settings, metrics=metrics, log=silent())
         rig = Rig(directory, store, flights, metrics)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,40 @@ async def test_new_files_make_a_new_context_and_broken_ones_leave_the_old(tmp_pa
     assert await tls.context() is not second
     assert [type(one) for one in heard] == [type(None), CannotTrust, CannotTrust, type(None)]
     assert str(cert) in str(heard[1])
+
+
+class Slow(TlsFiles):
+    """Reads the files when ``may_read`` is set, and says that it has begun."""
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(**keys)
+        self.reading, self.may_read = threading.Event(), threading.Event()
+
+    def _read(self) -> ssl.SSLContext:
+        self.reading.set()
+        self.may_read.wait()
+        return super()._read()
+
+
+async def test_who_leaves_while_the_files_are_read_leaves_the_reading_to_the_next(
+    tmp_path: Path,
+) -> None:
+    clock, file, heard = FakeClock(), tmp_path / "ca", list[CannotTrust | None]()
+    trustme.CA().cert_pem.write_to_path(str(file))
+    tls = Slow(ca_file=file, clock=clock, on_reload=heard.append)
+    tls.may_read.set()
+    first = await tls.context()
+    await asyncio.to_thread(trustme.CA().cert_pem.write_to_path, str(file))
+    clock.advance(INTERVAL)
+    tls.reading.clear()
+    tls.may_read.clear()
+    leaving = asyncio.create_task(tls.context())
+    await asyncio.to_thread(tls.reading.wait)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    tls.may_read.set()
+    assert await tls.context() is not first
+    assert heard == [None]
 
 
 async def test_files_that_are_no_use_stop_the_start(tmp_path: Path) -> None:

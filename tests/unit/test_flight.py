@@ -20,7 +20,6 @@ from tests.unit.flight_kit import (
     ScriptedSource,
     Sipper,
     a_while,
-    at_once,
     drink,
     ended,
     flying,
@@ -355,7 +354,7 @@ async def test_closing_before_a_fill_had_its_first_step_hangs_nobody(tmp_path: P
 
 async def test_reprs_tell_what_they_are(tmp_path: Path) -> None:
     source = ScriptedSource(DATA)
-    async with flying(tmp_path, pause=at_once) as rig:
+    async with flying(tmp_path, pause=lambda _: 0.0) as rig:
         reader = rig.join(source)
         assert repr(reader) == f"<Reader of {source.digest} at 0 for alice>"
         assert "waiting 0/None, 1 readers, 1 sources" in repr(reader.flight)

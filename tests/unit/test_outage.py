@@ -1,10 +1,11 @@
-"""What an outage costs pulls of what is held (D13), in virtual time."""
+"""What an outage costs pulls of what is held (D13) or under way (D8), in virtual time."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from proxy.oci.errors import (
@@ -18,12 +19,15 @@ from proxy.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from proxy.pull.sources import BROKEN_SECONDS
 from proxy.pull.tags import Standing, covers
 from proxy.testing import Answer as Scripted
-from proxy.testing import FakeRegistry, Fault, Hang, make_image, make_index
+from proxy.testing import Cut, FakeRegistry, Fault, Hang, make_image, make_index
+from proxy.testing.faults import Disconnect
 from proxy.upstream.conduct import MAX_PAUSE
 from tests.unit.proxy_kit import (
     IMAGE,
+    LAYER,
     NAME,
     UPSTREAM,
     Answer,
@@ -33,6 +37,7 @@ from tests.unit.proxy_kit import (
     running,
     until,
 )
+from tests.unit.test_refresh import refresh_one
 from tests.unit.virtual import now, run_virtually
 
 TIMEOUT = 2.0
@@ -260,3 +265,172 @@ class TestWhatStandsIn:
             assert took <= TIMEOUT + 0.05
 
         play(tmp_path, scenario, upstreams={UPSTREAM: {"max_connections": 2}})
+
+
+class TestFlights:
+    """A body under way goes on through an outage of its upstream (D8)."""
+
+    @pytest.mark.parametrize("gone", [Scripted(503), Disconnect(reset=True)], ids=["503", "reset"])
+    @pytest.mark.parametrize(("flights", "seconds"), [(1, 20), (12, 45)])
+    def test_bodies_under_way_survive_it(
+        self, tmp_path: Path, gone: Scripted | Disconnect, flights: int, seconds: int
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            images = [
+                make_image(f"team/n{n}", "v1", layers=[400_000], seed=50 + n, tarred=False)
+                for n in range(flights)
+            ]
+            for image in images:
+                fake.push(image)
+                assert (await pool.get(manifest_path("v1", image.name))).status == 200
+                fake.script(Fault(Cut(100_000), reference=image.layers[0].digest))
+            fake.script(Fault(gone, times=None))
+            asyncio.get_running_loop().call_later(seconds, fake.clear_script)
+            layers = [image.layers[0] for image in images]
+            answers = await asyncio.gather(
+                *(
+                    pool.get(blob_path(layer.digest, image.name))
+                    for layer, image in zip(layers, images, strict=True)
+                )
+            )
+            assert [answer.body for answer in answers] == [layer.data for layer in layers]
+
+        play(tmp_path, scenario)
+
+    def test_an_answer_without_a_byte_is_one_too(self, tmp_path: Path) -> None:
+        """The first body broke at once: its client has a 200, so nobody may be told 503."""
+
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pool.get(manifest_path("v1"))
+            fake.script(Fault(Cut(0), kind="blob"), Fault(Scripted(503), times=None))
+            asyncio.get_running_loop().call_later(45, fake.clear_script)
+            assert (await pool.get(blob_path())).body == LAYER.data
+
+        play(tmp_path, scenario)
+
+    def test_one_that_was_answered_early_is_one_too(self, tmp_path: Path) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pool.get(manifest_path("v1"))
+            fake.script(Fault(FALSE_401, times=None))
+            loop = asyncio.get_running_loop()
+
+            def worse() -> None:
+                fake.clear_script()
+                fake.script(Fault(Scripted(503), times=None))
+
+            loop.call_later(30, worse)
+            loop.call_later(75, fake.clear_script)
+            answer, took = await timed(pool, path=blob_path())
+            assert answer.body == LAYER.data
+            assert answer.headers["Warning"].startswith("299")
+            assert took >= 75
+
+        play(tmp_path, scenario)
+
+    def test_a_blob_that_is_really_broken_ends_its_answer_after_a_while(
+        self, tmp_path: Path
+    ) -> None:
+        """Others are answered, so it is no outage: its clients can go elsewhere."""
+
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pool.get(manifest_path("v1"))
+            fake.script(
+                Fault(Cut(100_000), reference=LAYER.digest),
+                Fault(Scripted(500), reference=LAYER.digest, times=None),
+            )
+
+            async def others() -> None:
+                while True:
+                    await asyncio.sleep(0.4)
+                    await pool.get("/v2/team/app/tags/list")
+
+            busy = asyncio.create_task(others())
+            began = now()
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await pool.get(blob_path())
+            assert BROKEN_SECONDS <= now() - began < BROKEN_SECONDS + 5
+            busy.cancel()
+            await asyncio.wait([busy])
+
+        play(tmp_path, scenario)
+
+
+REFUSED = {403: Scripted(403, {}, b"{}"), 404: Scripted(404, {}, b"{}")}
+FAILING = Scripted(500, {}, b"{}")
+
+
+class TestRefusals:
+    """What the upstream has refused stands in for nothing, until it has granted it again."""
+
+    @pytest.mark.parametrize("status", REFUSED)
+    def test_a_refusal_is_heard_when_nobody_waits_for_it_any_more(
+        self, tmp_path: Path, status: int
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pull(pool)
+            fake.script(Fault(REFUSED[status], kind="manifest", times=None))
+            await asyncio.sleep(31)
+            with fake.hold(method="HEAD"):
+                answer, took = await timed(pool)
+                assert (answer.word, took) == ("stale", within(TIMEOUT))  # it is not known yet
+                await asyncio.sleep(1)
+            await asyncio.sleep(1)
+            assert (await timed(pool))[0].status == status
+            fake.clear_script()
+            fake.script(Fault(FAILING, kind="manifest", times=None))
+            await asyncio.sleep(30)
+            assert (await timed(pool))[0].status == 502
+
+        play(tmp_path, scenario)
+
+    @pytest.mark.parametrize("status", REFUSED)
+    def test_an_upstream_that_fails_later_does_not_bring_it_back(
+        self, tmp_path: Path, status: int
+    ) -> None:
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pull(pool)
+            fake.script(Fault(REFUSED[status], kind="manifest", times=None))
+            await asyncio.sleep(40)
+            assert (await timed(pool))[0].status == status
+            fake.clear_script()
+            fake.script(Fault(FAILING, kind="manifest", times=None))
+            for _ in range(4):
+                await asyncio.sleep(15)
+                assert (await timed(pool))[0].status == 502
+            fake.clear_script()
+            assert (await timed(pool))[0].body == IMAGE.manifest  # granted again
+            fake.script(Fault(FAILING, kind="manifest", times=None))
+            await asyncio.sleep(31)
+            assert (await timed(pool))[0].word == "stale"
+
+        play(tmp_path, scenario)
+
+    @pytest.mark.parametrize("status", REFUSED)
+    def test_a_restart_does_not_bring_it_back(self, tmp_path: Path, status: int) -> None:
+        async def refused(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pull(pool)
+            fake.script(Fault(REFUSED[status], kind="manifest", times=None))
+            await asyncio.sleep(31)
+            assert (await timed(pool))[0].status == status
+
+        async def restarted(pool: Pullpool, fake: FakeRegistry) -> None:
+            fake.script(Fault(FAILING, kind="manifest", times=None))
+            assert (await timed(pool))[0].status == 502
+
+        play(tmp_path, refused)
+        play(tmp_path, restarted)
+
+    def test_a_refused_refresh_counts_for_who_waits_for_a_check(self, tmp_path: Path) -> None:
+        """The check hangs, and is answered out of the cache in vain."""
+
+        async def scenario(pool: Pullpool, fake: FakeRegistry) -> None:
+            await pull(pool)
+            await asyncio.sleep(31)
+            fake.script(Fault(Hang(), kind="manifest"))
+            asking = asyncio.create_task(timed(pool))
+            await until(lambda: fake.counters.heads == 1)
+            fake.script(Fault(REFUSED[403], kind="manifest", times=None))
+            assert "error" in await refresh_one(pool)
+            assert (await asking)[0].status == 504
+
+        play(tmp_path, scenario)

@@ -18,6 +18,7 @@ from proxy.upstream.quota import (
     Quota,
     read_quota,
 )
+from tests.unit.virtual import now, run_virtually
 
 
 def headers(remaining: object, limit: object = 100, window: object = 21600) -> dict[str, str]:
@@ -128,6 +129,39 @@ class TestPulls:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*herd, return_exceptions=True)
+
+    def test_places_that_are_given_up_cost_nobody_anything(self) -> None:
+        async def scenario() -> None:
+            pulls = Pulls("hub", clock=now)
+            pulls.heed(headers(15))
+            await pulls.place()
+            for _ in range(20):
+                leaving = asyncio.create_task(pulls.place())
+                await asyncio.sleep(0)
+                leaving.cancel()
+                await asyncio.wait([leaving])
+            await pulls.place()
+            assert now() == LONGEST_SPACING
+
+        run_virtually(scenario(), grace=0)
+
+    def test_who_stands_behind_one_that_leaves_moves_up(self) -> None:
+        async def scenario() -> None:
+            pulls = Pulls("hub", clock=now)
+            pulls.heed(headers(15))
+            left = []
+
+            async def pull(name: str) -> None:
+                await pulls.place()
+                left.append((name, now()))
+
+            tasks = [asyncio.create_task(pull(name)) for name in "abc"]
+            await asyncio.sleep(1)
+            tasks[1].cancel()
+            await asyncio.wait(tasks)
+            assert left == [("a", 0.0), ("c", LONGEST_SPACING)]
+
+        run_virtually(scenario(), grace=0)
 
     def test_the_last_pulls_are_kept_until_the_window_ends(self) -> None:
         clock = FakeClock()

@@ -92,9 +92,38 @@ class TestBook:
         async with opened(tmp_path) as store:
             book = TagBook(store, clock=FakeClock(), wall=FakeClock())
             await book.confirm(KEY, DIGEST)
-            await book.drop(KEY)
+            assert await book.refuse(KEY, asked=FakeClock()())
             assert await book.get(KEY) is None
             assert await store.tag(*KEY) is None
+
+    async def test_answers_count_in_the_order_in_which_they_were_asked_for(
+        self, tmp_path: Path
+    ) -> None:
+        async with opened(tmp_path) as store:
+            clock = FakeClock()
+            book, at = TagBook(store, clock=clock, wall=FakeClock()), clock()
+            await book.confirm(KEY, DIGEST, asked=at + 2)
+            assert not await book.refuse(KEY, asked=at + 1)
+            assert await book.get(KEY) is not None
+            assert await book.refuse(KEY, asked=at + 4)
+            await book.confirm(KEY, DIGEST, asked=at + 3)
+            assert await book.get(KEY) is None
+            assert await store.tag(*KEY) is None
+            await book.confirm(KEY, DIGEST, asked=at + 5)
+            assert await book.get(KEY) is not None
+
+    async def test_a_tag_that_is_refused_while_it_is_looked_up_is_not_found(
+        self, tmp_path: Path
+    ) -> None:
+        async with opened(tmp_path) as store:
+            clock = FakeClock()
+            await TagBook(store, clock=clock, wall=FakeClock()).confirm(KEY, DIGEST)
+            book = TagBook(store, clock=clock, wall=FakeClock())
+            looking = asyncio.create_task(book.get(KEY))
+            await asyncio.sleep(0)  # the question is with the index
+            await book.refuse(KEY, asked=clock())
+            assert await looking is None
+            assert await book.get(KEY) is None
 
     async def test_a_failure_of_an_unknown_tag_is_not_noted(self, tmp_path: Path) -> None:
         async with opened(tmp_path) as store:

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.testing import FakeClock, FakeRegistry
-from proxy.upstream.throttle import BURST, Allowance, Stream, TapQueue, Throttle, Throttles
+from proxy.upstream.throttle import (
+    BURST,
+    PROMPT_SHARE,
+    Allowance,
+    Stream,
+    TapQueue,
+    Throttle,
+    Throttles,
+)
 from tests.unit.proxy_kit import (
     IMAGE,
     NAME,
@@ -64,32 +72,57 @@ def test_greedy_streams_have_equal_shares_whatever_their_pieces(
     """At no time is one further ahead of another than the larger of their pieces."""
     queue, had = TapQueue[int](), [0.0] * len(pieces)
     for stream in range(len(pieces)):
-        queue.add(stream, queue.tag(0.0), prompt=False)
+        queue.add(stream, queue.tag(0.0), pieces[stream], prompt=False)
     for _ in range(rounds):
         stream, _ = queue.first()
         queue.pop()
-        queue.passed(had[stream])
+        queue.passed(had[stream], pieces[stream], prompt=False)
         had[stream] += pieces[stream]
         assert max(had) - min(had) <= 2 * max(pieces)
-        queue.add(stream, queue.tag(had[stream]), prompt=False)
+        queue.add(stream, queue.tag(had[stream]), pieces[stream], prompt=False)
 
 
 def test_one_that_comes_late_has_no_claim_to_what_it_missed() -> None:
     queue = TapQueue[str]()
-    queue.passed(5000.0)
+    queue.passed(5000.0, 100, prompt=False)
     assert queue.tag(0.0) == 5000.0
 
 
 def test_prompt_ones_go_first_and_first_come_first_served() -> None:
     queue = TapQueue[str]()
-    queue.add("bulk", 0.0, prompt=False)
-    queue.add("one", 9.0, prompt=True)
-    queue.add("two", 9.0, prompt=True)
+    queue.add("bulk", 0.0, 1, prompt=False)
+    queue.add("one", 9.0, 1, prompt=True)
+    queue.add("two", 9.0, 1, prompt=True)
     order = []
     while queue:
         order.append(queue.first()[0])
         queue.pop()
     assert order == ["one", "two", "bulk"]
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=4),
+    st.integers(1, 1000),
+    st.integers(50, 300),
+)
+def test_bulk_that_waits_gets_its_share_of_what_greedy_prompt_streams_take(
+    pieces: list[int], bulk: int, rounds: int
+) -> None:
+    """And no more: a manifest waits for one piece of bulk after three times as many bytes."""
+    queue, had = TapQueue[int](), [0] * (len(pieces) + 1)
+    counts = [*pieces, bulk]
+    for stream, count in enumerate(counts):
+        queue.add(stream, 0.0, count, prompt=stream < len(pieces))
+    for _ in range(rounds):
+        stream, ahead = queue.first()
+        assert ahead
+        queue.pop()
+        # It comes again before the next one is looked for, as who wants all there is does.
+        queue.add(stream, 0.0, counts[stream], prompt=stream < len(pieces))
+        queue.passed(0.0, counts[stream], prompt=stream < len(pieces))
+        had[stream] += counts[stream]
+        due = sum(had[:-1]) * (1 - PROMPT_SHARE) / PROMPT_SHARE
+        assert -bulk - max(pieces) / 3 - 1e-6 <= had[-1] - due <= 1e-6
 
 
 # -- waiting -----------------------------------------------------------------------------------
@@ -189,11 +222,23 @@ async def test_a_crowd_of_manifests_keeps_to_the_cap_too() -> None:
     play = Play(MIB)
     for number in range(50):
         play.run(f"manifest {number}", 100 * MIB, play.throttle.piece, prompt=True)
-    bulk = play.run("bulk", MIB, play.throttle.piece)
     await play.until(lambda: play.seconds >= 20.0)
     # A second's worth in advance, and no more.
     assert play.moved.total() == pytest.approx(21.0 * MIB, rel=0.05)
-    assert not bulk.done()
+    await play.stop()
+
+
+@pytest.mark.parametrize("bulk", [1, 3])
+async def test_bulk_gets_a_quarter_of_what_a_crowd_of_manifests_wants(bulk: int) -> None:
+    play = Play(MIB)
+    for number in range(5):
+        play.run(f"listing {number}", 100 * MIB, play.throttle.piece, prompt=True)
+    for number in range(bulk):
+        play.run(f"bulk {number}", 100 * MIB, play.throttle.piece)
+    await play.until(lambda: play.seconds >= 20.0)
+    assert play.moved.total() == pytest.approx(21.0 * MIB, rel=0.05)
+    had = sum(count for name, count in play.moved.items() if name.startswith("bulk"))
+    assert had == pytest.approx(20.0 * MIB * (1 - PROMPT_SHARE), rel=0.05)
     await play.stop()
 
 
