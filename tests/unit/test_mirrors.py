@@ -106,8 +106,8 @@ def test_who_asks_a_url_that_is_down_for_want_of_a_better_one_keeps_nobody_from_
     mirrors = Mirrors("up", ["a", "b"], clock=clock)
     for place in (0, 1):
         mirrors.failed(place, mirrors.begin(place), "no network")
-    for _ in range(50):
-        clock.advance(FIRST_PAUSE / 100)
+    for _ in range(32):
+        clock.advance(FIRST_PAUSE / 64)
         for place in (0, 1):
             mirrors.failed(place, mirrors.begin(place), "no network")
     assert not mirrors.is_ready(0)
