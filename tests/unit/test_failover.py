@@ -20,6 +20,7 @@ from proxy.testing.images import FakeImage
 from proxy.upstream.hurry import HASTE
 from proxy.upstream.mirrored import LONGEST_WAIT, MirroredClient
 from proxy.upstream.mirrors import LONGEST_PAUSE
+from proxy.upstream.turns import TurnClass
 from tests.unit.proxy_kit import (
     UPSTREAM,
     Answer,
