@@ -129,7 +129,7 @@ def url_states(clients: Mapping[str, MirroredClient]) -> list[dict[str, object]]
 
 
 def _urls(clients: Mapping[str, MirroredClient]) -> list[MirrorState]:
-    return [state for client in clients.values() for state in client.mirrors.states()]
+    return [state for client in clients.values() for state in client.states()]
 
 
 class _Parts:

@@ -24,6 +24,7 @@ from proxy.oci.ranges import parse_content_range
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import refusal
+from proxy.upstream.hurry import Leisure
 from proxy.upstream.origin import Origin
 from proxy.upstream.reach import Reach
 from proxy.upstream.reply import Reply, drain
@@ -110,13 +111,13 @@ class BlobSource:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, start: int, length: int | None, ticket: Ticket, *, patience: float | None = None
+        self, start: int, length: int | None, ticket: Ticket, *, hurry: Leisure | None = None
     ) -> AsyncIterator[Body]:
         """One turn for ``length`` bytes from ``start`` (``None``: to the end).
 
-        ``patience`` bounds the wait for the head of the answer, in seconds.
+        ``hurry`` bounds the time until the head of the answer.
         """
-        client = self._client if patience is None else self._client.hasty(patience)
+        client = self._client if hurry is None else self._client.within(hurry)
         try:
             while True:
                 location = self._location

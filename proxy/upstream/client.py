@@ -42,6 +42,7 @@ from proxy.oci.token import grants
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.hosts import HostPattern
+from proxy.upstream.hurry import Leisure
 from proxy.upstream.origin import Origin, Turn
 from proxy.upstream.origins import Origins
 from proxy.upstream.reach import ANYWHERE, Reach, allowing
@@ -113,16 +114,16 @@ class UpstreamClient:
         self._throttle = throttle
         self._base = URL(upstream.url.rstrip("/"), encoded=True)
         self._reach = allowing(redirect_hosts)
-        self.patience: float | None = None
+        self._hurry = Leisure()
 
     @property
     def name(self) -> str:
         return self.upstream.name
 
-    def hasty(self, patience: float) -> Self:
-        """The same client, which waits ``patience`` seconds at most for the head of an answer."""
+    def within(self, hurry: Leisure) -> Self:
+        """The same client for one question, which takes no longer than ``hurry`` says."""
         other = copy.copy(self)
-        other.patience = patience
+        other._hurry = hurry
         return other
 
     def url(self, repository: str, tail: str, query: str = "") -> URL:
@@ -221,13 +222,14 @@ class UpstreamClient:
         Content-Encoding is refused: identity was asked for, and the digest is over the bytes as
         they are.
         """
+        self._hurry.waits()
         reach = self._reach if reach is None else reach
         is_ours = True  # no other origin had a say yet
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
             async with origin.turn(ticket) as turn:
-                turn.patience = self.patience
+                self._hurry.asked(turn)
                 with self._weighed(turn), translated(origin.key.label, self.metrics):
                     if is_ours:
                         response = await self._send(turn, method, url, headers, repository)
@@ -240,6 +242,7 @@ class UpstreamClient:
                 self._weigh(turn, response)
                 if response.status not in REDIRECTS:
                     _expect_identity(origin, response)
+                    self._hurry.answered()
                     yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
                     return
             url = next_hop(url, response.headers.get("Location", ""))
@@ -367,7 +370,7 @@ class UpstreamClient:
                 known = self._authenticator
                 reach = ANYWHERE if known.lists(text) else known.realm_reach
                 async with origin.turn(Ticket(TurnClass.METADATA)) as other:
-                    other.patience = self.patience
+                    self._hurry.asked(other)
                     try:
                         answer = await _fetch_small(other, url, headers, reach)
                         return self._decided(other, answer)

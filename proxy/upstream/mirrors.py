@@ -11,17 +11,26 @@ Each URL has a *standing*: how often it failed in a row, and until when it is do
            way nobody else does (``begin`` moves the time on), so that a URL that hangs costs one
            request and not all of them. A trial that is cancelled says nothing.
 
-The order is: those that are up or due as they were configured, then those that are down, the one
-that is due soonest first, because a URL that failed a moment ago is better than an error.
+A failure of a request that was made although the URL was down, for want of a better one, lengthens
+nothing: else a crowd in an outage of seconds would put every URL away for minutes.
 
-Pure but for the clock, which is injected. What counts as a failure is ``mirrored.py``'s to say.
+Besides, a URL may be *closed*: it asked for a pause, or its circuit breaker is open. It is not
+asked while another is ready, and not tried before it is open again; its standing stays as it is.
+
+The order is: those that are up or due, and not closed, as they were configured; then those that are
+down, the one that is due soonest first, because a URL that failed a moment ago is better than an
+error; then those that are closed.
+
+Pure but for the clock, which is injected. What counts as a failure, and what is closed, is
+``mirrored.py``'s to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 
 #: Seconds that a URL is down after its first failure, and at most.
 FIRST_PAUSE = 1.0
@@ -46,6 +55,7 @@ class Standing:
     down_until: float = 0.0
     since: float = 0.0  # when it was marked down last
     cause: str = ""
+    due: float = 0.0  # when it is tried: `down_until`, but for a trial that is under way
 
     def is_ready(self, now: float) -> bool:
         """Is it up, or due for a trial?"""
@@ -59,23 +69,26 @@ class Standing:
 
     def failed(self, now: float, began_at: float, cause: str) -> Standing:
         """A request that began then has failed."""
-        if self.failures and began_at < self.since:
-            return self  # left before the failure that is known
+        if self.failures and began_at < self.due:
+            return self  # left before the failure that is known, or when it was known
         # Bounded, because 2.0 ** 1024 is an error.
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self.failures, 32))
-        return Standing(self.failures + 1, now + pause, now, cause)
+        return Standing(self.failures + 1, now + pause, now, cause, now + pause)
 
     def worked(self, began_at: float) -> Standing:
         """A request that began then was answered."""
         return self if began_at < self.since else Standing(since=self.since)
 
 
-def choose(standings: Sequence[Standing], now: float) -> tuple[int, ...]:
+def choose(
+    standings: Sequence[Standing], now: float, closed: Collection[int] = ()
+) -> tuple[int, ...]:
     """Every URL, the one to ask first at the front."""
     places = range(len(standings))
-    ready = [place for place in places if standings[place].is_ready(now)]
-    down = [place for place in places if place not in ready]
-    return (*ready, *sorted(down, key=lambda place: standings[place].down_until))
+    ready = [place for place in places if place not in closed and standings[place].is_ready(now)]
+    rest = [place for place in places if place not in ready]
+    rest.sort(key=lambda place: (place in closed, standings[place].down_until))
+    return (*ready, *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +122,17 @@ class Mirrors:
         self._on_change = on_change
         self._standings = [Standing() for _ in urls]
 
-    def order(self) -> list[tuple[int, bool]]:
-        """The URLs to ask in turn, each with: is there no better one to hurry on to?"""
-        now = self._clock()
-        order = choose(self._standings, now)
-        ready = sum(standing.is_ready(now) for standing in self._standings)
-        return [(place, n in (ready - 1, len(order) - 1)) for n, place in enumerate(order)]
+    def order(self, closed: Collection[int] = ()) -> tuple[int, ...]:
+        """The URLs to ask in turn."""
+        return choose(self._standings, self._clock(), closed)
+
+    def is_up(self, place: int) -> bool:
+        """Did it not fail when it was asked last?"""
+        return not self._standings[place].failures
+
+    def is_ready(self, place: int) -> bool:
+        """Is it up, or due for a trial?"""
+        return self._standings[place].is_ready(self._clock())
 
     def begin(self, place: int) -> float:
         """A request goes to this URL; hand back what it returns with the outcome."""
@@ -136,15 +154,18 @@ class Mirrors:
         if known.failures and not self._standings[place].failures:
             self._on_change(self.urls[place], None)
 
-    def states(self) -> list[MirrorState]:
-        """How all of them stand, in the order of the configuration."""
+    def states(self, closed: Mapping[int, float] = MappingProxyType({})) -> list[MirrorState]:
+        """How all of them stand, in the order of the configuration; ``closed`` says for how many
+        seconds each URL is that is."""
         now = self._clock()
-        first = choose(self._standings, now)[0]
+        first = choose(self._standings, now, closed)[0]
         found = []
         for place, (url, standing) in enumerate(zip(self.urls, self._standings, strict=True)):
-            state = State.DOWN if standing.failures else State.STANDBY
+            is_down = bool(standing.failures) or place in closed
+            state = State.DOWN if is_down else State.STANDBY
             state = State.IN_USE if place == first else state
             retry_in = max(0.0, standing.down_until - now) if standing.failures else 0.0
+            retry_in = max(retry_in, closed.get(place, 0.0))
             found.append(MirrorState(self.upstream, url, state, standing.cause, retry_in))
         return found
 

@@ -57,8 +57,9 @@ class Turn:
         self.origin = origin
         self.slot = slot
         self.patience: float | None = None  # for the head of an answer; None: read_timeout
+        self.stall = origin.settings.stall
         self._response: aiohttp.ClientResponse | None = None
-        self._meter = StallMeter(origin.settings.stall)
+        self._meter = StallMeter(self.stall)
         self._answered_at: float | None = None
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
@@ -89,7 +90,7 @@ class Turn:
             self.origin.abort(self.slot)
             raise
         self._answered_at = self.origin.clock()
-        self._meter = StallMeter(self.origin.settings.stall)
+        self._meter = StallMeter(self.stall)
         return self._response
 
     async def read(self, most: int = -1) -> bytes:
@@ -113,7 +114,7 @@ class Turn:
             meter.received(0, clock() - began)
             if meter.patience <= 0:
                 self.origin.note_stall()
-                raise UpstreamStalled(f"{self.origin.key.label}: {self.origin.settings.stall}")
+                raise UpstreamStalled(f"{self.origin.key.label}: {self.stall}")
 
     @property
     def peer(self) -> str:
