@@ -10,10 +10,12 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
 from pytest_asyncio import is_async_test
+from xdist.scheduler import LoadScopeScheduling
 
 from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
@@ -35,6 +37,19 @@ def pytest_asyncio_loop_factories(
     if not item.path.is_relative_to(UNIT):
         return {"asyncio": asyncio.new_event_loop}
     return {"asyncio": debugged_loop, "uvloop": loop_factory(fast_transport=True)}
+
+
+class _Together(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Tests go wherever there is time, but for those with real parts: all of them go to one
+    process, one after the other, because some of them look at the whole machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "real parts" if nodeid.startswith("tests/integration/") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Together:
+    return _Together(config, log)
 
 
 @pytest.hookimpl(trylast=True)

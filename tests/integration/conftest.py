@@ -21,9 +21,7 @@ _RIG: pytest.StashKey[Rig] = pytest.StashKey()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All tests with real parts run in one process, one after the other: some of them look at the
-    whole machine. With several processes they come first, because they take longest; alone, last.
-    """
+    """What takes long comes last; with several processes first, so that no other waits for it."""
     here = Path(__file__).parent
     is_one_of_several = hasattr(config, "workerinput")
 
@@ -34,7 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.xdist_group("real parts"))
     items.sort(key=place)
 
 
