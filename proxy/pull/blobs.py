@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError
+from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange, Span
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.deadlines import Waits
@@ -130,7 +131,7 @@ class Blobs:
         self, ask: Ask, digest: Digest, link: Link | None, wanted: ByteRange | None
     ) -> BlobAnswer:
         if link is None:
-            self._permissions.check(ask, str(digest))
+            self._permissions.check(ask, Kind.BLOB, str(digest))
         source = self._clients[ask.upstream].blob(ask.repository, digest)
         size = link.size if link else None
         reader, joined = self._flights.join(source, ask.client, size=size, named=link is not None)
@@ -237,7 +238,7 @@ class Blobs:
     def _forget(self, ask: Ask, digest: Digest, link: Link | None, error: PullError) -> None:
         """Remember a refusal, but never of a digest that a manifest names."""
         if link is None:
-            self._permissions.remember(ask, str(digest), error)
+            self._permissions.remember(ask, Kind.BLOB, str(digest), error)
 
 
 async def _hold(place: Reader) -> None:

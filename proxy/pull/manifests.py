@@ -29,6 +29,7 @@ from proxy.oci.errors import (
     UpstreamTimeout,
 )
 from proxy.oci.manifest import Manifest, parse_manifest
+from proxy.oci.paths import Kind
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asking import Key, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
@@ -119,7 +120,7 @@ class Manifests:
             self._store.touch(digest)
             return _answer(manifest, word, warning)
         if linked is None:
-            self._permissions.check(ask, str(digest))
+            self._permissions.check(ask, Kind.MANIFEST, str(digest))
         named = linked is not None
         if head:
             known = await self._head(ask, str(digest), digest, named=named)
@@ -144,7 +145,7 @@ class Manifests:
         return await self._checked_tag(ask, key, entry, head=head)
 
     async def _unknown_tag(self, ask: Ask, tag: Tag, key: TagKey, *, head: bool) -> ManifestAnswer:
-        self._permissions.check(ask, str(tag))
+        self._permissions.check(ask, Kind.MANIFEST, str(tag))
         if head:
             asked = self._clock()
             known = await self._head(ask, str(tag), None, named=False)
@@ -160,7 +161,7 @@ class Manifests:
         self, ask: Ask, key: TagKey, entry: TagEntry, *, head: bool
     ) -> ManifestAnswer:
         """Ask the upstream what the tag is now; an upstream that fails does not fail the pull."""
-        self._permissions.check(ask, key[2])
+        self._permissions.check(ask, Kind.MANIFEST, key[2])
         standing = await self._standing(ask, entry)
         client = self._clients[ask.upstream]
         if client.is_down and covers(standing, UpstreamDown()):
@@ -208,7 +209,7 @@ class Manifests:
             except (Denied, NotFound) as error:
                 # Here and not where it is waited for: it is heard also when nobody waits any more.
                 if await self._book.refuse(key, asked=asked):
-                    self._permissions.remember(ask, key[2], error)
+                    self._permissions.remember(ask, Kind.MANIFEST, key[2], error)
                 raise
 
         async def put(ticket: Ticket, asked: float) -> Checked:
@@ -330,7 +331,7 @@ class Manifests:
             found, joined = await self._heads.ask(ask, key, head, named=named)
         except PullError as error:
             if not named:
-                self._permissions.remember(ask, reference, error)
+                self._permissions.remember(ask, Kind.MANIFEST, reference, error)
             raise
         if found.digest is None or found.size is None or not found.media_type:
             return None
@@ -353,7 +354,7 @@ class Manifests:
             manifest, joined = await self._fetches.ask(ask, key, fetch, named=named)
         except PullError as error:
             if not named:
-                self._permissions.remember(ask, reference, error)
+                self._permissions.remember(ask, Kind.MANIFEST, reference, error)
             raise
         return manifest, self._word(joined)
 

@@ -18,6 +18,7 @@ from cachetools import TTLCache
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PullError
+from proxy.oci.paths import Kind
 from proxy.pull.asking import Key, Questions
 from proxy.pull.asks import Ask
 from proxy.store.store import Link, Store
@@ -53,16 +54,19 @@ class Permissions:
         """The repository has been seen to have ``digest``."""
         await self._store.link(ask.upstream, ask.repository, [(digest, size)])
 
-    def check(self, ask: Ask, reference: str) -> None:
-        """Raise the refusal that is remembered for this reference, if there is one."""
-        error = self._refusals.get((ask.upstream, ask.repository, reference))
+    def check(self, ask: Ask, kind: Kind, reference: str) -> None:
+        """Raise the refusal that is remembered for this reference, if there is one.
+
+        By kind, because a registry has no blob by a manifest's digest, and says so.
+        """
+        error = self._refusals.get((ask.upstream, ask.repository, kind, reference))
         if error is not None:
             raise error.bare()
 
-    def remember(self, ask: Ask, reference: str, error: PullError) -> None:
+    def remember(self, ask: Ask, kind: Kind, reference: str, error: PullError) -> None:
         """Keep a refusal for a while, if it is one."""
         if isinstance(error, Denied | NotFound):
-            self._refusals[ask.upstream, ask.repository, reference] = error.bare()
+            self._refusals[ask.upstream, ask.repository, kind, reference] = error.bare()
 
     def forget(self, ask: Ask) -> None:
         """Whatever was refused in this repository may be asked for again."""
@@ -80,7 +84,7 @@ class Permissions:
         async def head(ticket: Ticket) -> Head:
             return await client.head_blob(ask.repository, digest, ticket)
 
-        return await self._prove(ask, digest, head, named=named)
+        return await self._prove(ask, Kind.BLOB, digest, head, named=named)
 
     async def prove_manifest(self, ask: Ask, digest: Digest, client: MirroredClient) -> Link:
         """The same for a manifest: a HEAD, which Docker Hub does not count."""
@@ -88,19 +92,25 @@ class Permissions:
         async def head(ticket: Ticket) -> Head:
             return await client.head_manifest(ask.repository, str(digest), ticket)
 
-        return await self._prove(ask, digest, head, named=False)
+        return await self._prove(ask, Kind.MANIFEST, digest, head, named=False)
 
     async def _prove(
-        self, ask: Ask, digest: Digest, head: Callable[[Ticket], Awaitable[Head]], *, named: bool
+        self,
+        ask: Ask,
+        kind: Kind,
+        digest: Digest,
+        head: Callable[[Ticket], Awaitable[Head]],
+        *,
+        named: bool,
     ) -> Link:
-        key = (ask.upstream, ask.repository, str(digest))
+        key = (ask.upstream, ask.repository, kind, str(digest))
         if not named:
-            self.check(ask, str(digest))
+            self.check(ask, kind, str(digest))
         try:
             found, _ = await self._proofs.ask(ask, key, head, named=named)
         except PullError as error:
             if not named:
-                self.remember(ask, str(digest), error)
+                self.remember(ask, kind, str(digest), error)
             raise
         await self.grant(ask, digest, found.size)
         return Link(found.size)

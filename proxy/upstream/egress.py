@@ -47,11 +47,14 @@ class EgressProxy:
         if not isinstance(value, str):
             raise ValueError(_FORM)
         text = value.strip()
-        parts = urlsplit(text if "://" in text else f"http://{text}")
         try:
+            # What it raises has the password in it.
+            parts = urlsplit(text if "://" in text else f"http://{text}")
             host, port = parts.hostname, parts.port
         except ValueError:
             raise ValueError(_FORM) from None
+        if port == 0:
+            raise ValueError("port 0 is nobody's")
         if parts.scheme not in ("http", "https"):
             raise ValueError("must begin with http:// or https://: no other proxies are known")
         if not host or not _is_host(host) or parts.path not in ("", "/") or parts.query:

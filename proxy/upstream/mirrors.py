@@ -44,7 +44,7 @@ class State(StrEnum):
 
     IN_USE = "in use"
     STANDBY = "standby"
-    DOWN = "down"
+    DOWN = "down"  # or not yet known to be up again
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,11 @@ class Mirrors:
         """How all of them stand, in the order of the configuration; ``closed`` says for how many
         seconds each URL is that is."""
         now = self._clock()
-        first = choose(self._standings, now, closed)[0]
+        order = choose(self._standings, now, closed)
+        # One that failed and is due is tried by the next request; until then it serves nobody.
+        first = next(
+            (p for p in order if not self._standings[p].failures and p not in closed), order[0]
+        )
         found = []
         for place, (url, standing) in enumerate(zip(self.urls, self._standings, strict=True)):
             is_down = bool(standing.failures) or place in closed

@@ -9,6 +9,7 @@ import pytest
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PullError, UpstreamUnavailable
+from proxy.oci.paths import Kind
 from proxy.pull.asking import TRIES, Questions
 from proxy.pull.asks import Ask
 from proxy.pull.permissions import Permissions
@@ -107,7 +108,7 @@ async def test_what_a_manifest_names_is_asked_for_again_and_not_remembered(kit: 
     with pytest.raises(NotFound):
         await kit.prove("team/app", named=True)
     assert len(kit.registry.asked) == TRIES
-    kit.permissions.check(ask_of("team/app"), str(DIGEST))
+    kit.permissions.check(ask_of("team/app"), Kind.BLOB, str(DIGEST))
 
 
 async def test_what_was_refused_a_moment_ago_is_tried_when_a_manifest_names_it(kit: Kit) -> None:
@@ -119,11 +120,11 @@ async def test_what_was_refused_a_moment_ago_is_tried_when_a_manifest_names_it(k
 
 
 async def test_a_refusal_that_is_told_again_does_not_grow(kit: Kit) -> None:
-    kit.permissions.remember(ask_of("team/app"), "v1", Denied("no"))
+    kit.permissions.remember(ask_of("team/app"), Kind.MANIFEST, "v1", Denied("no"))
     depths = set()
     for _ in range(3):
         with pytest.raises(Denied) as caught:
-            kit.permissions.check(ask_of("team/app"), "v1")
+            kit.permissions.check(ask_of("team/app"), Kind.MANIFEST, "v1")
         depths.add(len(caught.traceback))
     assert len(depths) == 1
 
@@ -148,3 +149,13 @@ async def test_a_remembered_refusal_holds_no_frames_of_the_requests_it_answered(
     assert kit.registry.asked == ["team/app"]
     kept = list(kit.permissions._refusals.values())
     assert [(e.__traceback__, e.__cause__, e.__context__) for e in kept] == [(None, None, None)]
+
+
+async def test_no_blob_by_a_manifests_digest_says_nothing_of_the_manifest(kit: Kit) -> None:
+    """containerd asks for what it knows by digest alone as a blob first."""
+    kit.registry.answers["team/app"] = NotFound("blob")
+    with pytest.raises(NotFound):
+        await kit.prove("team/app")
+    with pytest.raises(NotFound):
+        kit.permissions.check(ask_of("team/app"), Kind.BLOB, str(DIGEST))
+    kit.permissions.check(ask_of("team/app"), Kind.MANIFEST, str(DIGEST))
