@@ -46,7 +46,7 @@ def simulate(
         if broke:
             cap = cap.overloaded(now, sent_at=sent_at, reason="broke")
         else:
-            cap = cap.succeeded(now, full=full)
+            cap = cap.succeeded(now, sent_at=sent_at, full=full)
         if now >= 10:
             limits.append(cap.limit)
     early, later = counts[True], counts[False]
@@ -182,7 +182,7 @@ def test_answers_to_requests_from_before_a_change_do_not_halve_again() -> None:
 def test_successes_below_the_cap_do_not_raise_it() -> None:
     cap = Cap.starting(32)
     for _ in range(1000):
-        cap = cap.succeeded(1.0, full=False)
+        cap = cap.succeeded(1.0, sent_at=0.5, full=False)
     assert cap.limit == START
 
 
@@ -206,7 +206,7 @@ def test_whatever_happens_it_stays_within_its_bounds(
     for went_well, full, step in events:
         now += step
         if went_well:
-            cap = cap.succeeded(now, full=full)
+            cap = cap.succeeded(now, sent_at=now - step / 2, full=full)
         else:
             cap = cap.overloaded(now, sent_at=now - step / 2, reason="broke")
         assert 1 <= cap.limit <= maximum
