@@ -13,8 +13,9 @@ would have to wait longer than ``PATIENCE`` is answered at once, so that a tag i
 the client hears when to come again.
 
 What one repository brings about is not held against the others (``blame.py``): a repository that
-fails by itself counts neither for the breaker nor for the cap, and the cap gets back what it lost
-before that was known, unless another repository broke as well or it was answered in the end.
+fails by itself counts neither for the breaker nor for the cap, its retries draw on a budget apart,
+and the cap gets back what it lost before that was known, unless another repository broke as well or
+it was answered in the end.
 
 An origin that could not be reached has said nothing about how many requests it stands: the cap of
 before the first failure in the row is kept, and is what it starts from when the breaker closes. One
@@ -76,6 +77,8 @@ class Conduct:
         self.cap = cap
         self.health = Health(label, clock=clock, on_change=self._health_changed)
         self.retries = Retries(label, metrics=metrics, clock=clock, budget=budget)
+        apart = self.retries.budget.another()
+        self._retries_apart = Retries(label, metrics=metrics, clock=clock, budget=apart)
         self.pulls = Pulls(label, clock=clock)
         self._label = label
         self._gate = gate
@@ -103,6 +106,14 @@ class Conduct:
         if ticket.turn_class is TurnClass.METADATA and wait > PATIENCE:
             raise Throttled(wait, message=f"{self._label} asked to be left alone for a while")
         await asyncio.sleep(self._paused_for(repository))
+
+    def retries_of(self, repository: str) -> Retries:
+        """The budget that tries for this repository draw on.
+
+        Those that fail by themselves have one apart: they would spend the others' for nothing.
+        """
+        is_its_own = self._blame.fails_by_itself(repository, self._clock())
+        return self._retries_apart if is_its_own else self.retries
 
     def _paused_for(self, repository: str) -> float:
         """Seconds for which this repository asked to be left alone."""
@@ -141,6 +152,13 @@ class Conduct:
             return
         if status == 503 and not self.health.breaker.is_widespread:
             self._paused[repository] = self._clock() + min(seconds, MAX_PAUSE)
+            if self._log is not None:
+                self._log.info(
+                    "repository_paused",
+                    upstream=self._label,
+                    repository=repository,
+                    seconds=round(min(seconds, MAX_PAUSE), 1),
+                )
             return
         classes = _EVERYTHING
         if status == 429:
@@ -243,7 +261,7 @@ class Conduct:
                 "retry_in": round(self.health.retry_in, 1),
             },
             "paused": {name: round(left, 1) for name, left in self._gate.pauses().items()},
-            "retries_held": self.retries.waiting,
+            "retries_held": self.retries.waiting + self._retries_apart.waiting,
             "quota": None
             if quota is None
             else {
@@ -257,6 +275,7 @@ class Conduct:
     def close(self) -> None:
         """Stop timers, and send away who waits for a retry."""
         self.retries.close()
+        self._retries_apart.close()
         self._gate.close()
 
     def __repr__(self) -> str:

@@ -229,7 +229,7 @@ class Origin:
     async def turn(self, ticket: Ticket, repository: str = "") -> AsyncIterator[Turn]:
         """Wait for a turn, for this repository, and hold it. Raises ``QueueFull``, ``Throttled``
         and ``UpstreamDown``."""
-        retries = self.conduct.retries
+        retries = self.conduct.retries_of(repository)
         self._coming += 1  # until the gate knows of it: this origin must not be forgotten
         try:
             await self.conduct.passage(ticket, repository)

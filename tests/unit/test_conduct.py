@@ -343,6 +343,25 @@ async def test_a_retry_that_brought_much_before_it_broke_costs_no_budget() -> No
             assert spent(puller) == taken
 
 
+async def test_retries_for_what_fails_by_itself_are_not_the_others() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(500), repository="team/bad", times=None))
+        with pytest.raises(UpstreamUnavailable):
+            await manifest(puller, of="team/bad")
+        puller.clock.advance(1.0)
+        await manifest(puller)
+        puller.clock.advance(1.0)
+        for _ in range(RetryBudget().reserve):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, on=again(), of="team/bad")
+        held = asyncio.create_task(manifest(puller, on=again(), of="team/bad"))
+        await until(lambda: conduct(puller).details()["retries_held"] == 1)
+        assert spent(puller) == 0
+        assert await manifest(puller, on=again()) == IMAGE.manifest
+        held.cancel()
+        await asyncio.wait([held])
+
+
 async def test_a_retry_that_never_left_costs_no_budget() -> None:
     async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
         with registry.hold() as hold:
