@@ -59,8 +59,13 @@ class RetryBudget:
     ) -> None:
         self.share = share
         self.reserve = reserve
+        self.window = window
         self._width = window / STEPS
         self._steps: deque[_Step] = deque()
+
+    def another(self) -> RetryBudget:
+        """One of the same size, of which nothing is spent."""
+        return RetryBudget(share=self.share, reserve=self.reserve, window=self.window)
 
     def request(self, now: float) -> None:
         """A first try leaves."""

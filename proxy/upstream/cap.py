@@ -5,10 +5,14 @@ allows; the *effective cap* is what the upstream has shown to stand. It starts l
 round until the first overload, like TCP's slow start; after that it halves on overload and grows by
 one after a run of successes, so that it hovers below the level that broke.
 
-Three refinements, each against a way in which the plain law fails:
+Four refinements, each against a way in which the plain law fails:
 
 * *One halving per cause.* Requests that were sent before the last change say nothing about the new
   cap: an upstream that breaks under eight requests answers several of them badly at once.
+* *One ceiling per row.* Until something that was sent after a halving has gone well, the upstream
+  may still be at work on what broke it: the cap is halved on, but the ceiling stays where the first
+  of such a row put it, and it is soon back below that. Otherwise an upstream that takes two seconds
+  to recover would be held to one request at a time, whatever it stands.
 * *Growth only when it is used.* A success counts when the cap was full as it was sent; otherwise a
   quiet night would raise a cap that nobody has tried.
 * *A remembered ceiling.* The run is short below the level that broke last and long at it, so that
@@ -57,6 +61,7 @@ class Cap:
     ceiling: int | None = None  # the least cap that broke, as far as is known
     run: int = 0  # successes at a full cap since the last change
     changed_at: float = float("-inf")
+    is_proved: bool = True  # has anything gone well that was sent since it was halved?
     reason: str = "at its start"
 
     def __post_init__(self) -> None:
@@ -83,7 +88,15 @@ class Cap:
     def after_outage(self, now: float) -> Cap:
         """This cap, of before the origin went down, now that it is back."""
         limit = min(self.limit, START)
-        return replace(self, limit=limit, run=0, changed_at=now, reason="back after an outage")
+        return replace(
+            self, limit=limit, run=0, changed_at=now, is_proved=True, reason="back after an outage"
+        )
+
+    def cleared(self, before: Cap, now: float) -> Cap:
+        """This cap, when it turns out that nothing was wrong with ``before``."""
+        if self.limit >= before.limit:
+            return self
+        return replace(before, run=0, changed_at=now, is_proved=True, reason="fewer were no help")
 
     @property
     def needed_run(self) -> int:
@@ -94,8 +107,13 @@ class Cap:
             return QUICK_RUN * self.limit
         return max(LEAST_SLOW_RUN, SLOW_RUN * self.limit)
 
-    def succeeded(self, now: float, *, full: bool) -> Cap:
-        """A request went well; ``full`` says that the cap was the limit when it was sent."""
+    def succeeded(self, now: float, *, sent_at: float, full: bool) -> Cap:
+        """A request that was sent at ``sent_at`` went well; ``full`` says that the cap was the
+        limit then."""
+        if not self.is_proved:
+            if sent_at <= self.changed_at:
+                return self
+            return replace(self, is_proved=True).succeeded(now, sent_at=sent_at, full=full)
         if not full or self.limit == self.maximum:
             return self
         if self.run + 1 < self.needed_run:
@@ -112,6 +130,7 @@ class Cap:
             ceiling=None if passed else self.ceiling,
             run=0,
             changed_at=now,
+            is_proved=True,
             reason="growing",
         )
 
@@ -122,8 +141,9 @@ class Cap:
         return replace(
             self,
             limit=max(1, self.limit // 2),
-            ceiling=self.limit,
+            ceiling=self.limit if self.is_proved else self.ceiling,
             run=0,
             changed_at=now,
+            is_proved=False,
             reason=reason,
         )

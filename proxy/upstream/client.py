@@ -228,7 +228,7 @@ class UpstreamClient:
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
-            async with origin.turn(ticket) as turn:
+            async with origin.turn(ticket, repository) as turn:
                 self._hurry.asked(turn)
                 with self._weighed(turn), translated(origin.key.label, self.metrics):
                     if is_ours:
@@ -276,7 +276,7 @@ class UpstreamClient:
             if "/manifests/" not in response.url.raw_path:
                 turn.was_too_much("status 429")
         else:
-            turn.went_well()
+            turn.was_answered(well=response.status < 400)
 
     async def _origin_of(self, url: URL) -> Origin:
         if OriginKey.of(url) == self.origin.key:
@@ -369,7 +369,7 @@ class UpstreamClient:
                     return self._decided(turn, await _fetch_small(turn, url, headers))
                 known = self._authenticator
                 reach = ANYWHERE if known.lists(text) else known.realm_reach
-                async with origin.turn(Ticket(TurnClass.METADATA)) as other:
+                async with origin.turn(Ticket(TurnClass.METADATA), turn.repository) as other:
                     self._hurry.asked(other)
                     try:
                         answer = await _fetch_small(other, url, headers, reach)

@@ -7,24 +7,34 @@ can go on being about sockets: the *cap* (how many at once), the *health* (is it
 A Retry-After of 429 or 503 pauses the origin's gate, for at most ``MAX_PAUSE`` seconds: a request
 in five minutes is no burden, and an upstream may be mistaken. 429 pauses the class whose turn it
 was: metadata (Docker Hub's quota of manifests, while blobs go on), or everything but metadata. 503
-is about the whole origin. Bulk that is paused waits in the queue, as its readers have their headers
-early and long deadlines; a short question that would have to wait longer than ``PATIENCE`` is
-answered at once, so that a tag is served stale or the client hears when to come again.
+pauses its repository, and the whole origin once several say it and none is answered. Bulk that is
+paused waits, as its readers have their headers early and long deadlines; a short question that
+would have to wait longer than ``PATIENCE`` is answered at once, so that a tag is served stale or
+the client hears when to come again.
 
-An outage says nothing about how many requests the origin stands: the cap of before the first
-failure in the row is kept, and is what it starts from when the breaker closes.
+What one repository brings about is not held against the others (``blame.py``): a repository that
+fails by itself counts neither for the breaker nor for the cap, its retries draw on a budget apart,
+and the cap gets back what it lost before that was known, unless another repository broke as well or
+it was answered in the end.
+
+An origin that could not be reached has said nothing about how many requests it stands: the cap of
+before the first failure in the row is kept, and is what it starts from when the breaker closes. One
+that was reached and failed has, and the cap stays what that made of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
+from cachetools import TLRUCache
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics, OriginState
 from proxy.oci.errors import Throttled
+from proxy.upstream.blame import KEPT, Blame
 from proxy.upstream.budget import Retries, RetryBudget
 from proxy.upstream.cap import Cap
 from proxy.upstream.errors import retry_after, sort_failure
@@ -38,6 +48,9 @@ MAX_PAUSE = 300.0
 
 #: Seconds after an overload in which what looks like a denial may be one more sign of it.
 STRESSED = 10.0
+
+#: Repositories that asked for a pause, of which that is remembered.
+_MAX_PAUSED = 1024
 
 _METADATA = frozenset({TurnClass.METADATA})
 _EVERYTHING = frozenset(TurnClass)
@@ -64,6 +77,8 @@ class Conduct:
         self.cap = cap
         self.health = Health(label, clock=clock, on_change=self._health_changed)
         self.retries = Retries(label, metrics=metrics, clock=clock, budget=budget)
+        apart = self.retries.budget.another()
+        self._retries_apart = Retries(label, metrics=metrics, clock=clock, budget=apart)
         self.pulls = Pulls(label, clock=clock)
         self._label = label
         self._gate = gate
@@ -72,44 +87,78 @@ class Conduct:
         self._log = log
         self._on_cap = on_cap
         self._before = cap  # as it was before the first failure in a row
+        self._blame = Blame()
+        self._charged: set[str] = set()  # repositories that broke, and it is not known of whom it …
+        self._uncharged = cap  # … was: the cap as it was before the first of them
+        self._paused: TLRUCache[str, float, float] = TLRUCache(
+            _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
+        )
         self._overloaded_at = float("-inf")
         gate.limit = cap.limit
 
     # -- before a request ------------------------------------------------------------------
 
-    async def passage(self, ticket: Ticket) -> None:
-        """Wait until a request may stand in the queue. Raises ``UpstreamDown``, ``Throttled``."""
-        await self.health.passage()
-        wait = self._gate.paused_for(ticket.turn_class)
+    async def passage(self, ticket: Ticket, repository: str = "") -> None:
+        """Wait until a request for ``repository`` may stand in the queue. Raises ``UpstreamDown``,
+        ``Throttled``."""
+        await self.health.passage(repository)
+        wait = max(self._gate.paused_for(ticket.turn_class), self._paused_for(repository))
         if ticket.turn_class is TurnClass.METADATA and wait > PATIENCE:
             raise Throttled(wait, message=f"{self._label} asked to be left alone for a while")
+        await asyncio.sleep(self._paused_for(repository))
+
+    def retries_of(self, repository: str) -> Retries:
+        """The budget that tries for this repository draw on.
+
+        Those that fail by themselves have one apart: they would spend the others' for nothing.
+        """
+        is_its_own = self._blame.fails_by_itself(repository, self._clock())
+        return self._retries_apart if is_its_own else self.retries
+
+    def _paused_for(self, repository: str) -> float:
+        """Seconds for which this repository asked to be left alone."""
+        return max(0.0, self._paused.get(repository, 0.0) - self._clock())
 
     # -- after it --------------------------------------------------------------------------
 
-    def heed(self, slot: Slot, response: aiohttp.ClientResponse) -> None:
-        """An answer's head has come."""
+    def heed(self, slot: Slot, response: aiohttp.ClientResponse, repository: str = "") -> None:
+        """The head of an answer to a request for ``repository`` has come."""
         status = response.status
         if status >= 500 and status != 501:
-            self._failed(slot, Trouble.BROKEN, f"status {status}")
+            self._failed(slot, Trouble.BROKEN, f"status {status}", repository)
         else:
             self.health.answered()
         self.pulls.heed(response.headers)
         if status in (429, 503):
-            self._pause(slot, status, retry_after(response.headers))
+            self._pause(slot, status, retry_after(response.headers), repository)
 
-    def broke(self, slot: Slot, error: Exception) -> None:
+    def broke(self, slot: Slot, error: Exception, repository: str = "") -> None:
         """There was no answer."""
         kind, said = sort_failure(error)
         no_connection = kind in _UNREACHABLE or isinstance(error, aiohttp.ConnectionTimeoutError)
-        self._failed(slot, Trouble.UNREACHABLE if no_connection else Trouble.BROKEN, said)
+        trouble = Trouble.UNREACHABLE if no_connection else Trouble.BROKEN
+        self._failed(slot, trouble, said, repository)
 
-    def _failed(self, slot: Slot, trouble: Trouble, reason: str) -> None:
+    def _failed(self, slot: Slot, trouble: Trouble, reason: str, repository: str) -> None:
+        is_its_own = self._blame.fails_by_itself(repository, self._clock())
+        if trouble is Trouble.BROKEN and is_its_own:
+            return  # as a probe it has no outcome
         if not self.health.breaker.run:
             self._before = self.cap
-        self.health.failed(slot.number, trouble, reason)
+        self.health.failed(slot.number, trouble, reason, repository)
 
-    def _pause(self, slot: Slot, status: int, seconds: float | None) -> None:
+    def _pause(self, slot: Slot, status: int, seconds: float | None, repository: str) -> None:
         if not seconds:
+            return
+        if status == 503 and not self.health.breaker.is_widespread:
+            self._paused[repository] = self._clock() + min(seconds, MAX_PAUSE)
+            if self._log is not None:
+                self._log.info(
+                    "repository_paused",
+                    upstream=self._label,
+                    repository=repository,
+                    seconds=round(min(seconds, MAX_PAUSE), 1),
+                )
             return
         classes = _EVERYTHING
         if status == 429:
@@ -133,24 +182,48 @@ class Conduct:
         """Was it overloaded a moment ago?"""
         return self._clock() - self._overloaded_at < STRESSED
 
-    def went_well(self, *, full: bool) -> None:
-        """A request went well; ``full``: the cap was the limit when it was sent."""
-        self._settle(self.cap.succeeded(self._clock(), full=full))
+    def answered(self, repository: str, sent_at: float) -> None:
+        """A request for ``repository`` that was sent at ``sent_at`` (monotonic seconds) got an
+        answer that was meant, be it that there is no such thing."""
+        self._blame.answered(repository, self._clock(), sent_at=sent_at)
+        if repository in self._charged:
+            self._charged.clear()  # with fewer at once it is answered: they were too many
 
-    def was_too_much(self, sent_at: float, reason: str) -> None:
-        """The upstream broke under a request sent at ``sent_at`` (monotonic seconds)."""
+    def went_well(self, sent_at: float, *, full: bool) -> None:
+        """A request got what it asked for; ``full``: the cap was the limit when it was sent."""
+        self._settle(self.cap.succeeded(self._clock(), sent_at=sent_at, full=full))
+
+    def was_too_much(self, repository: str, sent_at: float, reason: str) -> None:
+        """The upstream broke under a request for ``repository`` sent at ``sent_at``."""
+        if self._blame.failed(repository, self._clock(), sent_at=sent_at):
+            self._clear(repository)
+            return
+        if not self._charged:
+            self._uncharged = self.cap
+        if len(self._charged) < KEPT:
+            self._charged.add(repository)
         self._metrics.upstream_overloads.labels(self._label).inc()
         self._overloaded_at = self._clock()
         self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
+
+    def _clear(self, repository: str) -> None:
+        """It fails by itself. If all that broke do, the cap was lowered for nothing."""
+        if repository in self._charged:
+            self._charged.discard(repository)
+            if not self._charged:
+                self._settle(self.cap.cleared(self._uncharged, self._clock()))
 
     def _settle(self, cap: Cap) -> None:
         if cap.limit != self.cap.limit:
             self._gate.limit = cap.limit
         self.cap = cap
-        self._on_cap(self._before if self.health.is_down else cap)
+        breaker = self.health.breaker
+        is_out = breaker.state is not State.CLOSED and breaker.is_unreachable
+        self._on_cap(self._before if is_out else cap)
 
     def _health_changed(self, before: Breaker, after: Breaker) -> None:
-        if after.state is State.CLOSED:
+        if after.state is State.CLOSED and before.is_unreachable:
+            self._charged.clear()
             self._settle(self._before.after_outage(self._clock()))
         if self._log is not None:
             self._log.warning(
@@ -188,7 +261,7 @@ class Conduct:
                 "retry_in": round(self.health.retry_in, 1),
             },
             "paused": {name: round(left, 1) for name, left in self._gate.pauses().items()},
-            "retries_held": self.retries.waiting,
+            "retries_held": self.retries.waiting + self._retries_apart.waiting,
             "quota": None
             if quota is None
             else {
@@ -202,6 +275,7 @@ class Conduct:
     def close(self) -> None:
         """Stop timers, and send away who waits for a retry."""
         self.retries.close()
+        self._retries_apart.close()
         self._gate.close()
 
     def __repr__(self) -> str:

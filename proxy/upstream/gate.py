@@ -73,10 +73,11 @@ class Slots(Protocol):
         """Wait for the ticket's turn. Raises ``QueueFull``; cancelling it leaves no trace."""
         ...
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: Slot, *, was_used: bool = True) -> None:
         """Give the slot back; its socket is idle and clean, or closed, or will be before use.
 
-        Raises ``ValueError`` for a slot that is not held.
+        One that was not used says nothing of how long turns last. Raises ``ValueError`` for a
+        slot that is not held.
         """
         ...
 
@@ -198,7 +199,7 @@ class Gate:
         try:
             await self._rate.acquire(1)
         except BaseException:
-            self.release(slot)
+            self.release(slot, was_used=False)
             raise
         return replace(slot, since=self._clock())
 
@@ -218,7 +219,7 @@ class Gate:
             return await future
         except BaseException:
             if not self._withdraw(ticket, future):
-                self.release(future.result())
+                self.release(future.result(), was_used=False)
             self._metrics.queue_abandoned.labels(self.name, ticket.turn_class).inc()
             raise
 
@@ -230,13 +231,14 @@ class Gate:
         self._queue.discard(ticket)
         return True
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: Slot, *, was_used: bool = True) -> None:
         """Take the slot back and grant it to whoever is next."""
         turn_class = self._granted.pop(slot.number, None)
         if turn_class is None:
             raise ValueError(f"{slot} of {self.name} is not held")
         self._bulk -= turn_class is not TurnClass.METADATA
-        self._times.ended(turn_class, self._clock() - slot.since)
+        if was_used:
+            self._times.ended(turn_class, self._clock() - slot.since)
         self._free.append(slot.number)
         self._grant()
 

@@ -4,7 +4,8 @@ Why: an upstream that is down costs every pull a connect time-out, and every cac
 of its check, although the answer is known. The breaker remembers it. It is not for an upstream that
 has too much to do: that is the cap's business (``cap.py``), and answers of an overloaded one, false
 401s included, are answers. Nothing that a client can bring about opens it: 404, denials and quotas
-show that the origin is there, and so does every byte of a body.
+show that the origin is there, and so does every byte of a body. Nor does one repository: it may be
+broken by itself (``blame.py``), so that requests which got through have to fail for ``SEVERAL``.
 
 Theory of operation
 -------------------
@@ -12,13 +13,17 @@ Theory of operation
 
 * CLOSED     requests pass. Failures in a row are counted; any answer begins the count anew. It
              opens when nobody could connect (refused, unresolvable, TLS, connect time-out)
-             ``UNREACHABLE_RUN`` times in a row, or when ``BROKEN_RUN`` requests in a row ended in
-             5xx, a reset or silence. The row must also have lasted a while: a burst that breaks at
-             once, while others are still being answered, is an overload.
-* OPEN       nobody passes until ``until``. Then the first request that has a slot is the *probe*.
+             ``UNREACHABLE_RUN`` times in a row, or when ``BROKEN_RUN`` requests in a row, for
+             ``SEVERAL`` repositories, ended in 5xx, a reset or silence. The row must also have
+             lasted a while: a burst that breaks at once, while others are still being answered, is
+             an overload.
+* OPEN       nobody passes until ``until``. Then the first request that is sent is the *probe*; one
+             for a repository that failed in the row may be it ``LATER`` only, for its failure would
+             say less than that of another.
 * HALF_OPEN  one probe is under way, everybody else waits for it. Its answer closes the breaker; its
              failure opens it for twice as long, jittered, up to a bound; if it is given up without
-             an outcome (its client left) the next request is the probe at once.
+             an outcome (its client left) the next request is the probe at once. A probe for a
+             repository of the row gives way to one for another, for the same reason.
 
 An answer to a request that was sent before it opened closes it too; a failure of such a request
 says nothing new. An origin that still talks, if only in 5xx, is asked at least every
@@ -28,8 +33,11 @@ Requests that find it open (``passage``): if the probe is due within ``PATIENCE`
 and for its outcome, at most so long altogether: a restart of the upstream is over in seconds, and a
 pull that waited for it is a pull that did not fail. If it is due later they fail at once with
 ``UpstreamDown``, which says when to come again: silence would only hide what is known, and the
-client may have another mirror. After the wait the same question is asked again under the slot
-(``enter``), because those who stood in the gate's queue when it opened never came through here.
+client may have another mirror. When a probe fails that got through they wait on, for the next one
+is due soon and it may be about the probe's repository only. After the wait the same is asked again
+when the slot is granted (``admits``), because those who stood in the gate's queue when it opened
+never came through here, and once more when the request is sent (``enter``), which is when it
+becomes the probe: in between it may have to wait for another origin's token service.
 """
 
 from __future__ import annotations
@@ -48,6 +56,12 @@ UNREACHABLE_SECONDS = 1.0
 #: The same for failures of any kind: 5xx, resets, silence.
 BROKEN_RUN = 10
 BROKEN_SECONDS = 3.0
+#: Repositories for which requests have to fail that got through.
+SEVERAL = 3
+#: Those of a row that are remembered, at most.
+KEPT = 16
+#: Seconds that a repository of the row leaves the probe to others.
+LATER = 0.5
 #: Seconds that it stays open at first; each probe that fails doubles them.
 FIRST = 1.0
 LONGEST = 60.0
@@ -77,33 +91,58 @@ class Breaker:
     state: State = State.CLOSED
     run: int = 0  # failures since the last answer
     unreachable: int = 0  # those of them without a connection
+    repositories: frozenset[str] = frozenset()  # what the others were for, and probes since
     since: float = 0.0  # when the row began
     openings: int = 0  # since it was closed last
     until: float = 0.0  # when the probe is due
     reason: str = ""
 
     def failed(
-        self, now: float, trouble: Trouble, reason: str, *, chance: float, is_probe: bool = False
+        self,
+        now: float,
+        trouble: Trouble,
+        reason: str,
+        *,
+        chance: float,
+        repository: str = "",
+        is_probe: bool = False,
     ) -> Breaker:
         """A request failed; ``chance`` is a random number in [0, 1)."""
+        if self.state is not State.CLOSED and not (is_probe and self.state is State.HALF_OPEN):
+            return self
+        has_connected = trouble is Trouble.BROKEN
+        row = self._with(repository) if has_connected else self
         if self.state is not State.CLOSED:
-            decides = is_probe and self.state is State.HALF_OPEN
-            return self._opened(now, trouble, reason, chance) if decides else self
-        count = trouble is Trouble.UNREACHABLE
+            return row._opened(now, trouble, reason, chance)
         row = replace(
-            self,
+            row,
             run=self.run + 1,
-            unreachable=self.unreachable + count,
+            unreachable=self.unreachable + (not has_connected),
             since=self.since if self.run else now,
             reason=reason,
         )
         return row._opened(now, trouble, reason, chance) if row._is_long(now) else row
 
+    def _with(self, repository: str) -> Breaker:
+        if len(self.repositories) >= KEPT:
+            return self
+        return replace(self, repositories=self.repositories | {repository})
+
     def _is_long(self, now: float) -> bool:
         lasted = now - self.since
-        if self.unreachable >= UNREACHABLE_RUN and lasted >= UNREACHABLE_SECONDS:
+        if self.is_unreachable and lasted >= UNREACHABLE_SECONDS:
             return True
-        return self.run >= BROKEN_RUN and lasted >= BROKEN_SECONDS
+        return self.is_widespread and self.run >= BROKEN_RUN and lasted >= BROKEN_SECONDS
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Could nobody connect in this row?"""
+        return self.unreachable >= UNREACHABLE_RUN
+
+    @property
+    def is_widespread(self) -> bool:
+        """Is the row about more than a repository or two? Connections are the origin's own."""
+        return len(self.repositories) + self.unreachable >= SEVERAL
 
     def _opened(self, now: float, trouble: Trouble, reason: str, chance: float) -> Breaker:
         longest = LONGEST if trouble is Trouble.UNREACHABLE else LONGEST_BROKEN
@@ -127,9 +166,9 @@ class Breaker:
         """The probe ended without an outcome: the next request is one at once."""
         return replace(self, state=State.OPEN, until=now)
 
-    def is_due(self, now: float) -> bool:
-        """May the next request be the probe?"""
-        return self.state is State.OPEN and now >= self.until
+    def due(self, repository: str | None = None) -> float:
+        """When a request for ``repository``, or for one that has not failed, may be the probe."""
+        return self.until + (LATER if repository in self.repositories else 0.0)
 
 
 class Health:
@@ -154,7 +193,7 @@ class Health:
         self._chance = chance
         self._on_change = on_change
         self._patience = patience
-        self._probe: int | None = None  # the slot of the probe that is under way
+        self._probe: tuple[int, str] | None = None  # slot and repository of the one under way
         self._changed = asyncio.Event()
 
     @property
@@ -165,37 +204,51 @@ class Health:
     @property
     def wants_probe(self) -> bool:
         """Is it open, and the time come to ask whether the origin is back?"""
-        return self.breaker.is_due(self._clock())
+        return self.breaker.state is State.OPEN and self._clock() >= self.breaker.due()
 
     @property
     def retry_in(self) -> float:
         """Seconds until the next probe is due."""
         return max(0.0, self.breaker.until - self._clock()) if self.is_down else 0.0
 
-    async def passage(self) -> None:
+    def admits(self, repository: str = "") -> bool:
+        """Might a request for ``repository`` be sent now?"""
+        failed = self.breaker.repositories
+        match self.breaker.state:
+            case State.CLOSED:
+                return True
+            case State.OPEN:
+                return self._clock() >= self.breaker.due(repository)
+            case State.HALF_OPEN:
+                is_telling = self._probe is None or self._probe[1] not in failed
+                return not is_telling and repository not in failed
+
+    async def passage(self, repository: str = "") -> None:
         """Wait until a request may ask for a slot. Raises ``UpstreamDown``."""
         if not self.is_down:
             return
         try:
             async with asyncio.timeout(self._patience):
-                while self.is_down and not self.wants_probe:
+                while not self.admits(repository):
                     if self.retry_in > self._patience:
                         raise self._down()
-                    await self._moved()
+                    await self._moved(repository)
         except TimeoutError:
             raise self._down() from None
 
-    async def _moved(self) -> None:
+    async def _moved(self, repository: str) -> None:
         """Wait for a change, or until the probe is due."""
-        changed = self._changed
-        wait = self.retry_in if self.breaker.state is State.OPEN else None
+        changed, wait = self._changed, None
+        if self.breaker.state is State.OPEN:
+            wait = max(0.0, self.breaker.due(repository) - self._clock())
         try:
             async with asyncio.timeout(wait):
                 await changed.wait()
         except TimeoutError:
             return
-        if self.breaker.state is State.OPEN and not self.wants_probe:
-            raise self._down()  # the probe that was waited for has failed
+        has_failed = self.breaker.state is State.OPEN and not self.wants_probe
+        if has_failed and not self.breaker.repositories:
+            raise self._down()  # nobody got through: nothing is left to hope for
 
     def _down(self) -> UpstreamDown:
         return UpstreamDown(
@@ -203,19 +256,24 @@ class Health:
             retry_after=max(1.0, self.retry_in),
         )
 
-    def enter(self, slot: int) -> bool:
+    def enter(self, slot: int, repository: str = "") -> bool:
         """May the request that holds this slot be sent? If the probe is due it becomes it."""
-        if not self.is_down:
+        is_probing = self.breaker.state is State.HALF_OPEN and self._is_probe(slot)
+        if not self.is_down or is_probing:
             return True
-        if not self.wants_probe:
+        if not self.admits(repository):
             return False
-        self._probe = slot
-        self._become(self.breaker.probing())
+        self._probe = slot, repository
+        if self.breaker.state is State.OPEN:
+            self._become(self.breaker.probing())
         return True
+
+    def _is_probe(self, slot: int) -> bool:
+        return self._probe is not None and self._probe[0] == slot
 
     def leave(self, slot: int) -> None:
         """The slot's turn is over, whatever came of it."""
-        if self._probe != slot:
+        if not self._is_probe(slot):
             return
         self._probe = None
         if self.breaker.state is State.HALF_OPEN:
@@ -226,15 +284,16 @@ class Health:
         if self.is_down or self.breaker.run:
             self._become(self.breaker.answered())
 
-    def failed(self, slot: int, trouble: Trouble, reason: str) -> None:
-        """The request of this slot failed."""
+    def failed(self, slot: int, trouble: Trouble, reason: str, repository: str = "") -> None:
+        """The request of this slot, for ``repository``, failed."""
         self._become(
             self.breaker.failed(
                 self._clock(),
                 trouble,
                 reason,
                 chance=self._chance(),
-                is_probe=self._probe == slot,
+                repository=repository,
+                is_probe=self._is_probe(slot),
             )
         )
 

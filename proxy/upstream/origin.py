@@ -13,7 +13,8 @@ below the number of lanes, lanes with idle sockets beyond it are closed before a
 that idle sockets never push the count over the limit either.
 
 Before a turn is queued for, ``conduct.py`` may hold it back: the origin is down, it asked for a
-pause, or too many retries were made. The breaker is asked again when the slot has been granted.
+pause, or too many retries were made. The breaker is asked again when the slot has been granted, and
+when the request is sent.
 """
 
 from __future__ import annotations
@@ -47,15 +48,18 @@ TURN_SECONDS = 2.0
 #: A turn may overrun that this many times while others wait before it is cut.
 OVERRUN = 2.0
 MIN_TURN_BYTES = 1 << 20
+#: A turn that brought so many bytes before it broke was no failed try.
+WORTHWHILE = 256 << 10
 MAX_TURN_BYTES = 64 << 20
 
 
 class Turn:
     """The use of one slot, from its grant to its end."""
 
-    def __init__(self, origin: Origin, slot: Slot) -> None:
+    def __init__(self, origin: Origin, slot: Slot, repository: str = "") -> None:
         self.origin = origin
         self.slot = slot
+        self.repository = repository
         self.patience: float | None = None  # for the head of an answer; None: read_timeout
         self.stall = origin.settings.stall
         self._response: aiohttp.ClientResponse | None = None
@@ -65,6 +69,7 @@ class Turn:
         # Only a request that went out at a full cap says that the cap could be larger.
         self._was_full = origin.gate.is_full
         self.was_of_use = False  # there was an answer that was meant
+        self._received = 0  # bytes of bodies
 
     async def request(
         self,
@@ -80,10 +85,11 @@ class Turn:
         Raises what aiohttp raises, ``TimeoutError`` and ``RedirectRefused``.
         """
         self.finish()
+        await self.origin.allow(self)
         self._sent_at = self.origin.clock()
         try:
             self._response = await self.origin.send(
-                self.slot, method, url, headers or {}, reach=reach, patience=self.patience
+                self, method, url, headers or {}, reach=reach, patience=self.patience
             )
         except BaseException:
             # aiohttp closes the socket; but a cancelled request may be answered at length.
@@ -110,6 +116,7 @@ class Turn:
                     raise
             else:
                 meter.received(len(data), clock() - began)
+                self._received += len(data)
                 return data
             meter.received(0, clock() - began)
             if meter.patience <= 0:
@@ -130,14 +137,25 @@ class Turn:
             self.origin.abort(self.slot)  # before close(), which would only begin to close
         response.close()
 
-    def went_well(self) -> None:
-        """The upstream gave an answer that it meant."""
+    def was_answered(self, *, well: bool) -> None:
+        """The upstream gave an answer that it meant; ``well``: what was asked for.
+
+        Only that says that it stands more at once: to refuse or to miss something is little work,
+        and whoever asks for nothing real would decide how many others may.
+        """
         self.was_of_use = True
-        self.origin.conduct.went_well(full=self._was_full)
+        self.origin.conduct.answered(self.repository, self._sent_at)
+        if well:
+            self.origin.conduct.went_well(self._sent_at, full=self._was_full)
 
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
-        self.origin.conduct.was_too_much(self._sent_at, reason)
+        self.origin.conduct.was_too_much(self.repository, self._sent_at, reason)
+
+    @property
+    def has_moved_on(self) -> bool:
+        """Did it bring so much that it was worth its place, even if it breaks then?"""
+        return self._received >= WORTHWHILE
 
     @property
     def is_overdue(self) -> bool:
@@ -209,26 +227,27 @@ class Origin:
         return Cap.starting(maximum, caps.learned(self.key.label) if caps else None)
 
     @contextlib.asynccontextmanager
-    async def turn(self, ticket: Ticket) -> AsyncIterator[Turn]:
-        """Wait for a turn and hold it. Raises ``QueueFull``, ``Throttled``, ``UpstreamDown``."""
-        retries = self.conduct.retries
+    async def turn(self, ticket: Ticket, repository: str = "") -> AsyncIterator[Turn]:
+        """Wait for a turn, for this repository, and hold it. Raises ``QueueFull``, ``Throttled``
+        and ``UpstreamDown``."""
+        retries = self.conduct.retries_of(repository)
         self._coming += 1  # until the gate knows of it: this origin must not be forgotten
         try:
-            await self.conduct.passage(ticket)
+            await self.conduct.passage(ticket, repository)
             place = await retries.take(ticket.retry)
             try:
-                slot = await self._slot(ticket)
+                slot = await self._slot(ticket, repository)
             except BaseException:
                 retries.give_back(place)
                 raise
         finally:
             self._coming -= 1
-        turn = Turn(self, slot)
+        turn = Turn(self, slot, repository)
         self._busy.add(slot.number)
         try:
             yield turn
         except PullError:
-            turn.was_of_use = False
+            turn.was_of_use = turn.has_moved_on
             raise
         finally:
             turn.finish()
@@ -238,18 +257,27 @@ class Origin:
             if turn.was_of_use:
                 retries.give_back(place)
 
-    async def _slot(self, ticket: Ticket) -> Slot:
+    async def _slot(self, ticket: Ticket, repository: str) -> Slot:
         """A slot; one that is granted when the breaker has opened meanwhile goes back."""
         while True:
             slot = await self.slots.acquire(ticket)
-            if self.conduct.health.enter(slot.number):
+            if self.conduct.health.admits(repository):
                 return slot
-            self.slots.release(slot)
-            await self.conduct.passage(ticket)
+            self.slots.release(slot, was_used=False)
+            await self.conduct.passage(ticket, repository)
+
+    async def allow(self, turn: Turn) -> None:
+        """Wait until the turn's request may be sent. Raises ``UpstreamDown``.
+
+        If it has to wait there is a probe on the way, which has a slot of its own.
+        """
+        health = self.conduct.health
+        while not health.enter(turn.slot.number, turn.repository):
+            await health.passage(turn.repository)
 
     async def send(
         self,
-        slot: Slot,
+        turn: Turn,
         method: str,
         url: URL,
         headers: Mapping[str, str],
@@ -257,14 +285,15 @@ class Origin:
         reach: Reach = ANYWHERE,
         patience: float | None = None,
     ) -> aiohttp.ClientResponse:
-        """One request on the slot's lane, counted. Raises as ``Turn.request`` does."""
+        """One request on the lane of the turn's slot, counted. Raises as ``Turn.request`` does."""
+        slot = turn.slot
         lane = self._lane(slot.number)
         await self._make_room()
         started = self.clock()
         try:
             response = await lane.request(method, url, headers, reach=reach, patience=patience)
         except (aiohttp.ClientError, OSError) as error:
-            self.conduct.broke(slot, error)
+            self.conduct.broke(slot, error, turn.repository)
             failure = self._egress_failure(error)
             if failure is None:
                 raise
@@ -272,7 +301,7 @@ class Origin:
         if response.status == 407 and self.proxy is not None:  # no registry's to say
             text = f"the egress proxy {self.proxy.label} answers 407"
             raise self._counted(EgressFailed(f"{self.key.label}: {text}"))
-        self.conduct.heed(slot, response)
+        self.conduct.heed(slot, response, turn.repository)
         self._metrics.upstream_requests.labels(self.key.label, str(response.status)).inc()
         self._metrics.upstream_duration.labels(self.key.label).observe(self.clock() - started)
         return response

@@ -18,11 +18,13 @@ from enum import StrEnum
 from proxy.oci.challenge import Challenge, offers_basic, pick_bearer
 
 #: What a database, a pool or a cache says when it is out of connections or out of reach, in the
-#: words of Go's drivers, which registries put into their answers.
+#: words of Go's drivers, which registries put into their answers. Not as the end of a longer word:
+#: a refusal may name a repository, and one may be called ``team/mysql`` or ``redis``.
 _DATABASE = re.compile(
     rb"too many (?:clients|connections)|connection reset by peer|connection refused"
     rb"|(?:read|write|dial) tcp|i/o timeout|bad connection|broken pipe|context deadline exceeded"
-    rb"|remaining connection slots|pq: |sql: |pgconn|redis: |driver: ",
+    rb"|remaining connection slots"
+    rb"|(?<![\w/.-])(?:(?:pq|sql|driver|pgconn): |redis: (?:connection|client))",
     re.IGNORECASE,
 )
 

@@ -67,10 +67,8 @@ _MAX_TOKENS = 1024
 _EARLY_SECONDS = 10.0
 _EARLY_SHARE = 0.1
 
-
 # How long it counts as evidence, in seconds, that a repository could be pulled from.
 _LATELY = 600.0
-
 
 #: Seconds in which credentials that were refused are not shown again: behind a token service there
 #: may be a directory that locks accounts.
@@ -79,6 +77,8 @@ REFUSED_FOR = 10.0
 SECOND_LOOK = 0.5
 #: … and until a refusal that may be bad luck is taken for a denial, which is due within 5 s.
 DOUBT = 2.0
+#: Other repositories that are asked for as evidence, at most.
+OTHERS = 3
 #: Seconds until the same refusal would be doubted again.
 _DOUBTED_FOR = 60.0
 
@@ -277,10 +277,11 @@ class Authenticator:
         Harbor answers both alike (D5), so there has to be evidence. The first look at a repository
         that has not worked yet is none: whoever wants to know asks again after a pause, which is
         the second chance of a denial. Then, in this order: another token; credentials that do not
-        even get a token without a scope are wrong; what worked lately has not lost its rights just
-        now; and if another repository that worked fails as well, it is not about this one. Where
-        nothing has ever worked, and while the upstream `is_stressed` (was overloaded a moment ago),
-        bad luck looks like a denial for a while longer. Raises as `fetch` does.
+        even get a token without a scope are wrong; and if others that worked fail as well, it is
+        not about this one. Several of them are asked, for one may have been revoked itself. Where
+        nothing else has worked there is only what this one did. While the upstream `is_stressed`
+        (was overloaded a moment ago), and for what worked lately, bad luck looks like a denial for
+        a while longer. Raises as `fetch` does.
         """
         if self._learned is None or self._learned.bearer is None:
             return Evidence.DENIAL
@@ -294,13 +295,26 @@ class Authenticator:
             return Evidence.OVERLOAD
         if credentials is not None and not await ask(None):
             return Evidence.DENIAL
-        if has_worked:
+        others = [name for name in reversed(list(self._worked)) if name != repository][:OTHERS]
+        is_granted = await self._any_granted(others, ask)
+        if not is_granted and (others or has_worked):
             return Evidence.OVERLOAD
-        other = next(iter(self._worked), None)
-        if other is not None and not await ask(other):
-            return Evidence.OVERLOAD
-        may_be_luck = other is None or is_stressed
-        return Evidence.NONE if may_be_luck and doubted < DOUBT else Evidence.DENIAL
+        may_be_luck = is_stressed or has_worked or not others
+        if may_be_luck and doubted < DOUBT:
+            return Evidence.NONE
+        self._worked.pop(repository, None)
+        return Evidence.DENIAL
+
+    async def _any_granted(
+        self, others: Sequence[str], ask: Callable[[str], Awaitable[bool]]
+    ) -> bool:
+        """Is one of these granted still? Those before it were not: they have worked no longer."""
+        for place, other in enumerate(others):
+            if await ask(other):
+                for failed in others[:place]:
+                    self._worked.pop(failed, None)
+                return True
+        return False
 
     async def _is_granted(
         self,

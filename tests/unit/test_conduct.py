@@ -8,12 +8,15 @@ import socket
 import pytest
 
 from proxy.oci.errors import NotFound, Throttled, UpstreamDown, UpstreamUnavailable
-from proxy.testing import Answer, FakeClock, FakeRegistry, Fault, PullQuota
+from proxy.testing import Answer, Cut, FakeClock, FakeRegistry, Fault, PullQuota, make_image
+from proxy.upstream.blame import LATELY
+from proxy.upstream.blob import BlobSource
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import START
 from proxy.upstream.conduct import MAX_PAUSE, Conduct
 from proxy.upstream.endpoint import OriginSettings
-from proxy.upstream.health import Breaker, State
+from proxy.upstream.health import SEVERAL, Breaker, State
+from proxy.upstream.origin import WORTHWHILE
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.fake_kit import IMAGE
 from tests.unit.upstream_kit import Puller, sample, ticket, until
@@ -24,8 +27,10 @@ def holding(registry: FakeRegistry) -> FakeRegistry:
     return registry
 
 
-async def manifest(puller: Puller, tag: str = "v1", on: Ticket | None = None) -> bytes:
-    body, _, _ = await puller.client.manifest("team/app", tag, on or ticket())
+async def manifest(
+    puller: Puller, tag: str = "v1", on: Ticket | None = None, of: str = "team/app"
+) -> bytes:
+    body, _, _ = await puller.client.manifest(of, tag, on or ticket())
     return body
 
 
@@ -123,15 +128,98 @@ async def test_steady_5xx_open_it_but_not_while_others_are_answered() -> None:
         registry.script(Fault(Answer(503), reference="bad", times=None))
         for number in range(40):
             with pytest.raises(UpstreamUnavailable):
-                await manifest(puller, "bad")
+                await manifest(puller, "bad", of=f"team/app{number % 4}")
             puller.clock.advance(1.0)
             if number < 25:
                 await manifest(puller)
                 assert not conduct(puller).health.is_down
-            elif conduct(puller).health.is_down:
+            puller.clock.advance(LATELY)  # nobody else has been answered of late
+            if conduct(puller).health.is_down:
                 break
         assert conduct(puller).health.is_down
-        assert conduct(puller).health.retry_in <= 4.0
+        assert number >= 25
+        assert conduct(puller).health.breaker.until <= puller.clock() + 4.0
+
+
+async def test_one_repository_does_not_open_it_nor_hold_the_cap_down() -> None:
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        registry.script(Fault(Answer(500), repository="team/bad", times=None))
+        for number in range(60):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, of="team/bad")
+            puller.clock.advance(1.0)
+            assert not conduct(puller).health.is_down
+            if number % 10 == 9:
+                await manifest(puller)
+            if number > 10:  # since another was answered between its failures
+                assert conduct(puller).cap.limit == START
+                assert conduct(puller).cap.ceiling is None
+        assert not conduct(puller).is_stressed
+
+
+async def test_the_cap_stays_low_if_the_repository_that_broke_is_answered_in_the_end() -> None:
+    """Then it was an overload: with fewer at once it goes well."""
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        registry.script(Fault(Answer(503), repository="team/app", times=1))
+        with pytest.raises(UpstreamUnavailable):
+            await manifest(puller)
+        puller.clock.advance(1.0)
+        await manifest(puller)
+        registry.script(Fault(Answer(500), repository="team/bad", times=None))
+        for _ in range(3):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, of="team/bad")
+            puller.clock.advance(1.0)
+            await manifest(puller)
+        assert conduct(puller).cap.limit == START // 2
+
+
+async def test_an_outage_of_an_origin_that_talks_is_no_reason_to_forget_what_broke_it() -> None:
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        registry.script(Fault(Answer(503), times=None))
+        for number in range(30):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, of=f"team/app{number % 4}")
+            puller.clock.advance(1.0)
+            if conduct(puller).health.is_down:
+                break
+        assert conduct(puller).cap.limit == 1
+        registry.clear_script()
+        puller.clock.advance(10.0)
+        await manifest(puller)
+        assert not conduct(puller).health.is_down
+        assert (conduct(puller).cap.limit, conduct(puller).cap.ceiling) == (1, START)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_what_is_refused_or_missing_does_not_raise_the_cap(status: int) -> None:
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        registry.script(Fault(Answer(status), reference="none", times=None))
+
+        async def crowd(tag: str) -> None:
+            asked = (manifest(puller, tag) for _ in range(100))
+            await asyncio.gather(*asked, return_exceptions=True)
+
+        await crowd("none")
+        assert conduct(puller).cap.limit == START
+        await crowd("v1")
+        assert conduct(puller).cap.limit == 16
 
 
 # -- pauses --------------------------------------------------------------------------------------
@@ -142,7 +230,7 @@ async def test_steady_5xx_open_it_but_not_while_others_are_answered() -> None:
     [
         (429, TurnClass.METADATA, {"metadata"}),
         (429, TurnClass.BLOB, {"small", "blob", "abandoned"}),
-        (503, TurnClass.BLOB, {"metadata", "small", "blob", "abandoned"}),
+        (503, TurnClass.BLOB, set()),
         (500, TurnClass.BLOB, set()),
     ],
 )
@@ -156,6 +244,33 @@ async def test_retry_after_pauses_what_it_is_about(
         assert conduct(puller).details()["paused"] == dict.fromkeys(paused, 7.0)
         puller.clock.advance(7.0)
         assert conduct(puller).details()["paused"] == {}
+
+
+async def test_a_503_pauses_its_repository_and_several_of_them_the_origin() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(503, {"Retry-After": "100"}), reference="bad", times=None))
+        for number in range(SEVERAL - 1):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, "bad", of=f"team/app{number}")
+        asked = registry.counters.count("manifest")
+        with pytest.raises(Throttled, match="left alone"):
+            await manifest(puller, of="team/app0")
+        assert registry.counters.count("manifest") == asked
+        assert await manifest(puller) == IMAGE.manifest  # which begins the row anew
+        for number in range(SEVERAL):
+            assert conduct(puller).details()["paused"] == {}
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, "bad", of=f"team/lib{number}")
+        assert set(conduct(puller).details()["paused"]) == {
+            "metadata",
+            "small",
+            "blob",
+            "abandoned",
+        }
+        with pytest.raises(Throttled, match="left alone"):
+            await manifest(puller)
+        puller.clock.advance(100.0)
+        assert await manifest(puller) == IMAGE.manifest
 
 
 async def test_a_pause_is_bounded_and_a_shorter_one_does_not_end_it() -> None:
@@ -209,6 +324,42 @@ async def test_a_retry_that_goes_well_costs_no_budget_and_one_that_fails_does() 
             for reason in reasons
         ]
         assert counted == [2, 1]
+
+
+async def test_a_retry_that_brought_much_before_it_broke_costs_no_budget() -> None:
+    """An upstream that cuts every body is resumed as often as that takes."""
+    image = make_image("team/app", "v1", layers=[4 * WORTHWHILE], seed=3, tarred=False)
+    async with FakeRegistry() as registry, Puller(registry) as puller:
+        registry.push(image)
+        for cut_at, taken in ((WORTHWHILE + 1, 0), (WORTHWHILE // 2, 1)):
+            registry.script(Fault(Cut(cut_at)))
+            retry = Ticket(TurnClass.BLOB, ["client"])
+            retry.retry = "upstream_unavailable"
+            source = BlobSource(puller.client, "team/app", image.layers[0].digest)
+            with pytest.raises(UpstreamUnavailable):  # noqa: PT012 - the block is the turn
+                async with source.open(0, None, retry) as body:
+                    while await body.read():
+                        pass
+            assert spent(puller) == taken
+
+
+async def test_retries_for_what_fails_by_itself_are_not_the_others() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(500), repository="team/bad", times=None))
+        with pytest.raises(UpstreamUnavailable):
+            await manifest(puller, of="team/bad")
+        puller.clock.advance(1.0)
+        await manifest(puller)
+        puller.clock.advance(1.0)
+        for _ in range(RetryBudget().reserve):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, on=again(), of="team/bad")
+        held = asyncio.create_task(manifest(puller, on=again(), of="team/bad"))
+        await until(lambda: conduct(puller).details()["retries_held"] == 1)
+        assert spent(puller) == 0
+        assert await manifest(puller, on=again()) == IMAGE.manifest
+        held.cancel()
+        await asyncio.wait([held])
 
 
 async def test_a_retry_that_never_left_costs_no_budget() -> None:

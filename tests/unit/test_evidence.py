@@ -8,7 +8,7 @@ import pytest
 
 from proxy.oci.errors import Denied, UpstreamBusy
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.tokens import DOUBT, REFUSED_FOR, SECOND_LOOK, Evidence
+from proxy.upstream.tokens import DOUBT, OTHERS, REFUSED_FOR, SECOND_LOOK, Evidence
 from tests.unit.test_tokens import APP, BEARER, Service, Setting, bearer, jwt, never, token
 
 OTHER = "team/other"
@@ -111,6 +111,37 @@ async def test_a_password_that_was_refused_says_nothing_of_the_next_one() -> Non
 async def test_what_worked_lately_is_an_overload_at_the_first_look() -> None:
     case = await Case.challenged_once(APP)
     assert await case.weigh(empty(), empty()) is Evidence.OVERLOAD
+    case.later(DOUBT)
+    case.authenticator.worked(OTHER)
+    assert await case.weigh(empty(), empty(), empty()) is Evidence.OVERLOAD
+
+
+async def test_what_worked_lately_is_denied_if_others_are_granted_for_long_enough() -> None:
+    """Rights are taken away too; bad luck does not last, and is not seen by this one only."""
+    case = await Case.challenged_once(OTHER, APP)
+    for _ in range(2):
+        assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.NONE
+        case.later(DOUBT / 2)
+    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+    # It is no evidence against others any more.
+    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+
+
+async def test_one_that_was_revoked_is_no_evidence_while_others_are_granted() -> None:
+    case = await Case.challenged_once(OTHER, "team/gone")
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(empty(), empty(), empty(), full(OTHER)) is Evidence.DENIAL
+    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL  # it is forgotten
+
+
+async def test_a_few_others_are_asked_and_the_latest_first() -> None:
+    case = await Case.challenged_once(*(f"team/w{number}" for number in range(9)))
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    assert await case.weigh(empty(), empty(), full("team/w8")) is Evidence.DENIAL
+    failed = (empty() for _ in range(OTHERS))
+    assert await case.weigh(empty(), empty(), *failed) is Evidence.OVERLOAD
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.errors import QueueFull
 from proxy.testing import FakeClock
 from proxy.upstream.gate import RESERVE_FROM, Gate, RateLimit, Slot, Slots
-from proxy.upstream.turns import Ticket, TurnClass
+from proxy.upstream.turns import USUAL, Ticket, TurnClass
 from tests.unit.slots_conformance import Crowd, SlotsConformance, crowd, until, waiting
 
 METADATA, SMALL, BLOB, ABANDONED = TurnClass
@@ -219,6 +219,26 @@ async def test_who_is_cancelled_while_the_rate_is_used_up_gives_its_slot_back() 
     gate.release(await stayer)
     assert leaver.cancelled()
     assert gate.state().active == 0
+
+
+async def test_a_slot_that_was_not_used_says_nothing_of_how_long_turns_last() -> None:
+    gate = make_gate(1)
+    slot = await gate.acquire(Ticket(BLOB))
+    waiter = asyncio.create_task(gate.acquire(Ticket(BLOB, ["client"], image="one")))
+    await until(lambda: gate.state().depth[BLOB] == 1)
+    assert gate.round_seconds == USUAL[BLOB]
+    gate.release(slot, was_used=False)
+    slot = await waiter
+    waiter = asyncio.create_task(gate.acquire(Ticket(BLOB, ["client"], image="one")))
+    await until(lambda: gate.state().depth[BLOB] == 1)
+    assert gate.round_seconds == USUAL[BLOB]
+    gate.release(slot)  # it was used, for no time at all
+    slot = await waiter
+    waiter = asyncio.create_task(gate.acquire(Ticket(BLOB, ["client"], image="one")))
+    await until(lambda: gate.state().depth[BLOB] == 1)
+    assert gate.round_seconds < USUAL[BLOB]
+    gate.release(slot)
+    gate.release(await waiter)
 
 
 async def test_the_real_limiter_fits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import strategies as st
@@ -14,8 +15,11 @@ from proxy.upstream.health import (
     BROKEN_RUN,
     BROKEN_SECONDS,
     FIRST,
+    KEPT,
+    LATER,
     LONGEST,
     LONGEST_BROKEN,
+    SEVERAL,
     UNREACHABLE_RUN,
     UNREACHABLE_SECONDS,
     Breaker,
@@ -27,11 +31,18 @@ from tests.unit.upstream_kit import until
 
 
 def fail(
-    breaker: Breaker, times: int, *, every: float, trouble: Trouble = Trouble.UNREACHABLE
+    breaker: Breaker,
+    times: int,
+    *,
+    every: float,
+    trouble: Trouble = Trouble.UNREACHABLE,
+    several: int = SEVERAL,
 ) -> Breaker:
-    """So many failures, one each ``every`` seconds from time 0 on."""
+    """So many failures, one each ``every`` seconds from time 0 on, for ``several`` repositories."""
     for number in range(times):
-        breaker = breaker.failed(number * every, trouble, "refused", chance=1.0)
+        breaker = breaker.failed(
+            number * every, trouble, "refused", chance=1.0, repository=f"r{number % several}"
+        )
     return breaker
 
 
@@ -51,6 +62,25 @@ def test_it_takes_longer_to_open_on_an_upstream_that_talks() -> None:
     steps = BROKEN_SECONDS / 5
     assert fail(Breaker(), 9, every=steps, trouble=Trouble.BROKEN).state is State.CLOSED
     assert fail(Breaker(), BROKEN_RUN, every=steps, trouble=Trouble.BROKEN).state is State.OPEN
+
+
+def test_a_repository_or_two_do_not_open_it_however_often_they_fail() -> None:
+    few = fail(Breaker(), 1000, every=1.0, trouble=Trouble.BROKEN, several=SEVERAL - 1)
+    assert few.state is State.CLOSED
+    one_more = few.failed(1000.0, Trouble.BROKEN, "status 500", chance=1.0, repository="other")
+    assert one_more.state is State.OPEN
+
+
+def test_connections_that_fail_are_the_origins_own_whatever_they_are_for() -> None:
+    assert fail(Breaker(), UNREACHABLE_RUN, every=1.0, several=1).state is State.OPEN
+    few = fail(Breaker(), SEVERAL, every=1.0, several=1)
+    mixed = fail(few, BROKEN_RUN, every=1.0, several=1, trouble=Trouble.BROKEN)
+    assert mixed.state is State.OPEN
+
+
+def test_what_a_row_remembers_is_bounded() -> None:
+    row = fail(Breaker(), 1000, every=0.0, trouble=Trouble.BROKEN, several=1000)
+    assert len(row.repositories) == KEPT
 
 
 def test_any_answer_begins_the_count_anew() -> None:
@@ -119,6 +149,8 @@ class BreakerMachine(RuleBasedStateMachine):
             chance=lambda: 0.5,
         )
         self.sent: dict[int, bool] = {}  # slot: is it the probe
+        self.names: dict[int, str] = {}
+        self.probe = ""  # what it is for
         self.slots = iter(range(10_000))
         self.row = 0  # failures since the last answer, of requests that were sent closed
 
@@ -126,27 +158,34 @@ class BreakerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
-    @rule()
-    def a_request_comes(self) -> None:
+    @rule(name=st.sampled_from("abcde"))
+    def a_request_comes(self, name: str) -> None:
         slot, before = next(self.slots), self.health.breaker
-        due = before.until <= self.clock()
-        admitted = self.health.enter(slot)
+        has_failed = name in before.repositories
+        due = before.until + LATER * has_failed <= self.clock()
+        admitted = self.health.admits(name)
+        assert self.health.enter(slot, name) is admitted
         match before.state:
             case State.CLOSED:
                 assert admitted
             case State.OPEN:
                 assert admitted is due
             case State.HALF_OPEN:
-                assert not admitted
+                assert admitted is (self.probe in before.repositories and not has_failed)
         if admitted:
-            self.sent[slot] = before.state is State.OPEN
+            assert self.health.enter(slot, name), "the same request is asked twice in a turn"
+            if before.state is State.HALF_OPEN:
+                self.sent = dict.fromkeys(self.sent, False)
+            self.sent[slot] = before.state is not State.CLOSED
+            self.names[slot] = name
+            self.probe = name if self.sent[slot] else self.probe
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data(), trouble=st.sampled_from(list(Trouble)))
     def one_fails(self, data: st.DataObject, trouble: Trouble) -> None:
         slot = data.draw(st.sampled_from(sorted(self.sent)))
         was_probe, before = self.sent.pop(slot), self.health.breaker
-        self.health.failed(slot, trouble, "refused")
+        self.health.failed(slot, trouble, "refused", self.names[slot])
         self.health.leave(slot)
         after = self.health.breaker
         if before.state is State.CLOSED:
@@ -291,3 +330,53 @@ async def test_whoever_leaves_while_it_waits_leaves_the_others_alone() -> None:
     site.health.answered()
     await until(stayer.done)
     await stayer
+
+
+def failing(health: Health, *repositories: str, until: float) -> None:
+    """Open it, by a row of failures for these."""
+    health.breaker = Breaker(
+        State.OPEN, until=until, reason="status 500", repositories=frozenset(repositories)
+    )
+
+
+async def test_a_repository_that_failed_leaves_the_probe_to_one_that_did_not() -> None:
+    clock = FakeClock()
+    health = Health("hub", clock=clock, on_change=lambda _old, _new: None)
+    failing(health, "bad", until=clock())
+    assert not health.enter(1, "bad")
+    assert health.enter(2, "good")
+    failing(health, "bad", until=clock())
+    clock.advance(LATER)
+    assert health.enter(3, "bad")  # nobody else came
+
+
+async def test_a_probe_that_hangs_for_a_repository_that_failed_gives_way_to_another() -> None:
+    changes: list[State] = []
+    clock = FakeClock()
+    health = Health("hub", clock=clock, on_change=lambda _old, new: changes.append(new.state))
+    failing(health, "bad", "worse", until=clock() - LATER)
+    assert health.enter(1, "bad")
+    assert not health.enter(2, "worse")
+    await health.passage("good")
+    assert health.enter(3, "good")
+    assert not health.enter(4, "better")  # one such probe is enough
+    health.failed(1, Trouble.BROKEN, "late", "bad")
+    health.leave(1)
+    assert health.breaker.state is State.HALF_OPEN
+    health.answered()
+    assert changes == [State.HALF_OPEN, State.CLOSED]
+
+
+async def test_who_waits_for_a_probe_that_got_through_waits_for_the_next_one_when_it_fails() -> (
+    None
+):
+    site = Site(until=0.0)
+    failing(site.health, "bad", until=site.now())
+    assert site.health.enter(1, "good")
+    waiting = asyncio.create_task(site.health.passage("other"))
+    await asyncio.sleep(0)
+    site.health.failed(1, Trouble.BROKEN, "status 500", "good")
+    site.health.leave(1)
+    site.health.breaker = replace(site.health.breaker, until=site.now() + 0.05)
+    await waiting
+    assert site.health.enter(2, "other")

@@ -45,11 +45,18 @@ def test_an_unknown_project_is_a_denial_although_harbor_sends_an_empty_challenge
         b"pq: sorry, too many clients already",
         b"dial tcp 10.0.0.2:6379: i/o timeout",
         b"driver: bad connection",
+        b'{"message":"redis: connection pool timeout"}',
     ],
 )
 @pytest.mark.parametrize("status", [401, 403])
 def test_the_databases_words_are_an_overload_whatever_the_status(words: bytes, status: int) -> None:
     assert sign_of(refusal(BEARER, status=status, body=words)) is Sign.OVERLOAD
+
+
+@pytest.mark.parametrize("name", ["team/mysql", "my-sql", "redis", "team/pgconn", "jdbc_driver"])
+def test_a_repository_named_like_a_database_does_not_speak_for_one(name: str) -> None:
+    body = f'{{"errors":[{{"code":"DENIED","message":"pull access to {name}: denied"}}]}}'
+    assert sign_of(refusal(status=403, body=body.encode())) is Sign.DENIAL
 
 
 def test_a_basic_challenge_to_a_token_that_has_the_access_is_an_overload() -> None:
