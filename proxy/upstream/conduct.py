@@ -88,8 +88,8 @@ class Conduct:
         self._on_cap = on_cap
         self._before = cap  # as it was before the first failure in a row
         self._blame = Blame()
-        self._charged: set[str] = set()  # repositories that broke, and it is not known of whom it …
-        self._uncharged = cap  # … was: the cap as it was before the first of them
+        self._charged: set[str] = set()  # repositories that broke and were not answered since
+        self._uncharged = cap  # as it was before the first of them broke
         self._paused: TLRUCache[str, float, float] = TLRUCache(
             _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
         )
@@ -105,7 +105,8 @@ class Conduct:
         wait = max(self._gate.paused_for(ticket.turn_class), self._paused_for(repository))
         if ticket.turn_class is TurnClass.METADATA and wait > PATIENCE:
             raise Throttled(wait, message=f"{self._label} asked to be left alone for a while")
-        await asyncio.sleep(self._paused_for(repository))
+        if (wait := self._paused_for(repository)) > 0:
+            await asyncio.sleep(wait)
 
     def retries_of(self, repository: str) -> Retries:
         """The budget that tries for this repository draw on.
