@@ -75,8 +75,8 @@ CANCEL_PATIENCE = 0.2
 class Surroundings:
     """What a proxy takes from the world around it, so that tests can bring their own.
 
-    ``clock`` is monotonic, ``wall`` since the epoch, both in seconds; the pauses give the seconds
-    to wait before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
+    ``clock`` is monotonic, a fill's too, ``wall`` since the epoch, in seconds; the pauses give the
+    seconds before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -84,6 +84,7 @@ class Surroundings:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     short_pause: Pause = short_pause
     fill_pause: Pause = FlightSettings().pause
+    fill_clock: Callable[[], float] = time.monotonic
     budget: Callable[[], RetryBudget] = RetryBudget
 
 
@@ -312,11 +313,10 @@ class Proxy:
             negative_ttl=tags.negative_ttl,
             clock=around.clock,
         )
+        pause, ticks = around.fill_pause, around.fill_clock
         flights = Flights(
             store=self.store,
-            settings=FlightSettings(
-                on_abandon=settings.cache.on_abandon, pause=around.fill_pause, clock=around.clock
-            ),
+            settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
             metrics=self.metrics,
             log=self.log,
         )

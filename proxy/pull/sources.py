@@ -120,7 +120,6 @@ class Row:
     tries: int = 0  # of any kind
     own: int = 0
     late: int = 0
-    waits: bool = False  # the last one was no failure of its own
     is_down: bool = False  # the last one was that it was not even asked
     _since: float = 0.0  # the first one
     _own_since: float | None = None  # the first of its own since it was last down or busy
@@ -131,10 +130,8 @@ class Row:
             self._since = now
         self.tries += 1
         self.is_down = isinstance(error, UpstreamDown)
-        self.waits = isinstance(error, UpstreamDown | UpstreamBusy | QueueFull) or (
-            has_begun and isinstance(error, Overloaded)
-        )
-        if self.waits:
+        waits = (UpstreamDown, Overloaded) if has_begun else (UpstreamDown, UpstreamBusy, QueueFull)
+        if isinstance(error, waits):
             self._own_since = None
         elif isinstance(error, NotFound):
             self.late += 1

@@ -17,6 +17,7 @@ from proxy.pull.flight import Flight, Flights, FlightSettings
 from proxy.pull.reader import FileSpan, Piece, Reader
 from proxy.store.store import Disk, Store
 from proxy.upstream.turns import Ticket, TurnClass
+from tests.unit.proxy_kit import Pauses
 from tests.unit.store_kit import descriptors, opened, silent, staging_files
 
 KIB = 1 << 10
@@ -33,22 +34,6 @@ async def a_while() -> None:
     for _ in range(20):
         await asyncio.to_thread(lambda: None)
         await asyncio.sleep(0)
-
-
-class Pauses:
-    """A clock on which nothing but pauses between tries takes time."""
-
-    EACH = 15.0
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pause(self, _tries: int) -> float:
-        self.now += self.EACH
-        return 0.0
 
 
 # -- sources ---------------------------------------------------------------------------------

@@ -157,6 +157,22 @@ def settings_for(directory: Path, url: str, **changes: Any) -> Settings:
     return Settings(**merged(base, changes))
 
 
+class Pauses:
+    """A clock on which nothing but pauses between tries takes time."""
+
+    EACH = 15.0
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pause(self, _tries: int) -> float:
+        self.now += self.EACH
+        return 0.0
+
+
 @contextlib.asynccontextmanager
 async def running(
     directory: Path,
@@ -168,15 +184,17 @@ async def running(
     budget: Callable[[], RetryBudget] = lambda: RetryBudget(reserve=1_000_000),
     **changes: Any,
 ) -> AsyncIterator[Pullpool]:
-    """A proxy in front of `url` that pauses for `pause` seconds between tries; `changes` are
-    settings."""
+    """A proxy in front of `url` that pauses for `pause` seconds between tries; without, its flights
+    only believe they do. `changes` are settings."""
+    pauses = Pauses()
     log = io.StringIO()
     usual = Surroundings()
     around = Surroundings(
         clock=clock or usual.clock,
         wall=wall or usual.wall,
         short_pause=lambda _: pause,
-        fill_pause=lambda _: pause,
+        fill_pause=(lambda _: pause) if pause else pauses.pause,
+        fill_clock=(clock or usual.fill_clock) if pause else pauses,
         budget=budget,
     )
     settings = settings_for(directory, url, **changes)

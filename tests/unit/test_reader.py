@@ -25,7 +25,6 @@ from proxy.pull.sources import TRIES, WAIT_SECONDS
 from tests.unit.flight_kit import (
     KIB,
     Act,
-    Pauses,
     ScriptedSource,
     Sipper,
     a_while,
@@ -33,6 +32,7 @@ from tests.unit.flight_kit import (
     flying,
     until,
 )
+from tests.unit.proxy_kit import Pauses
 from tests.unit.store_kit import blob
 
 MIB = 1 << 20
