@@ -335,8 +335,10 @@ class UpstreamClient:
         sign, reason = read_sign(refused)
         if sign is Sign.UNPROVEN:
             fetch = self._token_fetch(turn)
-            is_stressed = turn.origin.conduct.is_stressed
-            match await self._authenticator.weigh(repository, fetch, is_stressed=is_stressed):
+            conduct = turn.origin.conduct
+            match await self._authenticator.weigh(
+                repository, fetch, is_stressed=lambda: conduct.is_stressed
+            ):
                 case Evidence.OVERLOAD:
                     sign = Sign.OVERLOAD
                 case Evidence.NONE:  # asked again soon; the cap stays until it is known

@@ -74,7 +74,7 @@ _LATELY = 600.0
 #: may be a directory that locks accounts.
 REFUSED_FOR = 10.0
 #: Seconds after which a repository that was refused is looked at again …
-SECOND_LOOK = 0.5
+SECOND_LOOK = 1.0
 #: … and until a refusal that may be bad luck is taken for a denial, which is due within 5 s.
 DOUBT = 2.0
 #: Other repositories that are asked for as evidence, at most.
@@ -271,7 +271,9 @@ class Authenticator:
         self._worked[repository] = self._clock()
         return self._doubted.pop(repository, None) is not None
 
-    async def weigh(self, repository: str, fetch: Fetch, *, is_stressed: bool) -> Evidence:
+    async def weigh(
+        self, repository: str, fetch: Fetch, *, is_stressed: Callable[[], bool]
+    ) -> Evidence:
         """A token came without access to `repository`: is that for want of rights, or of time?
 
         Harbor answers both alike (D5), so there has to be evidence. The first look at a repository
@@ -299,7 +301,8 @@ class Authenticator:
         is_granted = await self._any_granted(others, ask)
         if not is_granted and (others or has_worked):
             return Evidence.OVERLOAD
-        may_be_luck = is_stressed or has_worked or not others
+        # Asked last: others may have met an overload while this one was being looked into.
+        may_be_luck = is_stressed() or has_worked or not others
         if may_be_luck and doubted < DOUBT:
             return Evidence.NONE
         self._worked.pop(repository, None)

@@ -36,7 +36,7 @@ class Case(Setting):
 
     async def weigh(self, *answers: tuple[int, bytes], is_stressed: bool = False) -> Evidence:
         service = Service(*answers)
-        found = await self.authenticator.weigh(APP, service, is_stressed=is_stressed)
+        found = await self.authenticator.weigh(APP, service, is_stressed=lambda: is_stressed)
         assert not service.answers, "it asked for less than was expected"
         return found
 
