@@ -1,7 +1,6 @@
 """Bytes on disk: how a fill is written, how it gets its name, and what readers hold.
 
-Theory of operation. A fill writes into a staging file of its own, never shared and never seen by
-the next process. Its life:
+Theory of operation. A fill writes into a staging file of its own, which is never shared. Its life:
 
     filling --append*--> filling --commit--> stored
        |                    |
@@ -15,7 +14,7 @@ the next process. Its life:
   the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
   never tried again (the kernel may have dropped the very pages that failed).
 * discard: unlink. A process that dies before it leaves its staging files to the next start,
-  which removes them.
+  which removes them, or goes on with them (recovery.py).
 
 Append, commit and discard of one fill exclude one another. Cancelled, each one first ends the step
 that a thread is doing, so that the mark always says what is written and hashed, and a commit that
@@ -168,6 +167,11 @@ class StagingFile:
         except FileNotFoundError:  # somebody has emptied the cache directory under us
             path.parent.mkdir(parents=True, exist_ok=True)
             writer = os.open(path, flags, 0o644)
+        return cls.beside(path, writer)
+
+    @classmethod
+    def beside(cls, path: Path, writer: int) -> "StagingFile":
+        """The file that `writer` writes. Raises OSError; then neither is left."""
         try:
             reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -279,6 +283,22 @@ class Staging:
         for chunk in chunks:
             self.verifier.update(chunk)
         self.mark += count
+
+    def take_up(self, length: int, stopped: Callable[[], bool]) -> bool:
+        """Hash the file's first bytes, which a dead process's fill has left, and go on after them.
+
+        In a thread, before anybody else has the fill. False, and no use, when they are not there,
+        or `stopped` says so meanwhile. Raises OSError.
+        """
+        verifier, position = self.digest.verifier(), 0
+        while position < length and not stopped():
+            data = os.pread(self.file.reader, min(_HASH_STEP, length - position), position)
+            if not data:
+                return False
+            verifier.update(data)
+            position += len(data)
+        self.verifier, self.mark = verifier, position
+        return position == length
 
     def lease(self) -> FileLease:
         """Open the growing file for one more reader, who must not read beyond the mark.

@@ -2,7 +2,11 @@
 
 The files are right and the index is a memory of them. There are five cases:
 
-1. A staging file: its fill died with its process. Removed; nobody ever saw it under a name.
+1. A staging file: its fill died with its process. Removed, for nobody ever saw it under a name;
+   unless the store may *resume*: then a fill of the same digest goes on in it, from the bytes that
+   are there on, which are hashed again first. They are the first bytes of the blob without a gap,
+   because a fill writes in order; a hole ends what counts. They were written before the process
+   died, not necessarily before the machine did: what is older than the machine's start is removed.
 2. A row whose file has the row's size: the usual case, taken as it is. No marker of a clean
    shutdown is needed for that: the fsync comes before the rename, so a file that has its name had
    all its bytes on the disk.
@@ -15,6 +19,7 @@ Anything whose name is not a digest in its place is not ours and is left alone.
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +28,7 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.store.blobs import Layout, StagingFile
 from proxy.store.index import Contents
+from proxy.store.remains import Remains, length_without_hole, read_staging_name
 
 # By the name that a digest would have; size in bytes, modification in microseconds since the epoch.
 Found = dict[str, tuple[int, int]]
@@ -44,10 +50,11 @@ def make_directories(layout: Layout) -> None:
     layout.root.mkdir(parents=True, exist_ok=True)
 
 
-def prepare(layout: Layout) -> int:
-    """Make the directories, try to write, and remove what is in staging; returns how many.
+def prepare(layout: Layout, *, resume: bool = False) -> tuple[int, dict[Digest, Remains]]:
+    """Make the directories, try to write, and remove what is in staging.
 
-    Raises OSError when the directory cannot be written.
+    Returns how many were removed, and what was kept for fills to go on with: nothing unless
+    `resume`. Raises OSError when the directory cannot be written.
     """
     for directory in (layout.staging, layout.blobs):
         directory.mkdir(exist_ok=True)
@@ -56,12 +63,42 @@ def prepare(layout: Layout) -> int:
         StagingFile.create(probe).close()
         probe.unlink()
     removed = 0
+    kept: dict[Digest, Remains] = {}
     with os.scandir(layout.staging) as files:
         for file in files:
-            if not file.is_dir(follow_symlinks=False):
+            if file.is_dir(follow_symlinks=False):
+                continue
+            found = _remains(file) if resume else None
+            if found is None:
                 os.unlink(file.path)
                 removed += 1
-    return removed
+                continue
+            other = kept.get(found.digest)
+            if other is not None:
+                found, other = sorted((found, other), key=lambda one: -one.length)
+                os.unlink(other.path)
+                removed += 1
+            kept[found.digest] = found
+    return removed, kept
+
+
+def _remains(file: "os.DirEntry[str]") -> Remains | None:
+    """What a fill can go on with; None when there is nothing, or it cannot be relied on."""
+    named = read_staging_name(file.name)
+    if named is None or not file.is_file(follow_symlinks=False):
+        return None
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if file.stat(follow_symlinks=False).st_mtime < booted:
+        return None  # after a power cut a file may be longer than what is in it
+    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        length = length_without_hole(fd)
+    finally:
+        os.close(fd)
+    digest, size = named
+    if not length or (size is not None and length > size):
+        return None
+    return Remains(digest, size, Path(file.path), length)
 
 
 def scan(layout: Layout) -> Found:

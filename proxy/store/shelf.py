@@ -15,10 +15,10 @@ its failures are counted and logged and go no further.
 
 import asyncio
 import errno
-import secrets
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from proxy.observe.logs import Logger
@@ -31,14 +31,19 @@ from proxy.store.blobs import (
     NoRoom,
     Staging,
     StagingFile,
+    StoreFull,
     hash_file,
     store_file,
 )
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
+from proxy.store.remains import Remains, reopen, staging_name
 from proxy.store.work import Threads, finish
 
 T = TypeVar("T")
+
+# Files of fills that another process has left wait so long for somebody who goes on, in seconds.
+_REMAINS_LIFE = 60.0
 
 
 class Shelf:
@@ -64,7 +69,10 @@ class Shelf:
         self.fills: set[Staging] = set()
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
+        self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
+        self._sweeping: asyncio.TimerHandle | None = None
         self.is_closing = False
+        self.hands_over = False  # another process goes on with the fills that are under way
         self._disk = disk
         self._min_free = min_free
         self._metrics = metrics
@@ -122,10 +130,15 @@ class Shelf:
         """A new staging file with room promised for `size` bytes. Raises NoRoom."""
         promised = size or 0
         await self.reserve(promised)
-        # Two fills of one digest (or one after a crash) must never share a file.
-        path = self.layout.staging / f"{digest.hex[:16]}-{secrets.token_hex(8)}"
+        path = self.layout.staging / staging_name(digest, size)
+        return await self._fill(digest, size, promised, partial(StagingFile.create, path))
+
+    async def _fill(
+        self, digest: Digest, size: int | None, promised: int, make: Callable[[], StagingFile]
+    ) -> Staging:
+        """A fill in the file that `make` opens. Raises NoRoom, and gives the room back then."""
         try:
-            file = await self.off_loop(partial(StagingFile.create, path), self._scrap)
+            file = await self.off_loop(make, self._scrap)
         except OSError as error:
             self.ledger.release(promised)
             self.failed("create", error)
@@ -134,12 +147,58 @@ class Shelf:
             self.ledger.release(promised)
             raise
         fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
+        fill.reserved = promised
         self.fills.add(fill)  # in the same turn of the loop, so that `settle` misses none
         return fill
 
+    def expect(self, remains: dict[Digest, Remains]) -> None:
+        """Keep what fills have left for a while: somebody may go on with it."""
+        self._remains = remains
+        if remains:
+            loop = asyncio.get_running_loop()
+            self._sweeping = loop.call_later(_REMAINS_LIFE, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = None
+        _ = self.spawn(self._drop_remains())
+
+    async def go_on(self, digest: Digest) -> Staging | None:
+        """The fill that another process has left, with what it had brought; None: there is none."""
+        remains = self._remains.pop(digest, None)
+        if remains is None:
+            return None
+        promised = remains.length if remains.size is None else remains.size
+        try:
+            await self.reserve(promised)
+        except BaseException:
+            self._remains[digest] = remains
+            raise
+        make = partial(reopen, remains)
+        fill = await self._fill(digest, remains.size, promised, make)
+        try:
+            take_up = partial(fill.take_up, remains.length, lambda: self.is_closing)
+            is_there = await self.threads.slow(take_up)
+            if not is_there or (fill.mark == fill.size and not fill.verified()):
+                raise StoreFull("what was left is not the blob")
+        except OSError as error:
+            self.failed("read", error)
+            await fill.discard()
+            raise StoreFull(f"cannot read: {error.strerror}") from error
+        except BaseException:
+            await fill.discard()
+            raise
+        return fill
+
+    async def _drop_remains(self) -> None:
+        """Nobody went on with these."""
+        left, self._remains = self._remains, {}
+        for remains in left.values():
+            await self._unlink_staging(remains.path)
+        self._metrics.recovered.inc(len(left))
+
     def _scrap(self, file: StagingFile) -> None:
         file.close()
-        _ = self.spawn(self._unlink_staging(file))
+        _ = self.spawn(self._unlink_staging(file.path))
 
     async def keep(self, fill: Staging) -> None:
         """Give a fill's file its name and enter the blob. Raises StoreFailed."""
@@ -160,17 +219,19 @@ class Shelf:
             await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
 
     async def drop(self, fill: Staging) -> None:
-        """Remove a fill's file and give its room back."""
-        await self._unlink_staging(fill.file)
+        """Remove a fill's file, unless it is handed over, and give its room back."""
+        is_whole = fill.mark == fill.size  # and yet it is dropped: it is not the blob
+        if not (self.hands_over and fill.mark) or is_whole:
+            await self._unlink_staging(fill.file.path)
         self._end(fill)
 
     def _end(self, fill: Staging) -> None:
         self.fills.discard(fill)
         self.ledger.release(fill.reserved)
 
-    async def _unlink_staging(self, file: StagingFile) -> None:
+    async def _unlink_staging(self, path: Path) -> None:
         try:
-            await self.threads.slow(partial(self._disk.unlink, file.path))
+            await self.threads.slow(partial(self._disk.unlink, path))
         except OSError as error:  # the next start removes it
             self.failed("unlink", error)
 
@@ -287,6 +348,10 @@ class Shelf:
 
     async def settle(self) -> None:
         """Drop all fills and wait for everything that is under way."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if not self.hands_over:
+            await self._drop_remains()
         while self.fills or self._tasks or self.threads.running:
             for fill in list(self.fills):
                 await fill.discard()

@@ -121,10 +121,12 @@ class Store:
         log: Logger,
         wall: Callable[[], float] = time.time,
         disk: Disk | None = None,
+        resume: bool = False,
     ) -> "Store":
         """Take the directory, which is made if missing, and know what is in it.
 
-        `max_size` and `min_free` are bytes, the water marks parts of `max_size`. Raises
+        `max_size` and `min_free` are bytes, the water marks parts of `max_size`. With `resume`
+        unfinished fills of the process before can be gone on with. Raises
         CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be written
         or belongs to a newer version. Files that the index does not know are hashed afterwards,
         in the background.
@@ -140,7 +142,7 @@ class Store:
                     partial(DirectoryLock.acquire, layout.lock), DirectoryLock.release
                 )
                 undo.callback(lock.release)
-                unfinished = await threads.slow(partial(prepare, layout))
+                unfinished, remains = await threads.slow(partial(prepare, layout, resume=resume))
                 index = await Index.open(layout.index)
                 undo.push_async_callback(index.close)
                 contents = await index.load()
@@ -157,6 +159,7 @@ class Store:
                     wall=wall,
                 )
                 await threads.slow(partial(_fill_ledger, shelf, plan))
+                shelf.expect(remains)
                 store = cls(shelf, plan, undo.pop_all())
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -172,6 +175,7 @@ class Store:
             blobs=len(ledger),
             bytes=ledger.held,
             unfinished=unfinished,
+            resumable=len(remains),
             unverified=len(plan.unverified),
             lost=len(plan.missing),
         )
@@ -277,6 +281,16 @@ class Store:
         """
         self._require_open()
         return await self._shelf.begin(digest, size)
+
+    async def go_on(self, digest: Digest) -> Staging | None:
+        """The fill that the process before has left unfinished, with what it had brought, hashed;
+        None when there is none. End it as one of `create`. Raises StoreFull when it is no use."""
+        self._require_open()
+        return await self._shelf.go_on(digest)
+
+    def hand_over(self) -> None:
+        """From here on, leave unfinished fills to the process that takes the directory next."""
+        self._shelf.hands_over = True
 
     async def put(self, digest: Digest, data: bytes) -> None:
         """Store a small blob. Raises DigestMismatch, NoRoom, StoreFull, StoreFailed."""
