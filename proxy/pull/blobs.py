@@ -87,7 +87,7 @@ class Blobs:
                 lease = await self._store.lease(digest)
                 if lease is not None:
                     self._store.touch(digest)
-                    return _stored(digest, lease, wanted, word)
+                    return stored(digest, lease, wanted, word)
             if link is not None or not self._needs_proof(ask, digest):
                 return _Missing(link)
 
@@ -259,9 +259,10 @@ def _known(digest: Digest, size: int | None, word: CacheWord) -> BlobAnswer:
     return BlobAnswer(digest, size, None, word, None, lambda: None)
 
 
-def _stored(
+def stored(
     digest: Digest, lease: FileLease, wanted: ByteRange | None, word: CacheWord
 ) -> BlobAnswer:
+    """The answer from a file, which it closes. Raises ``RangeNotSatisfiable``."""
     try:
         span = wanted.resolve(lease.size) if wanted is not None else None
     except BaseException:

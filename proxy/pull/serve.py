@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 from urllib.parse import urlencode
 
 from proxy.oci.digest import Digest
@@ -19,6 +20,22 @@ from proxy.pull.permissions import Permissions
 from proxy.upstream.client import Page
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
+
+
+class Answerer(Protocol):
+    """What the listeners ask: a ``Puller``, or whatever stands for one in another process."""
+
+    async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer: ...
+
+    async def refresh(self, ask: Ask, tag: Tag) -> Checked: ...
+
+    async def blob(
+        self, ask: Ask, digest: Digest, wanted: ByteRange | None, *, head: bool
+    ) -> BlobAnswer: ...
+
+    async def listing(
+        self, ask: Ask, kind: Kind, tail: str, query: Sequence[tuple[str, str]]
+    ) -> Page: ...
 
 
 class Puller:
@@ -47,6 +64,10 @@ class Puller:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
         work = self._manifests.answer(ask, reference, head=head)
         return await self._waits.short(ask, work)
+
+    def fresh_for(self, ask: Ask, tag: Tag, digest: Digest) -> float:
+        """Seconds for which ``tag`` is ``digest`` without a question."""
+        return self._manifests.fresh_for(ask, tag, digest)
 
     async def refresh(self, ask: Ask, tag: Tag) -> Checked:
         """Ask the upstream what the tag is now, whatever is known. Raises PullError."""

@@ -1,4 +1,4 @@
-"""One process per cache directory, held by `flock` on the file LOCK.
+"""One process that writes per cache directory (its leader), held by `flock` on the file LOCK.
 
 The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to break.
 The file itself stays: removing it would let two processes lock two files of the same name. The
