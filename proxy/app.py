@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
-import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -28,38 +25,47 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
-from proxy.pull.asking import Pause, Questions, short_pause
+from proxy.pull.asking import Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
+from proxy.seat import Seat
+from proxy.signals import ending
+from proxy.status import status_of
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
-from proxy.upstream.budget import RetryBudget
+from proxy.surroundings import Surroundings as Surroundings
+from proxy.team.front import Front
+from proxy.team.leader import Leader
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.origins import Origins
-from proxy.upstream.routing import Routes
+from proxy.upstream.routing import Routes, Upstream
 from proxy.web.access import AccessLog
-from proxy.web.admin import Admin
+from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
-from proxy.web.listener import Listener
+from proxy.web.listener import Listener, listen
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import AdminRunner, Proxies, RegistryServer
+from proxy.web.siblings import Siblings
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
     CannotTrust,
+    common_settings,
     make_cap_book,
     make_clients,
+    make_deadlines,
+    make_roles,
     make_throttles,
+    make_upstreams,
     make_waits,
-    url_states,
     urls_in_use,
 )
 
@@ -69,23 +75,6 @@ KEEPALIVE = 75.0
 MAX_HEAD = 16 << 10
 #: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
 CANCEL_PATIENCE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a proxy takes from the world around it, so that tests can bring their own.
-
-    ``clock`` is monotonic, a fill's too, ``wall`` since the epoch, in seconds; the pauses give the
-    seconds before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
-    """
-
-    clock: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    short_pause: Pause = short_pause
-    fill_pause: Pause = FlightSettings().pause
-    fill_clock: Callable[[], float] = time.monotonic
-    budget: Callable[[], RetryBudget] = RetryBudget
 
 
 class Proxy:
@@ -98,6 +87,7 @@ class Proxy:
         log: Logger | None = None,
         metrics: Metrics | None = None,
         around: Surroundings | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -107,6 +97,7 @@ class Proxy:
         self.is_draining = False
         self._is_started = False
         self._around = around or Surroundings()
+        self._seat = seat
         self._stack = contextlib.AsyncExitStack()
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
@@ -147,8 +138,32 @@ class Proxy:
         return True
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        settings, clock = self.settings, self._around.clock
+        settings = self.settings
         self.metrics.build_info.info({"version": __version__})
+        upstreams = make_upstreams(settings)
+        self.front = Front(make_deadlines(settings))
+        lead = partial(self._lead, upstreams)
+        self.roles = make_roles(settings, self.front, lead, self._around, self.log)
+        stack.push_async_callback(self.roles.close)
+        await self.roles.start()
+        watch = await stack.enter_async_context(LoopWatch(self.metrics))
+        routes = Routes(upstreams, settings.default_upstream)
+        self.admin_address = await self._serve_admin(stack, watch, routes)
+        self.address = await self._serve_registry(stack, routes)
+        self._is_started = True
+        self.log.info(
+            "serving",
+            listen=str(self.address),
+            admin=str(self.admin_address),
+            upstreams=sorted(settings.upstreams),
+            cache=str(settings.cache.dir),
+        )
+
+    async def _lead(
+        self, upstreams: Sequence[Upstream], stack: contextlib.AsyncExitStack
+    ) -> Leader:
+        """Open what one process of a cache directory has. Raises ``CacheDirBusy`` if not this."""
+        settings, clock = self.settings, self._around.clock
         self.store = await self._open_store(stack)
         caps = await make_cap_book(self.store, clock)
         stack.push_async_callback(caps.close)
@@ -162,19 +177,18 @@ class Proxy:
         self.puller = self._puller(clients)
         stack.push_async_callback(self.puller.close)
         self._observe()
-        watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        upstreams = [client.upstream for client in clients.values()]
-        routes = Routes(upstreams, settings.default_upstream)
-        self.admin_address = await self._serve_admin(stack, watch, routes)
-        self.address = await self._serve_registry(stack, routes)
-        self._is_started = True
-        self.log.info(
-            "serving",
-            listen=str(self.address),
-            admin=str(self.admin_address),
-            upstreams=sorted(clients),
-            cache=str(settings.cache.dir),
+        self.leader = Leader(
+            self.puller,
+            upstreams=upstreams,
+            settings=common_settings(settings),
+            touch=self.store.touch,
+            status=self._leader_status,
+            hand_over=self.store.hand_over,
+            log=self.log,
+            beat=self._around.beat,
         )
+        self._tags.on_doubt = self.leader.doubt
+        return self.leader
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
@@ -194,6 +208,7 @@ class Proxy:
             metrics=self.metrics,
             log=self.log,
             wall=self._around.wall,
+            resume=True,
         )
         stack.push_async_callback(store.close)
         return store
@@ -202,6 +217,7 @@ class Proxy:
         self, stack: contextlib.AsyncExitStack, watch: LoopWatch, routes: Routes
     ) -> HostPort:
         host = self.settings.admin.host
+        siblings = await self._siblings(stack)
         admin = Admin(
             metrics=self.metrics,
             is_started=lambda: self._is_started,
@@ -209,7 +225,8 @@ class Proxy:
             loop_lag=watch.lag,
             status=self.status,
             log=self.log,
-            refresh=Refresh(puller=self.puller, routes=routes, host=host).post,
+            refresh=Refresh(puller=self.front, routes=routes, host=host).post,
+            siblings=siblings,
         )
         runner = AdminRunner(
             admin.application(),
@@ -217,12 +234,25 @@ class Proxy:
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CANCEL_PATIENCE,
         )
-        return await _listen(stack, runner, self.settings.admin)
+        sockets = () if self._seat is None else self._seat.admin
+        port = await listen(stack, runner, host, self.settings.admin.port, sockets)
+        return HostPort(host, port)
+
+    async def _siblings(self, stack: contextlib.AsyncExitStack) -> Siblings | None:
+        """The other workers of the same supervisor, if there is one."""
+        if self._seat is None:
+            return None
+        siblings = Siblings(
+            self._seat,
+            metrics=lambda: all_metrics(self.metrics),
+            is_ready=lambda: self._is_started and not self.is_draining,
+        )
+        return await stack.enter_async_context(siblings)
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
         self.registry = Registry(
-            puller=self.puller,
+            puller=self.front,
             routes=routes,
             metrics=self.metrics,
             access_log=AccessLog(self.log, self.metrics, clock),
@@ -275,14 +305,15 @@ class Proxy:
     async def _listen_to_clients(
         self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
     ) -> HostPort:
-        files = self.settings.tls.files
+        files, address = self.settings.tls.files, self.settings.listen
+        sockets = () if self._seat is None else self._seat.registry
         if files is None:
-            return await _listen(stack, runner, self.settings.listen)
+            port = await listen(stack, runner, address.host, address.port, sockets)
+            return HostPort(address.host, port)
         tls = await asyncio.to_thread(server_context, files)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        address = self.settings.listen
-        listener = Listener(runner, address.host, address.port, tls)
+        listener = Listener(runner, address.host, address.port, tls, sockets=sockets)
         stack.push_async_callback(listener.close)
         await listener.start()
         self.certificates = await stack.enter_async_context(self._certificates(files, listener))
@@ -306,6 +337,7 @@ class Proxy:
             check_deadline=settings.queue.manifest_deadline,
             immutable=tags.immutable,
         )
+        self._tags = TagBook(self.store, clock=around.clock, wall=around.wall)
         waits = make_waits(settings, clients, self.metrics)
         permissions = Permissions(
             self.store,
@@ -324,7 +356,7 @@ class Proxy:
             store=self.store,
             clients=clients,
             permissions=permissions,
-            book=TagBook(self.store, clock=around.clock, wall=around.wall),
+            book=self._tags,
             policy=policy,
             memory=settings.cache.manifest_memory,
             metrics=self.metrics,
@@ -349,67 +381,26 @@ class Proxy:
             waits=waits,
         )
 
-    def status(self) -> Mapping[str, Any]:
-        """What `/api/v1/status` says: upstreams, flights, queue, cache."""
-        gates, store = self.origins.states(), self.store.state()
-        return {
-            "version": __version__,
-            "draining": self.is_draining,
-            "upstreams": self.origins.details(),
-            "urls": url_states(self.clients),
-            "queue": {gate.upstream: dict(gate.depth) for gate in gates},
-            "flights": [
-                {
-                    "digest": str(flight.digest),
-                    "state": flight.state.value,
-                    "received": flight.received,
-                    "size": flight.size,
-                    "readers": len(flight.readers),
-                }
-                for flight in self.puller.flights.all()
-            ],
-            "questions": self.puller.questions,
-            "cache": {"bytes": store.bytes, "limit": store.limit, "blobs": store.blobs},
-            "fleet": None,
-        }
+    async def status(self) -> Mapping[str, Any]:
+        """What `/api/v1/status` says, figures by the leader. Raises ``LeaderMissing``."""
+        if self.front.leads:
+            return self._leader_status()
+        figures = await self.roles.status()
+        return {**figures, "draining": self.is_draining, "role": "follower"}
+
+    def _leader_status(self) -> Mapping[str, Any]:
+        own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
+        figures = status_of(self.origins, self.clients, self.puller, self.store)
+        return {**own, "followers": len(self.leader), **figures}
 
 
-async def _listen(
-    stack: contextlib.AsyncExitStack, runner: web.BaseRunner, address: HostPort
-) -> HostPort:
-    """Serve on ``address`` until the stack unwinds; the address with the port the system chose."""
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, address.host, address.port, backlog=4096)
-    await site.start()
-    return HostPort(address.host, int(runner.addresses[0][1]))
-
-
-@contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second one ends the process at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def asked() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, seat: Seat | None = None) -> int:
     """Serve until a signal; drain; the exit code."""
-    proxy = Proxy(settings)
+    proxy = Proxy(settings, seat=seat)
+    lifeline = None if seat is None else seat.lifeline[0]
     asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
     try:
-        async with _signals() as stop, proxy:
+        async with ending(lifeline) as stop, proxy:
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
@@ -440,9 +431,9 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, seat: Seat | None = None) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
     raise_file_limit()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(serve(settings))
+        return runner.run(serve(settings, seat))

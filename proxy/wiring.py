@@ -3,6 +3,7 @@ root."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -15,6 +16,9 @@ from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
 from proxy.store.store import Store
+from proxy.surroundings import Surroundings
+from proxy.team.front import Front
+from proxy.team.roles import Lead, Roles
 from proxy.upstream.cap import Learned
 from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
 from proxy.upstream.client import UpstreamClient
@@ -41,9 +45,13 @@ from proxy.web.registry import ClientThrottles
 
 __all__ = [
     "CannotTrust",
+    "common_settings",
     "make_cap_book",
     "make_clients",
+    "make_deadlines",
+    "make_roles",
     "make_throttles",
+    "make_upstreams",
     "make_waits",
     "url_states",
     "urls_in_use",
@@ -73,15 +81,54 @@ def make_waits(
     settings: Settings, clients: Mapping[str, MirroredClient], metrics: Metrics
 ) -> Waits:
     """The deadlines of every kind of request."""
+    gates = {name: client.label for name, client in clients.items()}
+    return Waits(make_deadlines(settings), metrics=metrics, gates=gates)
+
+
+def make_deadlines(settings: Settings) -> Deadlines:
+    """How long a client waits, for what."""
     queue = settings.queue
-    deadlines = Deadlines(
+    return Deadlines(
         header=queue.header_deadline,
         blob=queue.blob_deadline,
         manifest=queue.manifest_deadline,
         spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
     )
-    gates = {name: client.label for name, client in clients.items()}
-    return Waits(deadlines, metrics=metrics, gates=gates)
+
+
+def make_roles(
+    settings: Settings, front: Front, lead: Lead, around: Surroundings, log: Logger
+) -> Roles:
+    """What makes this process lead or follow; ``lead`` opens what only a leader has."""
+    return Roles(
+        front,
+        lead=lead,
+        directory=settings.cache.dir,
+        settings=common_settings(settings),
+        memory=settings.cache.manifest_memory,
+        log=log,
+        beat=around.beat,
+        patience=around.role_patience,
+    )
+
+
+def make_upstreams(settings: Settings) -> list[Upstream]:
+    """Whom requests may be for: a follower knows that without any client of them."""
+    return [_upstream(name, one, one.urls[0]) for name, one in settings.upstreams.items()]
+
+
+def _upstream(name: str, settings: UpstreamSettings, url: str) -> Upstream:
+    aliases = tuple(settings.aliases)
+    return Upstream(name, url, aliases, settings.repository_prefix, settings.library)
+
+
+def common_settings(settings: Settings) -> str:
+    """A hash of what processes on one cache must agree on: what the names of upstreams stand for.
+
+    The rest may differ, as in two containers: the leader's counts. Secrets are not in it.
+    """
+    upstreams = settings.model_dump_json(include={"upstreams"})
+    return hashlib.sha256(upstreams.encode()).hexdigest()
 
 
 #: Bytes a second that each client has for manifests, however low its rate is: at a rate that a few
@@ -190,13 +237,7 @@ class _Parts:
         if settings.rate is not None:
             rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
         return UpstreamClient(
-            Upstream(
-                self._name,
-                url,
-                tuple(settings.aliases),
-                settings.repository_prefix,
-                settings.library,
-            ),
+            _upstream(self._name, settings, url),
             origin=origins.add(URL(url), limits, rate),
             origins=origins,
             redirect_settings=redirects,

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections.abc import Sequence
 
 from aiohttp import web
 
@@ -21,17 +22,43 @@ from aiohttp import web
 BACKLOG = 4096
 
 
+async def listen(
+    stack: contextlib.AsyncExitStack,
+    runner: web.BaseRunner,
+    host: str,
+    port: int,
+    sockets: Sequence[socket.socket] = (),
+) -> int:
+    """Serve on an address, or on ``sockets`` that are bound to it, until the stack unwinds; the
+    port, the one the system chose when 0 was asked for."""
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    sites: list[web.BaseSite] = [
+        web.SockSite(runner, sock.dup(), backlog=BACKLOG) for sock in sockets
+    ]
+    for site in sites or [web.TCPSite(runner, host, port, backlog=BACKLOG)]:
+        await site.start()
+    return int(runner.addresses[0][1])
+
+
 class Listener:
     """Serves ``runner`` on an address."""
 
     def __init__(
-        self, runner: web.BaseRunner, host: str, port: int, tls: ssl.SSLContext | None = None
+        self,
+        runner: web.BaseRunner,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        *,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
+        """``sockets`` that are bound already take the place of ``host`` and ``port``."""
         self._runner = runner
         self._host = host
         self._port = port
         self._tls = tls
-        self._sockets: list[socket.socket] = []
+        self._sockets = [sock.dup() for sock in sockets]
         self._sites: list[web.BaseSite] = []
 
     @property
@@ -77,21 +104,32 @@ class Listener:
         return sites
 
     async def _bind(self) -> None:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(
-            self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        if not self._sockets:
+            self._sockets = await asyncio.to_thread(bound_sockets, self._host, self._port)
+
+
+def bound_sockets(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
+    """A socket for each address that ``host`` means. ``shared``: others may be bound beside them.
+    Looks up names, which may take a while. Raises ``OSError``; then none is open."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with contextlib.ExitStack() as stack:
+        sockets: list[socket.socket] = []
         for family, _, _, _, address in dict.fromkeys(found):
-            if self._sockets and self._port == 0:
-                return  # the system would choose another port for each
-            self._sockets.append(_bound(family, address))
+            if sockets and port == 0:
+                break  # the system would choose another port for each
+            sockets.append(_bound(family, address, shared=shared))
+            stack.callback(sockets[-1].close)
+        stack.pop_all()
+    return sockets
 
 
-def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+def _bound(family: int, address: tuple[object, ...], *, shared: bool) -> socket.socket:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:  # "::" is not 0.0.0.0 too
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:

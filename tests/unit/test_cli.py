@@ -83,6 +83,7 @@ def test_help_of_serve_names_the_variable_of_every_flag() -> None:
         "cache-dir",
         "cache-size",
         "max-connections",
+        "workers",
         "log-format",
     )
     for flag in flags:

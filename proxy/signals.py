@@ -1,0 +1,38 @@
+"""What tells a process to end: a signal, or the death of the one that made it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+
+
+@contextlib.asynccontextmanager
+async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets; a second one ends the process at once. So does the end
+    of the pipe ``lifeline``, whose other end the supervisor holds."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def asked() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    def orphaned() -> None:
+        if lifeline is not None:
+            loop.remove_reader(lifeline)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked)
+    if lifeline is not None:
+        loop.add_reader(lifeline, orphaned)
+    try:
+        yield stop
+    finally:
+        if lifeline is not None:
+            loop.remove_reader(lifeline)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
