@@ -36,8 +36,9 @@ from proxy.testing import (
     Stall,
     make_image,
 )
-from proxy.upstream.client import MAX_REDIRECTS, MAX_TOKEN_BODY, Head
+from proxy.upstream.client import MAX_REDIRECTS, Head
 from proxy.upstream.endpoint import OriginSettings
+from proxy.upstream.login import MAX_TOKEN_BODY
 from proxy.upstream.reply import drain, next_hop
 from tests.unit.upstream_kit import ROBOT, Mute, Puller, sample, ticket, tls, until
 

@@ -8,7 +8,8 @@ import pytest
 
 from proxy.oci.errors import Denied, UpstreamBusy
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.tokens import DOUBT, OTHERS, REFUSED_FOR, SECOND_LOOK, Evidence
+from proxy.upstream.evidence import DOUBT, OTHERS, SECOND_LOOK, Evidence
+from proxy.upstream.token_service import REFUSED_FOR
 from tests.unit.test_tokens import APP, BEARER, Service, Setting, bearer, jwt, never, token
 
 OTHER = "team/other"

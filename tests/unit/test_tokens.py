@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from proxy.oci.challenge import parse_challenges
 from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamTimeout
+from proxy.upstream.answering import Action, decide
 from proxy.upstream.credentials import Credentials, CredentialsUnavailable
-from proxy.upstream.tokens import Action, Authenticator, decide
+from proxy.upstream.tokens import Authenticator
 
 ROBOT = Credentials("robot$pull", "s3cr3t-of-the-robot")
 REALM = "https://harbor.example.com/service/token"
