@@ -67,7 +67,8 @@ class FakeRegistry:
     - `overload`: what happens beyond how many requests in progress.
     - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `private`: the
       users of a repository; other repositories are public. `token_service`: the registry that
-      serves the token URL, by default this one; another one has to be listening first.
+      serves the token URL, by default this one; may be set until this one listens, and another
+      one has to know its port by then.
       `token_ttl`: seconds. `opaque_tokens`: no JWT. `harbor`: refuse in Harbor's way (see
       `proxy.testing.tokens`).
     - `redirect_blobs_to`: a registry that serves this one's blobs by signed URLs, each valid for
@@ -121,7 +122,7 @@ class FakeRegistry:
         self._cdn = redirect_blobs_to
         self._auth = auth
         self._policy = Policy(Accounts(users, private), token_ttl, opaque_tokens, harbor)
-        self._token_service = token_service or self
+        self.token_service = token_service or self
         self._manners = Manners(ranges, page_size)
         self._script = Script()
         self._holds: list[Hold] = []
@@ -257,7 +258,7 @@ class FakeRegistry:
         service = Service(self.netloc, self._policy, self.content.has_project)
         if auth == "basic":
             return Guard(service, None, None)
-        issuer = self._token_service
+        issuer = self.token_service
         issuer.tokens.adopt(service)
         return Guard(service, issuer.tokens, issuer.url + TOKEN_PATH)
 

@@ -1,11 +1,11 @@
 """One upstream: requests with its credentials, over its origin's gate (DESIGN D1, D4, D8, D20).
 
-A request is one turn: the gate grants a slot, the token is fetched inside that turn if one is
-needed (on the same socket when the token service is on the same origin, so there is no deadlock at
-a cap of one), the answer is read under it. Redirects are followed by hand: each hop takes a turn of
-the origin it leads to, after the previous turn has ended; Authorization never crosses an origin,
-nor is it sent again once another origin had a say in where we go; https never leads to http, and
-nobody leads to an address nearer to us than their own (``reach.py``).
+A request is one turn: the gate grants a slot, the token is fetched inside that turn if it comes
+from the same origin and before it if from another one (``login.py``), the answer is read under it.
+Redirects are followed by hand: each hop takes a turn of the origin it leads to, after the previous
+turn has ended; Authorization never crosses an origin, nor is it sent again once another origin had
+a say in where we go; https never leads to http, and nobody leads to an address nearer to us than
+their own (``reach.py``).
 
 What reaches the layers above are value types and ``PullError``s, never aiohttp's objects.
 """
@@ -221,23 +221,28 @@ class UpstreamClient:
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
-            async with origin.turn(ticket, repository) as turn:
-                self._hurry.asked(turn)
-                with self._weighed(turn), translated(origin.key.label, self.metrics):
-                    if is_ours:
-                        response = await self._login(method, url, headers, repository).send(turn)
-                    else:
-                        hop = ANYWHERE if origin is self.origin else reach
-                        response = await turn.request(method, url, headers, reach=hop)
-                    if response.status in REDIRECTS:
-                        await drain(response)
-                reach = reach.after(turn.peer)
-                self._weigh(turn, response)
-                if response.status not in REDIRECTS:
-                    _expect_identity(origin, response)
-                    self._hurry.answered()
-                    yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
-                    return
+            login = self._login(method, url, headers, repository) if is_ours else None
+            response = None
+            while response is None:
+                async with (login or origin).turn(ticket, repository) as turn:
+                    self._hurry.asked(turn)
+                    with self._weighed(turn), translated(origin.key.label, self.metrics):
+                        if login is not None:
+                            response = await login.send(turn)
+                        else:
+                            hop = ANYWHERE if origin is self.origin else reach
+                            response = await turn.request(method, url, headers, reach=hop)
+                        if response is None:
+                            continue
+                        if response.status in REDIRECTS:
+                            await drain(response)
+                    reach = reach.after(turn.peer)
+                    self._weigh(turn, response)
+                    if response.status not in REDIRECTS:
+                        _expect_identity(origin, response)
+                        self._hurry.answered()
+                        yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
+                        return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
 
@@ -245,6 +250,7 @@ class UpstreamClient:
         return Login(
             Question(method, url, headers, repository),
             name=self.name,
+            origin=self.origin,
             authenticator=self._authenticator,
             origin_of=self._origin_of,
             metrics=self.metrics,

@@ -11,9 +11,10 @@ in its place, or where there is none, one refresh runs and everybody who needs t
 it. An ageing token, or one that was refused, is forgotten only when a new one has arrived: a token
 service that fails must not take away what still works.
 
-The refresh is led by the first request that needs it, inside that request's own turn and with its
-own slot, so that it cannot wait for a slot which its followers hold (D4: no deadlock at a cap of
-1). There is no task behind it:
+The refresh is led by the first request that needs it, by its own means: inside its own turn and
+with its own slot, so that it cannot wait for a slot which its followers hold (D4: no deadlock at a
+cap of 1), or, where tokens come from another origin, while neither it nor its followers hold one
+(`login.py`). There is no task behind it:
 
 - the leader gets a token, or fails: its followers get the same;
 - the leader is cancelled: the refresh ends with it, the followers wake, the first of them leads
@@ -29,12 +30,12 @@ the OAuth2 exchange by POST, which some clouds want for them, is not spoken.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cachetools import TLRUCache
 
-from proxy.oci.challenge import Challenge, offers_basic, parse_challenges
+from proxy.oci.challenge import Challenge, offers_basic, parse_challenges, pick_bearer
 from proxy.oci.errors import Denied, RealmRefused, UpstreamError
 from proxy.oci.token import grants
 from proxy.upstream.answering import Action, Decision, decide, scheme
@@ -106,14 +107,18 @@ class Authenticator:
         self._tokens: TLRUCache[TokenKey, _Token, float] = TLRUCache(
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
+        # The `Authorization` of every token that has not run out, kept or not.
+        self._issued: TLRUCache[str, float, float] = TLRUCache(
+            _MAX_TOKENS, ttu=lambda _token, expires_at, _now: expires_at, timer=clock
+        )
         self._service = TokenService(name, clock=clock)
         self._witnesses = Witnesses(clock=clock)
         self._refreshes: dict[TokenKey, asyncio.Future[_Outcome]] = {}
 
     def __repr__(self) -> str:
-        scheme = self._learned.action.name.lower() if self._learned else "no challenge yet"
+        known = self._learned.action.name.lower() if self._learned else "no challenge yet"
         held, running = len(self._tokens), len(self._refreshes)
-        return f"<Authenticator {self._name} {scheme}, {held} tokens, {running} refreshing>"
+        return f"<Authenticator {self._name} {known}, {held} tokens, {running} refreshing>"
 
     async def headers(self, repository: str, fetch: Fetch) -> dict[str, str]:
         """What to send with the first try for `repository` (the upstream's name for it).
@@ -164,6 +169,21 @@ class Authenticator:
         too busy to look. A new token tells the two apart."""
         known = self._learned is not None and self._learned.action is Action.BEARER
         return known and scheme(judged) == "bearer" and offers_basic(offered)
+
+    @property
+    def realm(self) -> str | None:
+        """Where tokens come from, as far as is known; `None` while none are needed."""
+        bearer = self._learned.bearer if self._learned is not None else None
+        return None if bearer is None else bearer.realm
+
+    def realm_after(self, challenges: Sequence[str]) -> str | None:
+        """Where the token comes from that answers these challenges."""
+        bearer = pick_bearer(parse_challenges(challenges))
+        return self.realm if bearer is None else bearer.realm
+
+    def is_current(self, headers: Mapping[str, str]) -> bool:
+        """Can a request still be sent with these `headers`, which were looked up before?"""
+        return self.realm is None or headers.get("Authorization", "") in self._issued
 
     def lists(self, url: str) -> bool:
         """Did the operator name the host of this token service?"""
@@ -280,6 +300,7 @@ class Authenticator:
         # Lifetimes count from before the request: late answers must not make tokens younger.
         asked_at = self._clock()
         reply = await self._service.token(need.key, need.credentials, need.fetch)
+        self._issued[f"Bearer {reply.token}"] = asked_at + reply.expires_in
         if not grants(reply.token, need.repository, "pull"):
             return reply.token, "ungranted"
         self._keep(need.key, reply.token, asked_at, reply.expires_in)
