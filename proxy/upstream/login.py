@@ -224,12 +224,18 @@ class Login:
 
     async def _weigh(self, turn: Turn, reason: str, fetch: Fetch) -> None:
         """Is this second refusal meant? Raises ``UpstreamBusy`` if not (D5)."""
-        repository, conduct = self._question.repository, self._origin.conduct
+        repository, origin = self._question.repository, self._origin
         match await self._authenticator.weigh(
-            repository, fetch, is_stressed=lambda: conduct.is_stressed
+            repository,
+            fetch,
+            is_stressed=lambda: origin.conduct.is_stressed,
+            is_quiet=lambda: origin.state().active <= 1,
         ):
+            case Evidence.REVOKED:
+                origin.conduct.was_meant()
             case Evidence.OVERLOAD:
-                raise self._busy(turn, reason)
+                turn.may_be_too_much(reason)
+                raise UpstreamBusy(message=self._undecided(reason))
             case Evidence.NONE:  # asked again soon; the cap stays until it is known
                 message = f"{self._name} refuses {repository}, which may be for lack of time"
                 raise UpstreamBusy(SECOND_LOOK, message=message)
@@ -248,7 +254,10 @@ class Login:
 
     def _busy(self, turn: Turn, reason: str) -> UpstreamBusy:
         turn.was_too_much(reason)
-        return UpstreamBusy(message=f"{self._name} refuses without deciding: {reason}")
+        return UpstreamBusy(message=self._undecided(reason))
+
+    def _undecided(self, reason: str) -> str:
+        return f"{self._name} refuses without deciding: {reason}"
 
     def _fetch(self, turn: Turn | None) -> Fetch:
         """How to GET a token: inside ``turn`` if it comes from here, else by a turn of its own."""

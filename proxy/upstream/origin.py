@@ -152,6 +152,10 @@ class Turn:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
         self.origin.conduct.was_too_much(self.repository, self._sent_at, reason)
 
+    def may_be_too_much(self, reason: str) -> None:
+        """It was refused, be it for want of time."""
+        self.origin.conduct.may_be_too_much(self._sent_at, reason)
+
     @property
     def has_moved_on(self) -> bool:
         """Did it bring so much that it was worth its place, even if it breaks then?"""

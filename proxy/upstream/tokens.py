@@ -30,7 +30,7 @@ the OAuth2 exchange by POST, which some clouds want for them, is not spoken.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cachetools import TLRUCache
@@ -195,23 +195,35 @@ class Authenticator:
         return self._witnesses.worked(repository)
 
     async def weigh(
-        self, repository: str, fetch: Fetch, *, is_stressed: Callable[[], bool]
+        self,
+        repository: str,
+        fetch: Fetch,
+        *,
+        is_stressed: Callable[[], bool],
+        is_quiet: Callable[[], bool],
     ) -> Evidence:
         """A token came without access to `repository`: is that for want of rights, or of time?
 
-        Raises as `fetch` does.
+        See `Witnesses.weigh`. Raises as `fetch` does.
         """
         bearer = self._learned.bearer if self._learned is not None else None
         if bearer is None:
             return Evidence.DENIAL
         credentials = await self._credentials()
 
-        def ask(name: str | None) -> Awaitable[bool]:
+        async def ask(name: str | None) -> bool:
             key = TokenKey.of(bearer, name, credentials)
-            return self._service.is_granted(key, credentials, fetch)
+            is_granted = await self._service.is_granted(key, credentials, fetch)
+            if is_granted and name is not None:
+                self._witnesses.granted(name)
+            return is_granted
 
         return await self._witnesses.weigh(
-            repository, ask, is_anonymous=credentials is None, is_stressed=is_stressed
+            repository,
+            ask,
+            is_anonymous=credentials is None,
+            is_stressed=is_stressed,
+            is_quiet=is_quiet,
         )
 
     def _renewable(self, judged: str | None) -> bool:
@@ -303,6 +315,7 @@ class Authenticator:
         self._issued[f"Bearer {reply.token}"] = asked_at + reply.expires_in
         if not grants(reply.token, need.repository, "pull"):
             return reply.token, "ungranted"
+        self._witnesses.granted(need.repository)
         self._keep(need.key, reply.token, asked_at, reply.expires_in)
         return reply.token, "ok"
 
