@@ -14,8 +14,10 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
+from urllib.parse import parse_qsl
 
 from aiohttp import web
 
@@ -65,7 +67,8 @@ class FakeRegistry:
     - `limit`: sockets ESTABLISHED at accept; requests on a socket beyond it get `over_limit_status`
       (401: with Harbor's database text and an empty challenge), then FIN.
     - `overload`: what happens beyond how many requests in progress.
-    - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `private`: the
+    - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `identities`: users
+      by identity token; without any the token service knows no POST. `private`: the
       users of a repository; other repositories are public. `token_service`: the registry that
       serves the token URL, by default this one; may be set until this one listens, and another
       one has to know its port by then.
@@ -92,6 +95,7 @@ class FakeRegistry:
         overload: Overload | None = None,
         auth: Literal["basic", "bearer"] | None = None,
         users: Mapping[str, str] = _NOBODY,
+        identities: Mapping[str, str] = _NOBODY,
         private: Mapping[str, Collection[str]] = _NOTHING_PRIVATE,
         token_service: FakeRegistry | None = None,
         token_ttl: float = 300.0,
@@ -121,7 +125,9 @@ class FakeRegistry:
         self.signed_url_ttl = signed_url_ttl
         self._cdn = redirect_blobs_to
         self._auth = auth
-        self._policy = Policy(Accounts(users, private), token_ttl, opaque_tokens, harbor)
+        self._policy = Policy(
+            Accounts(users, private, identities), token_ttl, opaque_tokens, harbor
+        )
         self.token_service = token_service or self
         self._manners = Manners(ranges, page_size)
         self._script = Script()
@@ -264,6 +270,8 @@ class FakeRegistry:
 
     async def _handle(self, request: web.BaseRequest, connection: Connection) -> web.StreamResponse:
         asked = read_request(request)
+        if asked.kind is Kind.TOKEN and asked.method == "POST":
+            asked = replace(asked, form=dict(parse_qsl((await request.read()).decode())))
         seen = self.counters.note_request(asked)
         if connection.is_over_limit:
             self.counters.refused += 1

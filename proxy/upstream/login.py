@@ -26,6 +26,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlencode
 
 import aiohttp
 from yarl import URL
@@ -260,20 +261,22 @@ class Login:
         return f"{self._name} refuses without deciding: {reason}"
 
     def _fetch(self, turn: Turn | None) -> Fetch:
-        """How to GET a token: inside ``turn`` if it comes from here, else by a turn of its own."""
+        """How to get a token: inside ``turn`` if it comes from here, else by a turn of its own."""
 
-        async def fetch(text: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        async def fetch(
+            text: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, /
+        ) -> tuple[int, bytes]:
             url = URL(text, encoded=True)
             origin = await self._origin_of(url)
             with translated(origin.key.label, self._metrics):
                 if turn is not None and origin is turn.origin:
-                    return self._decided(turn, await _fetch_small(turn, url, headers))
+                    return self._decided(turn, await _fetch_small(turn, url, headers, form))
                 known, repository = self._authenticator, self._question.repository
                 reach = ANYWHERE if known.lists(text) else known.realm_reach
                 async with origin.turn(Ticket(TurnClass.METADATA), repository) as other:
                     self._hurry.asked(other)
                     try:
-                        answer = await _fetch_small(other, url, headers, reach)
+                        answer = await _fetch_small(other, url, headers, form, reach)
                         return self._decided(other, answer)
                     except RedirectRefused as error:
                         raise RealmRefused(f"{self._name}: for tokens, {error}") from error
@@ -294,9 +297,18 @@ class Login:
 
 
 async def _fetch_small(
-    turn: Turn, url: URL, headers: Mapping[str, str], reach: Reach = ANYWHERE
+    turn: Turn,
+    url: URL,
+    headers: Mapping[str, str],
+    form: Mapping[str, str] | None,
+    reach: Reach = ANYWHERE,
 ) -> tuple[int, bytes]:
-    response = await turn.request("GET", url, headers, reach=reach)
+    if form is None:
+        response = await turn.request("GET", url, headers, reach=reach)
+    else:
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        data = urlencode(form).encode()
+        response = await turn.request("POST", url, {**headers, **kind}, reach=reach, data=data)
     body = bytearray()
     while data := await turn.read():
         body += data

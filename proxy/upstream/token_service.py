@@ -1,21 +1,47 @@
 """Asking a token service: what is sent to it, and what its answer is worth.
 
-docs/content/spec/auth/token.md in distribution.
+A user's password goes to it as Basic credentials of a GET (docs/content/spec/auth/token.md in
+distribution). An identity token is exchanged by POST (oauth.md there), in the body, where logs of
+URLs and headers do not show it; to a service that does not know that it goes by GET as well, as the
+password of the user `<token>`. It goes nowhere but to a realm that passed `realm.py`, and into no
+message.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from cachetools import TTLCache
 from yarl import URL
 
 from proxy.oci.challenge import BearerChallenge
 from proxy.oci.errors import Denied, TokenServiceFailed, UpstreamBusy
-from proxy.oci.token import TokenReply, grants, parse_token_reply
+from proxy.oci.token import TokenReply, grants, oauth_error, parse_token_reply
 from proxy.upstream.credentials import Credentials
 
-Fetch = Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]
-"""GET a URL with these headers, in the caller's own turn: status and body (at most 64 KiB)."""
+
+class Fetch(Protocol):
+    """GET a URL with these headers, or POST a form: status and body (at most 64 KiB)."""
+
+    async def __call__(
+        self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, /
+    ) -> tuple[int, bytes]: ...
+
+
+#: Who we are to a token service that wants to know, for its audit.
+CLIENT_ID = "pullpool"
+#: Seconds for which a token service that does not know the exchange is not asked for it again.
+WITHOUT_OAUTH = 3600.0
+#: Answers to a POST by which a token service says that it knows GET only.
+_NO_POST = frozenset({404, 405})
+#: What an OAuth2 error says in the words of HTTP: about the account, or about the repository.
+_OAUTH_ERRORS = {
+    "invalid_grant": 401,
+    "invalid_client": 401,
+    "unauthorized_client": 401,
+    "access_denied": 403,
+    "invalid_scope": 403,
+}
 
 #: Seconds in which credentials that were refused are not shown again: behind a token service there
 #: may be a directory that locks accounts.
@@ -42,6 +68,18 @@ class TokenKey:
     def scope(self) -> str:
         return f"repository:{self.repository}:pull" if self.repository else ""
 
+    def form(self, identity_token: str) -> tuple[str, Mapping[str, str]]:
+        """Where to POST an identity token, and what with it."""
+        fields = {
+            "grant_type": "refresh_token",
+            "service": self.service or "",
+            "client_id": CLIENT_ID,
+            "scope": self.scope,
+            "refresh_token": identity_token,
+        }
+        said = {name: value for name, value in fields.items() if value}
+        return str(URL(self.realm).with_fragment(None)), said
+
     def url(self) -> str:
         """The token request; what the realm already has in its query stays."""
         query = {"service": self.service, "scope": self.scope, "account": self.account}
@@ -55,6 +93,7 @@ class TokenService:
     def __init__(self, name: str, *, clock: Callable[[], float]) -> None:
         self._name = name
         self._refused: TTLCache[str, bool] = TTLCache(1, REFUSED_FOR, timer=clock)
+        self._without_oauth: TTLCache[str, bool] = TTLCache(16, WITHOUT_OAUTH, timer=clock)
 
     async def token(
         self, key: TokenKey, credentials: Credentials | None, fetch: Fetch
@@ -95,6 +134,14 @@ class TokenService:
     async def _ask(
         self, key: TokenKey, credentials: Credentials | None, fetch: Fetch
     ) -> tuple[int, bytes]:
+        is_identity = credentials is not None and credentials.is_identity
+        if credentials is not None and is_identity and key.realm not in self._without_oauth:
+            url, form = key.form(credentials.password)
+            status, body = await fetch(url, {}, form)
+            error = oauth_error(body) if status == 400 else None
+            if status not in _NO_POST and error != "unsupported_grant_type":
+                return _OAUTH_ERRORS.get(error or "", status), body
+            self._without_oauth[key.realm] = True
         headers = {"Authorization": credentials.authorization} if credentials else {}
         return await fetch(key.url(), headers)
 

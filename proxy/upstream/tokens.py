@@ -25,8 +25,7 @@ cap of 1), or, where tokens come from another origin, while neither it nor its f
 A JWT that does not grant what was asked for is given to those who waited but never kept: Harbor
 under load signs tokens with empty access, and the next request has to ask again.
 
-Identity tokens (user `<token>`) go to the token service as Basic credentials like any password;
-the OAuth2 exchange by POST, which some clouds want for them, is not spoken.
+What is said to the token service, and how an identity token is, is `token_service.py`'s.
 """
 
 import asyncio
