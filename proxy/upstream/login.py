@@ -33,7 +33,14 @@ from yarl import URL
 
 from proxy.observe.metrics import Metrics
 from proxy.oci.challenge import parse_challenges
-from proxy.oci.errors import Denied, RealmRefused, RedirectRefused, TooLarge, UpstreamBusy
+from proxy.oci.errors import (
+    Denied,
+    RealmRefused,
+    RedirectRefused,
+    TooLarge,
+    Undecided,
+    UpstreamBusy,
+)
 from proxy.oci.token import grants
 from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import translated
@@ -239,7 +246,7 @@ class Login:
                 raise UpstreamBusy(message=self._undecided(reason))
             case Evidence.NONE:  # asked again soon; the cap stays until it is known
                 message = f"{self._name} refuses {repository}, which may be for lack of time"
-                raise UpstreamBusy(SECOND_LOOK, message=message)
+                raise Undecided(SECOND_LOOK, message=message)
 
     async def _weigh_elsewhere(self, turn: Turn, reason: str) -> None:
         """The same when the refusal's own turn is over. Raises ``Denied`` if it is meant."""

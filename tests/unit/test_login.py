@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from proxy.observe.metrics import Metrics
-from proxy.oci.errors import Denied, Throttled, UpstreamBusy, UpstreamUnavailable
+from proxy.oci.errors import Denied, Throttled, Undecided, UpstreamUnavailable
 from proxy.testing import Answer, FakeClock, FakeRegistry, Fault, make_image
 from proxy.upstream.evidence import SECOND_LOOK
 from proxy.upstream.hurry import HASTE, Hurry
@@ -145,7 +145,7 @@ def test_nor_do_they_while_refusals_are_weighed() -> None:
         for _ in range(2):
             asked = [manifest(puller, SECRET) for puller in both.pullers for _ in range(3)]
             refused = await asyncio.gather(*asked, return_exceptions=True)
-            assert {type(error) for error in refused} == {UpstreamBusy}
+            assert {type(error) for error in refused} == {Undecided}
             await asyncio.sleep(SECOND_LOOK / 2)
         asked = [manifest(puller, SECRET) for puller in both.pullers for _ in range(3)]
         denied = await asyncio.gather(*asked, return_exceptions=True)

@@ -50,7 +50,11 @@ class Setting:
 
     @property
     def overloads(self) -> float:
-        return self.pool.count("upstream_overloads_total", upstream=self.registry.netloc)
+        return self.pool.count("upstream_overloads_total", upstream=self.label)
+
+    @property
+    def label(self) -> str:
+        return self.registry.netloc
 
 
 Scenario = Callable[[Setting], Awaitable[None]]
@@ -118,6 +122,19 @@ def test_and_so_are_many_at_once_and_the_cap_is_what_it_was(tmp_path: Path) -> N
         limit = setting.origin.conduct.cap.limit
         assert max(await asyncio.gather(*(setting.denial(name) for name in SECRET))) < DUE
         assert setting.origin.conduct.cap.limit == limit
+
+    play(tmp_path, scenario)
+
+
+def test_a_denial_does_not_wait_for_the_retry_budget(tmp_path: Path) -> None:
+    """Looking again at what was refused is no retry of something that failed."""
+
+    async def scenario(setting: Setting) -> None:
+        budget = setting.origin.conduct.retries.budget
+        while budget.left(now()):
+            budget.spend(now())
+        assert await setting.denial(SECRET[0]) < DUE
+        assert setting.pool.count("upstream_retries_held_total", upstream=setting.label) == 0
 
     play(tmp_path, scenario)
 
