@@ -285,7 +285,6 @@ class Undecided(UpstreamBusy):
     """
 
     reason = "upstream_undecided"
-    default_message = "the upstream refuses, which may be for lack of time"
 
     @property
     def retried_as(self) -> str:
