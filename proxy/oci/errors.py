@@ -78,6 +78,11 @@ class PullError(Exception):
         error = {"code": self.code, "message": self.message, "detail": detail}
         return json.dumps({"errors": [error]}, default=str, separators=(",", ":")).encode()
 
+    @property
+    def retried_as(self) -> str:
+        """Why another try after it draws on the retry budget; empty if it does not."""
+        return self.reason
+
     def bare(self) -> Self:
         """The same words without the traceback and the causes, which hold the frames of a request:
         what may be kept, and raised to many."""
@@ -271,6 +276,19 @@ class UpstreamBusy(Overloaded):
 
     reason = "upstream_busy"
     default_message = "the upstream has too much to do"
+
+
+class Undecided(UpstreamBusy):
+    """The same, or a denial: another look is taken before anybody is told (DESIGN D5).
+
+    The upstream answered, so that look is no retry of something that failed.
+    """
+
+    reason = "upstream_undecided"
+
+    @property
+    def retried_as(self) -> str:
+        return ""
 
 
 class QueueFull(Overloaded):

@@ -131,7 +131,7 @@ class Questions(Generic[V]):
                     failures += not isinstance(error, UpstreamBusy)
                     if failures >= TRIES or not _may_pass(error, named):
                         raise
-                    ticket.retry = error.reason
+                    ticket.retry = error.retried_as
                     self._log.info(
                         "asked_again", about=":".join(key), tries=tries, cause=str(error)
                     )

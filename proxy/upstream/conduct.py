@@ -94,6 +94,7 @@ class Conduct:
             _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
         )
         self._overloaded_at = float("-inf")
+        self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
         gate.limit = cap.limit
 
     # -- before a request ------------------------------------------------------------------
@@ -196,6 +197,7 @@ class Conduct:
 
     def was_too_much(self, repository: str, sent_at: float, reason: str) -> None:
         """The upstream broke under a request for ``repository`` sent at ``sent_at``."""
+        self._unsuspected = None
         if self._blame.failed(repository, self._clock(), sent_at=sent_at):
             self._clear(repository)
             return
@@ -206,6 +208,20 @@ class Conduct:
         self._metrics.upstream_overloads.labels(self._label).inc()
         self._overloaded_at = self._clock()
         self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
+
+    def may_be_too_much(self, sent_at: float, reason: str) -> None:
+        """A request sent at ``sent_at`` was refused, be it for want of time or of rights: fewer at
+        once will show it."""
+        if self._unsuspected is None:
+            self._unsuspected = self.cap
+        self._metrics.upstream_overloads.labels(self._label).inc()
+        self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
+
+    def was_meant(self) -> None:
+        """What looked as if it might be too much was for want of rights."""
+        if self._unsuspected is not None:
+            self._settle(self.cap.cleared(self._unsuspected, self._clock()))
+            self._unsuspected = None
 
     def _clear(self, repository: str) -> None:
         """It fails by itself. If all that broke do, the cap was lowered for nothing."""

@@ -78,10 +78,11 @@ class Turn:
         headers: Mapping[str, str] | None = None,
         *,
         reach: Reach = ANYWHERE,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """Send one request on this turn's socket; what is left of the previous one is aborted.
 
-        ``reach`` says where it may go.
+        ``reach`` says where it may go, ``data`` is its body.
         Raises what aiohttp raises, ``TimeoutError`` and ``RedirectRefused``.
         """
         self.finish()
@@ -89,7 +90,7 @@ class Turn:
         self._sent_at = self.origin.clock()
         try:
             self._response = await self.origin.send(
-                self, method, url, headers or {}, reach=reach, patience=self.patience
+                self, method, url, headers or {}, reach=reach, patience=self.patience, data=data
             )
         except BaseException:
             # aiohttp closes the socket; but a cancelled request may be answered at length.
@@ -151,6 +152,10 @@ class Turn:
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
         self.origin.conduct.was_too_much(self.repository, self._sent_at, reason)
+
+    def may_be_too_much(self, reason: str) -> None:
+        """It was refused, be it for want of time."""
+        self.origin.conduct.may_be_too_much(self._sent_at, reason)
 
     @property
     def has_moved_on(self) -> bool:
@@ -284,6 +289,7 @@ class Origin:
         *,
         reach: Reach = ANYWHERE,
         patience: float | None = None,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """One request on the lane of the turn's slot, counted. Raises as ``Turn.request`` does."""
         slot = turn.slot
@@ -291,7 +297,9 @@ class Origin:
         await self._make_room()
         started = self.clock()
         try:
-            response = await lane.request(method, url, headers, reach=reach, patience=patience)
+            response = await lane.request(
+                method, url, headers, reach=reach, patience=patience, data=data
+            )
         except (aiohttp.ClientError, OSError) as error:
             self.conduct.broke(slot, error, turn.repository)
             failure = self._egress_failure(error)
