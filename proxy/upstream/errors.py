@@ -20,6 +20,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.errors import (
     Denied,
     EgressFailed,
+    EgressRefused,
     NotFound,
     PullError,
     Throttled,
@@ -48,9 +49,25 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
         raise failure(f"{label}: {said}") from error
 
 
-def egress_failure(error: aiohttp.ClientError, label: str, proxy: str) -> EgressFailed | None:
+#: What a proxy answers to CONNECT by its rules: the next try would hear the same.
+_REFUSALS_OF_PROXIES = frozenset({401, 403, 405, 407})
+
+
+def egress_refusal(label: str, proxy: str, status: int) -> EgressRefused:
+    """The egress proxy has refused us with ``status``: its operator's or ours to set right."""
+    expected = "access to this upstream"
+    if status == 407:
+        expected = "it to accept the name and password in the configured proxy URL"
+    return EgressRefused(f"{label}: expected of the egress proxy {proxy} {expected}, got {status}")
+
+
+def egress_failure(
+    error: aiohttp.ClientError, label: str, proxy: str
+) -> EgressFailed | EgressRefused | None:
     """The failure that an egress proxy is to blame for; ``None`` if it is not about the proxy."""
     match error:
+        case aiohttp.ClientHttpProxyError() if error.status in _REFUSALS_OF_PROXIES:
+            return egress_refusal(label, proxy, error.status)
         case aiohttp.ClientHttpProxyError():
             said = f"answers {error.status} to CONNECT"
         case aiohttp.ConnectionTimeoutError():
@@ -62,7 +79,7 @@ def egress_failure(error: aiohttp.ClientError, label: str, proxy: str) -> Egress
             said = f"cannot be reached: {said}"
         case _:
             return None
-    return EgressFailed(f"{label}: the egress proxy {proxy} {said}")
+    return EgressFailed(f"the egress proxy {proxy} {said}", upstream=label)
 
 
 def _is_at(place: str, error: aiohttp.ClientConnectorError) -> bool:
