@@ -294,12 +294,20 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class UpstreamUnreachable(UpstreamUnavailable):
+    """There was no connection: refused, name not resolved, TLS failure."""
+
+
 class UpstreamDown(UpstreamUnavailable):
-    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it."""
+    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it.
+
+    ``talks``: it can be reached and answers badly, which may be over in a moment.
+    """
 
     reason = "upstream_down"
     default_message = "the upstream is down"
     status = 503
+    talks = False
 
 
 class UnexpectedAnswer(UpstreamUnavailable):

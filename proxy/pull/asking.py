@@ -12,7 +12,9 @@ is busy, or whose "later" is short, is tried for as long as anybody waits. What 
 is full jitter, and the retry budget of the origin. Who joined later than the one that began has
 waited for less: it asks anew, as another try. A denial is an answer and tried no second time. Only
 ``TRIES`` gets what says "not now" in so many words: a 429, and "not found" of what a manifest
-names, which may be late.
+names, which may be late; and where there is no connection, since the client may have another
+mirror. For the same reason who asks an upstream that is known to be out of reach, or to be silent,
+is told so at once.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from proxy.oci.errors import (
     Throttled,
     TokenServiceFailed,
     UpstreamBusy,
+    UpstreamDown,
     UpstreamTimeout,
     UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 from proxy.pull.asks import Ask
 from proxy.pull.shared import SharedWork
@@ -55,7 +59,7 @@ PATIENCE = 14.0
 LEAST_PATIENCE = 4.0
 #: A try that breaker or budget hold back is given up after so much more than the patience.
 LAST_CALL = 1.3
-#: Tries of one question that is answered "not yet" or "too often".
+#: Tries of one question that is answered "not yet" or "too often", or cannot be asked.
 TRIES = 6
 #: Tries of one question for whatever reason: pauses make them a matter of time long before.
 MOST_TRIES = 64
@@ -166,10 +170,11 @@ class Questions(Generic[V]):
                         least = loop.time() + LEAST_PATIENCE
                         standing.until = max(standing.arrived + self._patience, least)
                     standing.failure = error.bare()
-                    answers += isinstance(error, (NotFound, Throttled))
-                    is_denied = isinstance(error, NotFound) and not named
+                    answers += isinstance(error, (NotFound, Throttled, UpstreamUnreachable))
+                    is_final = isinstance(error, NotFound) and not named
+                    is_final |= isinstance(error, UpstreamDown) and not error.talks
                     pause = max(self._pause(tries), error.retry_after or 0.0)
-                    is_hopeless = is_denied or answers >= TRIES
+                    is_hopeless = is_final or answers >= TRIES
                     if is_hopeless or not _is_early(error, standing.until - pause):
                         raise
                     ticket.retry = error.reason

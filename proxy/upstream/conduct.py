@@ -38,7 +38,7 @@ from proxy.oci.errors import EgressFailed, Throttled
 from proxy.upstream.blame import KEPT, Blame
 from proxy.upstream.budget import Retries, RetryBudget
 from proxy.upstream.cap import Cap
-from proxy.upstream.errors import retry_after, sort_failure
+from proxy.upstream.errors import UNREACHABLE, retry_after, sort_failure
 from proxy.upstream.gate import Gate, Slot
 from proxy.upstream.health import (
     PATIENCE,
@@ -62,8 +62,6 @@ _MAX_PAUSED = 1024
 
 _METADATA = frozenset({TurnClass.METADATA})
 _EVERYTHING = frozenset(TurnClass)
-#: Kinds of failures (``upstream/errors.py``) in which there was no connection.
-_UNREACHABLE = frozenset({"dns", "tls", "connect"})
 
 
 class Conduct:
@@ -155,7 +153,7 @@ class Conduct:
             self._was_silent(slot, repository, sent_at)
             return
         kind, said = sort_failure(error)
-        no_connection = kind in _UNREACHABLE or isinstance(error, aiohttp.ConnectionTimeoutError)
+        no_connection = kind in UNREACHABLE or isinstance(error, aiohttp.ConnectionTimeoutError)
         if kind == "timeout" and not no_connection and self._is_long_ago(sent_at):
             self._was_silent(slot, repository, sent_at)
             return

@@ -28,11 +28,14 @@ from proxy.oci.errors import (
     UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 from proxy.oci.paths import Kind
 
 #: The longest Retry-After that is believed, in seconds.
 MAX_RETRY_AFTER = 3600.0
+#: Kinds of failures in which there was no connection.
+UNREACHABLE = frozenset({"dns", "tls", "connect"})
 
 
 @contextmanager
@@ -46,6 +49,8 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
         kind, said = sort_failure(error)
         metrics.upstream_errors.labels(label, kind).inc()
         failure: type[UpstreamError] = UpstreamTimeout if kind == "timeout" else UpstreamUnavailable
+        if kind in UNREACHABLE:
+            failure = UpstreamUnreachable
         raise failure(f"{label}: {said}") from error
 
 

@@ -338,10 +338,7 @@ class Health:
     @contextlib.asynccontextmanager
     async def queueing(self) -> AsyncIterator[None]:
         """What is inside waits for a slot: while the origin is down not for longer than for a
-        probe, because those who have the slots may wait for an answer themselves.
-
-        Raises ``UpstreamDown``.
-        """
+        probe, for those with slots may be waiting themselves. Raises ``UpstreamDown``."""
         if not self.is_down:
             yield
             return
@@ -369,7 +366,9 @@ class Health:
         text = f"{self._label} is down ({breaker.reason})"
         if breaker.trouble is Trouble.EGRESS:  # of the upstream itself nothing is known
             text = f"{self._label} is not asked: {breaker.reason}"
-        return UpstreamDown(text, retry_after=max(least, self.retry_in))
+        down = UpstreamDown(text, retry_after=max(least, self.retry_in))
+        down.talks = breaker.trouble is Trouble.BROKEN
+        return down
 
     def enter(self, slot: int, repository: str = "") -> bool:
         """May the request that holds this slot be sent? If the probe is due it becomes it."""
