@@ -385,6 +385,7 @@ async def test_a_probe_that_stays_silent_opens_it_again_and_one_that_is_left_doe
         puller.clock.advance(FIRST_SILENT + LATER)
         await silently(puller, registry, 0.1, "team/app")
         assert health.wants_probe
+        puller.clock.advance(LATER)
         await silently(puller, registry, SILENT_SECONDS, "team/app")
         assert health.breaker.state is State.OPEN
         assert health.breaker.openings == 2
