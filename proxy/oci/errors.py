@@ -312,12 +312,20 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class UpstreamUnreachable(UpstreamUnavailable):
+    """There was no connection: refused, name not resolved, TLS failure."""
+
+
 class UpstreamDown(UpstreamUnavailable):
-    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it."""
+    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it.
+
+    ``talks``: it can be reached and answers badly, which may be over in a moment.
+    """
 
     reason = "upstream_down"
     default_message = "the upstream is down"
     status = 503
+    talks = False
 
 
 class UnexpectedAnswer(UpstreamUnavailable):
@@ -329,10 +337,27 @@ class UnexpectedAnswer(UpstreamUnavailable):
 
 
 class EgressFailed(UpstreamUnavailable):
-    """The egress proxy on the way to the upstream refuses, or cannot be reached."""
+    """The egress proxy on the way to the upstream cannot be reached, or makes no connection.
+
+    ``said`` is the message without the upstream's name.
+    """
 
     reason = "egress_failed"
-    default_message = "the egress proxy does not let us through"
+    default_message = "the egress proxy makes no connection"
+
+    def __init__(self, said: str | None = None, *, upstream: str = "") -> None:
+        self.said = self.default_message if said is None else said
+        super().__init__(f"{upstream}: {self.said}" if upstream else self.said)
+
+
+class EgressRefused(UpstreamError):
+    """The egress proxy refuses us: its answer to our configuration, not the upstream's to us.
+
+    Another try meets the same, so it is none of those failures that may pass.
+    """
+
+    reason = "egress_refused"
+    default_message = "the egress proxy refuses us"
 
 
 class UpstreamTimeout(UpstreamError):
