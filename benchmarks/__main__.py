@@ -20,7 +20,7 @@ from benchmarks.parts import PROJECT, PartFailed, ended_by_signals, environment
 from benchmarks.scenario import Findings, Options
 
 #: In the order of the page; each is a module of this package (see `benchmarks.scenario`).
-SCENARIOS = ("herd", "overload", "fairness")
+SCENARIOS = ("warm", "manifests", "cold", "herd", "overload", "fairness")
 
 PIPE_WIDTH = 160
 

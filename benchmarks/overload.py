@@ -43,7 +43,8 @@ from benchmarks.parts import (
     until,
 )
 from benchmarks.scenario import Findings, Options, Promise, Sheet
-from benchmarks.subjects import Front, Subject, chosen, nothing
+from benchmarks.setups import fill
+from benchmarks.subjects import NOTHING, Front, Place, Subject, chosen
 from benchmarks.tables import NONE, failures_text
 from benchmarks.upstreams import registry_config
 
@@ -171,12 +172,12 @@ def _pull(image: Mapping[str, Any]) -> Want:
 
 
 @contextlib.contextmanager
-def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+def registry_proxy(place: Place) -> Iterator[Front]:
     """docker-registry as a pull-through cache with a login; it has no limit to set."""
-    port = free_port()
+    port, directory = free_port(), place.directory
     config = directory / "proxy.yml"
-    text = registry_config(port, directory / "cache", proxied=f"http://{LOOPBACK}:{upstream}")
-    text += f"  username: {USER}\n  password: {PASSWORD}\n"
+    url = f"http://{LOOPBACK}:{place.upstream}\n  username: {USER}\n  password: {PASSWORD}"
+    text = registry_config(port, directory / "cache", proxied=url)
     config.write_text(text)
     with running("registry-proxy", ("docker-registry", "serve", str(config)), directory) as part:
         await_http(part, port, "/v2/", ready=lambda status: status == 200)
@@ -184,23 +185,22 @@ def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
 
 
 @contextlib.contextmanager
-def pullpool(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+def pullpool(place: Place) -> Iterator[Front]:
     """The product, told the cap and the login and otherwise as it comes."""
-    port, admin = free_port(), free_port()
+    port, admin, directory = free_port(), free_port(), place.directory
     config = directory / "pullpool.toml"
-    text = f"""listen = "{LOOPBACK}:{port}"
-admin = "{LOOPBACK}:{admin}"
-
-[cache]
-dir = "{directory}/cache"
-max_size = "20GiB"
-
-[upstreams.harbor]
-url = "http://{LOOPBACK}:{upstream}"
-max_connections = {cap}
-username = "{USER}"
-password = "{PASSWORD}"
-"""
+    text = fill(
+        "pullpool.toml",
+        port=port,
+        admin=admin,
+        log="",
+        tls="",
+        directory=directory,
+        size=place.cache_size,
+        upstream=place.upstream,
+        cap=place.cap,
+    )
+    text += f'username = "{USER}"\npassword = "{PASSWORD}"\n'
     config.write_text(text)
     command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
     with running("pullpool", command, directory) as part:
@@ -209,7 +209,7 @@ password = "{PASSWORD}"
 
 
 SUBJECTS = (
-    Subject("nothing", "nothing", "", nothing),
+    NOTHING,
     Subject("registry", "docker-registry proxy", "docker-registry", registry_proxy),
     Subject("pullpool", "pullpool", "", pullpool),
 )
@@ -300,7 +300,7 @@ def play(subject: Subject, upstream: Harbor, size: Size, directory: Path) -> Rou
     login = f"{USER}:{PASSWORD}" if subject.name == "nothing" else ""
     with (
         tempfile.TemporaryDirectory(prefix=f"{subject.name}-", dir=directory) as own,
-        subject.start(upstream.port, CAP, Path(own)) as front,
+        subject.start(Place(upstream.port, CAP, Path(own))) as front,
     ):
         upstream.settle()
         upstream.begin()
