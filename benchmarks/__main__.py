@@ -20,7 +20,16 @@ from benchmarks.parts import PROJECT, PartFailed, ended_by_signals, environment
 from benchmarks.scenario import Findings, Options
 
 #: In the order of the page; each is a module of this package (see `benchmarks.scenario`).
-SCENARIOS = ("warm", "manifests", "cold", "herd", "overload", "fairness")
+SCENARIOS = (
+    "warm",
+    "manifests",
+    "cold",
+    "segments",
+    "herd",
+    "crowd",
+    "overload",
+    "fairness",
+)
 
 PIPE_WIDTH = 160
 

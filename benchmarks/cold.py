@@ -1,9 +1,9 @@
 """A large blob that nobody has yet, by one client: how fast, and what a gigabyte costs.
 
 `python -m benchmarks cold` has each subject fetch it from a registry of files that gives all it
-can. pullpool hashes every byte before it counts as right and keeps the last back until then; the rivals
-pass on what comes. CPU is that of the subject until it has fallen quiet, so that what it does after
-the client has gone (writing, hashing, fetching again) counts as well.
+can. pullpool hashes every byte before it counts as right and keeps the last back until then; the
+rivals pass on what comes. CPU is that of the subject until it has fallen quiet, so that what it
+does after the client has gone (writing, hashing, fetching again) counts as well.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ QUIET = 0.02  # CPU seconds in one step: what a program does that has nothing to
 ROUNDS = 5
 
 ABOUT = """\
-One client asks for a blob of 256 MiB that no cache has yet; the upstream, a registry of files, gives
-all it can. pullpool hashes every byte and keeps the last back until the digest is right; the
-rivals pass on what comes. CPU is that of the subject until it has fallen quiet, what it does after the
-client has gone included.
+One client asks for a blob of 256 MiB that no cache has yet; the upstream, a registry of files,
+gives all it can. pullpool hashes every byte and keeps the last back until the digest is right; the
+rivals pass on what comes. CPU is that of the subject until it has fallen quiet, what it does after
+the client has gone included.
 """
 
 

@@ -44,6 +44,7 @@ class Plan:
     """A crowd: where it goes, what each client begins with, how long an answer may take (s).
 
     Each client asks for `each` things, one after another: its own, and those of the clients after.
+    `rate`: the bytes a second that each client's line carries.
     """
 
     host: str
@@ -52,6 +53,7 @@ class Plan:
     verify: bool
     patience: float = 300.0
     each: int = 1
+    rate: int | None = None
 
     def wants_of(self, number: int) -> list[Want]:
         """What client `number` asks for, in its order."""
@@ -158,7 +160,8 @@ class Client:
                     raise
             else:
                 return
-        fresh = await Wire.dial(self._plan.host, self._plan.port, self._source)
+        plan = self._plan
+        fresh = await Wire.dial(plan.host, plan.port, self._source, plan.rate)
         await self._use(fresh, want, received)
 
     async def _use(self, wire: Wire, want: Want, received: Received) -> None:
