@@ -27,6 +27,7 @@ SCENARIOS = (
     "segments",
     "herd",
     "crowd",
+    "image",
     "overload",
     "fairness",
 )
