@@ -28,6 +28,7 @@ SCENARIOS = (
     "herd",
     "crowd",
     "image",
+    "memory",
     "overload",
     "fairness",
 )
