@@ -29,6 +29,7 @@ SCENARIOS = (
     "crowd",
     "image",
     "memory",
+    "scale",
     "overload",
     "fairness",
 )
@@ -116,15 +117,20 @@ def main(
     options = Options(rounds, fast, frozenset(only), log=console.log)
     directory = into or (None if fast or only else PROJECT / "docs")
     flags = (f" --rounds {rounds}" if rounds else "") + (" --fast" if fast else "")
+    failed = []
     with ended_by_signals():
         for name in names or SCENARIOS:
             try:
                 findings, entry = play(name, options, f"python -m benchmarks {name}{flags}")
             except PartFailed as error:
-                raise click.ClickException(f"{name}: {error}") from error
+                failed.append(f"{name}: {error}")
+                console.log(f"{name} failed: {error}")
+                continue
             show(console, findings, entry["environment"])
             if directory is not None:
                 results.write(directory, {name: entry}, SCENARIOS)
+    if failed:
+        raise click.ClickException("\n".join(failed))
 
 
 if __name__ == "__main__":
