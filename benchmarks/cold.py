@@ -35,7 +35,6 @@ from benchmarks.subjects import CACHES, Place, Subject
 CAP = 16
 QUIET_LOOKS, QUIET_STEP = 3, 0.1  # seconds
 QUIET = 0.02  # CPU seconds in one step: what a program does that has nothing to do
-ROUNDS = 5
 
 ABOUT = """\
 One client asks for a blob of 256 MiB that no cache has yet; the upstream, a registry of files,
@@ -111,7 +110,6 @@ def measure(options: Options) -> Findings:
             lambda subject, directory: play(
                 subject, directory, upstream.port, want, verify=options.fast
             ),
-            rounds=ROUNDS,
         )
     what = f"{size.blob / MIB:g} MiB, one client"
     return Findings(

@@ -12,6 +12,7 @@ from proxy.upstream.gate import Gate, Slot
 from proxy.upstream.turns import Ticket, TurnClass
 
 CAPACITY = 8
+BULK = CAPACITY - 1  # one slot is kept for metadata
 CLIENTS = 100
 
 
@@ -32,7 +33,7 @@ class FullGate:
         self._number = 0
 
     async def __aenter__(self) -> FullGate:
-        for _ in range(self._waiting + CAPACITY):
+        for _ in range(self._waiting + BULK):
             self._come()
         await asyncio.sleep(0)
         return self
@@ -42,6 +43,9 @@ class FullGate:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._gate.close()
+
+    def __repr__(self) -> str:
+        return repr(self._gate)
 
     def _come(self) -> None:
         """One more that waits: of one of the clients, for an image of its own."""

@@ -118,9 +118,14 @@ def open_all(errand: Errand) -> tuple[list[socket.socket], Held]:
         with contextlib.suppress(OSError):
             dialled.append(dial(errand, number, context))
     for sock in dialled:
-        with contextlib.suppress(OSError):
-            if is_served(sock, whole=errand.whole):
-                served.append(sock)
+        try:
+            is_open = is_served(sock, whole=errand.whole)
+        except OSError:
+            is_open = False
+        if is_open:
+            served.append(sock)
+        else:
+            sock.close()
     return served, Held(len(served), errand.connections - len(served))
 
 

@@ -30,8 +30,8 @@ _FIELD = re.compile(r'(\w+)="([^"]*)"')
 class LoginWire(Wire):
     """A connection that can show an Authorization header and remembers the last challenge."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, rate: int | None = None) -> None:
+        super().__init__(sock, rate)
         self.authorization = ""
         self.challenge = ""
 

@@ -32,8 +32,6 @@ from benchmarks.wrk import wrk
 CAP = 1  # a flight of one connection, whose pace is the upstream's
 STEP = 256 * KIB
 CONNECTIONS = 64
-#: Of the same pulls by few readers and by one alone, so that the clock's ticks do not count.
-REPEATS = 5
 LOOK = 0.005  # seconds between two questions to the event loop
 
 ABOUT = """\
@@ -48,7 +46,9 @@ can; the cost of the flight itself (one reader) is taken off, the rest is for ea
 @dataclass(frozen=True, slots=True)
 class Size:
     """Little and much: images, readers, blobs at the start, waiting tickets. `lasting`: seconds of
-    a load; `blob`: bytes that are read; `rates`: the upstream's, for few and for many readers."""
+    a load; `blob`: bytes that are read; `rates`: the upstream's, for few and for many readers;
+    `repeats` of the pulls by few and by one alone, so that the clock's ticks do not count; turns of
+    the gate."""
 
     images: tuple[int, int]
     readers: tuple[int, int]
@@ -57,13 +57,14 @@ class Size:
     lasting: float
     blob: int
     rates: tuple[int, int]
+    repeats: int
     turns: int
 
 
 FULL = Size(
-    (10, 10_000), (100, 5_000), (0, 100_000), (10, 10_000), 3.0, 4 * MIB, (4 * MIB, MIB), 5_000
+    (10, 10_000), (100, 5_000), (0, 100_000), (10, 10_000), 3.0, 4 * MIB, (4 * MIB, MIB), 5, 5_000
 )
-FAST = Size((5, 50), (5, 50), (0, 500), (10, 500), 1.0, MIB, (8 * MIB, 8 * MIB), 200)
+FAST = Size((5, 50), (5, 50), (0, 500), (10, 500), 1.0, MIB, (8 * MIB, 8 * MIB), 1, 200)
 
 #: What is measured with little and with much: name, what there is of it, bounds.
 MEASURES = (
@@ -143,7 +144,7 @@ def flight_cpu(front: Front, want: Want, readers: int) -> float:
 def reader_cpu(subject: Subject, directory: Path, size: Size, *, many: bool) -> tuple[float, float]:
     """CPU seconds of a reader for each step, beyond those of the flight; and the worst stall."""
     readers, rate = size.readers[many], size.rates[many]
-    repeats = 1 if many else REPEATS
+    repeats = 1 if many else size.repeats
     for name in ("upstream", "front"):
         (directory / name).mkdir(parents=True)
     with (
