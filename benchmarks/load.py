@@ -89,10 +89,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All answers of a crowd, and what the clients themselves cost (CPU seconds)."""
+    """All answers of a crowd, what the clients themselves cost (CPU seconds), and when they were
+    let go, on the clock that all processes of this machine share (`time.monotonic`)."""
 
     answers: tuple[Answer, ...]
     cpu: float
+    epoch: float = 0.0
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -100,7 +102,8 @@ class Report:
     @classmethod
     def load(cls, text: str) -> Report:
         fields = json.loads(text)
-        return cls(tuple(Answer(**answer) for answer in fields["answers"]), fields["cpu"])
+        answers = tuple(Answer(**answer) for answer in fields["answers"])
+        return cls(answers, fields["cpu"], fields["epoch"])
 
 
 class Client:
@@ -228,7 +231,7 @@ async def crowd(plan: Plan) -> Report:
         for client in clients:
             group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
-    return Report(answers, time.process_time() - before)
+    return Report(answers, time.process_time() - before, epoch)
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ async def crowd_with_login(plan: Plan, login: str) -> Report:
         for client in clients:
             group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
-    return Report(answers, time.process_time() - before)
+    return Report(answers, time.process_time() - before, epoch)
 
 
 def unleash(plan: Plan, login: str) -> Report:

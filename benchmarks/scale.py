@@ -3,8 +3,8 @@
 `python -m benchmarks scale` measures pullpool only, each time with little and with much: the CPU of
 a request with 10 and with 10,000 held images, the CPU of a reader of a flight and of each 256 KiB
 that it is sent, with 100 and with 5,000 readers, the worst time that the event loop did not come
-round meanwhile, the start with an empty cache and with 100,000 blobs, and one turn of the gate with
-10 and with 10,000 waiting.
+round while they came and while they followed, the start with an empty cache and with 100,000 blobs,
+and one turn of the gate with 10 and with 10,000 waiting.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ABOUT = """\
 pullpool alone, with little and with much of the same. *Images*: wrk asks for held manifests by
 digest in turn. *Readers*: all follow one flight whose upstream is slow, and read as fast as they
 can; the cost of the flight itself (one reader) is taken off, the rest is for each reader and each
-256 KiB. *Stall*: the longest that `/livez` took to be answered over an open connection meanwhile.
+256 KiB. *Stall*: the longest that `/livez` took to be answered over an open connection, until every
+reader had a byte and from then on.
 *Start*: from the command to `/readyz`. *Turn*: a slot is given back and granted to the next.
 """
 
@@ -62,7 +63,15 @@ class Size:
 
 
 FULL = Size(
-    (10, 10_000), (100, 5_000), (0, 100_000), (10, 10_000), 3.0, 4 * MIB, (4 * MIB, MIB), 5, 5_000
+    (10, 10_000),
+    (100, 5_000),
+    (0, 100_000),
+    (10, 10_000),
+    3.0,
+    4 * MIB,
+    (4 * MIB, MIB // 2),
+    5,
+    5_000,
 )
 FAST = Size((5, 50), (5, 50), (0, 500), (10, 500), 1.0, MIB, (8 * MIB, 8 * MIB), 1, 200)
 
@@ -70,7 +79,8 @@ FAST = Size((5, 50), (5, 50), (0, 500), (10, 500), 1.0, MIB, (8 * MIB, 8 * MIB),
 MEASURES = (
     micros("images", "CPU a request"),
     micros("readers", "CPU a reader and 256 KiB"),
-    milliseconds("stall", "worst stall of the loop"),
+    milliseconds("arrival", "worst stall while they come"),
+    milliseconds("stall", "worst stall while they follow"),
     milliseconds("start", "start"),
     micros("turn", "a turn of the gate"),
 )
@@ -78,10 +88,10 @@ MEASURES = (
 
 @dataclass(slots=True)
 class Stalls:
-    """Asks `/livez` again and again while its block lasts: the longest that an answer took."""
+    """Asks `/livez` again and again while its block lasts: when, and how long the answer took."""
 
     port: int
-    worst: float = 0.0
+    asked: list[tuple[float, float]] = field(default_factory=list)
     _end: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -102,9 +112,16 @@ class Stalls:
                 began = time.monotonic()
                 connection.request("GET", "/livez")
                 connection.getresponse().read()
-                self.worst = max(self.worst, time.monotonic() - began)
+                self.asked.append((began, time.monotonic() - began))
         finally:
             connection.close()
+
+    def worst(self, moment: float) -> tuple[float, float]:
+        """The longest before a moment, and from then on; of all where nothing was asked there."""
+        all_took = [took for _, took in self.asked]
+        before = [took for began, took in self.asked if began < moment]
+        after = [took for began, took in self.asked if began >= moment]
+        return max(before or all_took), max(after or all_took)
 
 
 def request_cpu(subject: Subject, directory: Path, images: int, lasting: float) -> float:
@@ -129,8 +146,11 @@ def request_cpu(subject: Subject, directory: Path, images: int, lasting: float) 
         return spent / done.requests
 
 
-def flight_cpu(front: Front, want: Want, readers: int) -> float:
-    """CPU seconds of one cold pull by so many at once. Raises PartFailed."""
+def flight_cpu(front: Front, want: Want, readers: int) -> tuple[float, float]:
+    """CPU seconds of one cold pull by so many at once, and when the last had its first byte.
+
+    Raises PartFailed.
+    """
     assert front.part is not None
     before = cpu_seconds(front.part.pid)
     report = unleash(Plan(LOOPBACK, front.port, (want,) * readers, verify=False))
@@ -138,11 +158,11 @@ def flight_cpu(front: Front, want: Want, readers: int) -> float:
     served = sum(answer.is_served for answer in report.answers)
     if served < readers:
         raise PartFailed(f"{readers - served} of {readers} readers of a flight were not served")
-    return spent
+    return spent, report.epoch + max(answer.first_byte or 0 for answer in report.answers)
 
 
-def reader_cpu(subject: Subject, directory: Path, size: Size, *, many: bool) -> tuple[float, float]:
-    """CPU seconds of a reader for each step, beyond those of the flight; and the worst stall."""
+def follow(subject: Subject, directory: Path, size: Size, *, many: bool) -> dict[str, float]:
+    """CPU seconds of a reader for each step, beyond those of the flight; and the worst stalls."""
     readers, rate = size.readers[many], size.rates[many]
     repeats = 1 if many else size.repeats
     for name in ("upstream", "front"):
@@ -154,11 +174,20 @@ def reader_cpu(subject: Subject, directory: Path, size: Size, *, many: bool) -> 
         assert front.admin is not None
         blobs = [shelf.blob(f"bench/{number}", size.blob) for number in range(2 * repeats + 1)]
         flight_cpu(front, blobs.pop(), 1)  # the first of all is dearer
-        alone = sum(flight_cpu(front, blobs.pop(), 1) for _ in range(repeats))
-        with Stalls(front.admin) as stalls:
-            together = sum(flight_cpu(front, blobs.pop(), readers) for _ in range(repeats))
+        alone = sum(flight_cpu(front, blobs.pop(), 1)[0] for _ in range(repeats))
+        together, worst = 0.0, []
+        for _ in range(repeats):
+            with Stalls(front.admin) as stalls:
+                spent, all_there = flight_cpu(front, blobs.pop(), readers)
+            together += spent
+            worst.append(stalls.worst(all_there))
     steps = repeats * (readers - 1) * max(1, size.blob // STEP)
-    return max(0.0, together - alone) / steps, stalls.worst
+    arrival, stall = (max(found) for found in zip(*worst, strict=True))
+    return {
+        "readers": max(0.0, together - alone) / steps,
+        "arrival": arrival,
+        "stall": stall,
+    }
 
 
 def start_seconds(subject: Subject, directory: Path, blobs: int) -> float:
@@ -179,8 +208,8 @@ def play(subject: Subject, directory: Path, size: Size) -> Played:
         values[f"images_{name}"] = request_cpu(
             subject, places["images"], size.images[many], size.lasting
         )
-        cpu, stall = reader_cpu(subject, places["readers"], size, many=many)
-        values[f"readers_{name}"], values[f"stall_{name}"] = cpu, stall
+        followed = follow(subject, places["readers"], size, many=many)
+        values |= {f"{key}_{name}": value for key, value in followed.items()}
         values[f"start_{name}"] = start_seconds(subject, places["start"], size.blobs[many])
         values[f"turn_{name}"] = asyncio.run(seconds_a_turn(size.waiting[many], size.turns))
     return Played(values)
@@ -206,8 +235,9 @@ def measure(options: Options) -> Findings:
 
 
 def _amounts(size: Size) -> Sequence[tuple[Measure, str, tuple[int, int]]]:
-    numbers = (size.images, size.readers, size.readers, size.blobs, size.waiting)
-    names = ("held images", "readers", "readers", "held blobs", "waiting")
+    readers = size.readers
+    numbers = (size.images, readers, readers, readers, size.blobs, size.waiting)
+    names = ("held images", "readers", "readers", "readers", "held blobs", "waiting")
     return list(zip(MEASURES, names, numbers, strict=True))
 
 
@@ -231,9 +261,9 @@ def _promises(board: Board) -> Iterator[Promise]:
             ratio = large / small
             yield Promise(what, f"≤ 1.3 {TIMES}", f"{ratio:.2f} {TIMES}", ratio <= 1.3)
     for measure, what, most in (
-        (MEASURES[2], "worst stall of the loop", 0.06),
-        (MEASURES[3], "start with 100,000 blobs", 1.0),
-        (MEASURES[4], "a turn with 10,000 waiting", 20e-6),
+        (MEASURES[3], "worst stall while 5,000 follow", 0.06),
+        (MEASURES[4], "start with 100,000 blobs", 1.0),
+        (MEASURES[5], "a turn with 10,000 waiting", 20e-6),
     ):
         found = board.all("pullpool", f"{measure.key}_much")
         if found:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.carried import FAST as CARRIED_FAST
+from benchmarks.carried import Carried, promises
 from benchmarks.full_cache import hold_blobs, hold_manifests
 from benchmarks.gate import FullGate
 from benchmarks.holding import Errand, open_all, sip
 from benchmarks.load import Plan, Want, crowd
 from benchmarks.memory import FULL, within_limits
-from benchmarks.parts import cpu_seconds, make_certificate, processes, resident_bytes
+from benchmarks.parts import MIB, cpu_seconds, make_certificate, processes, resident_bytes
+from benchmarks.scale import Stalls
 from benchmarks.setups import DIRECTORY, fill
 from proxy.oci.digest import Digest
 from proxy.testing import Cut, FakeRegistry, Fault
@@ -163,6 +166,20 @@ async def test_a_full_cache_is_what_the_store_takes_for_its_own(tmp_path: Path) 
             assert raw is not None
             assert len(raw) == want.size
             assert await store.manifest_type(digest) is not None
+
+
+def test_stalls_are_told_apart_by_when_all_readers_were_there() -> None:
+    stalls = Stalls(port=0, asked=[(1.0, 0.5), (2.0, 0.1), (3.0, 0.2)])
+    assert stalls.worst(1.5) == (0.5, 0.2)
+    # Nothing was asked before or after: the worst of all is no flattery.
+    assert stalls.worst(0.5) == stalls.worst(9.0) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("later", "kept"), [(140 * MIB, True), (149 * MIB, False)])
+def test_memory_is_flat_when_it_does_not_grow_after_the_first_tenth(later: int, kept: bool) -> None:
+    seen = (60 * MIB, 100 * MIB, *(later,) * 18)
+    carried = Carried(CARRIED_FAST, CARRIED_FAST.blob, True, 1.0, seen)
+    assert [promise.kept for promise in promises(carried)] == [True, kept]
 
 
 async def test_a_full_gate_stays_full_while_turns_end() -> None:
