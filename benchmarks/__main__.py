@@ -19,7 +19,8 @@ from benchmarks import results
 from benchmarks.parts import PROJECT, PartFailed, ended_by_signals, environment
 from benchmarks.scenario import Findings, Options
 
-#: In the order of the page; each is a module of this package (see `benchmarks.scenario`).
+#: In the order of the page; each is a module of this package (see `benchmarks.scenario`). One with
+#: several worker processes will stand behind `scale`.
 SCENARIOS = (
     "warm",
     "manifests",

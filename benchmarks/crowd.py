@@ -72,4 +72,4 @@ def measure(options: Options) -> Findings:
     """Plays the two scenes. Raises PartFailed."""
     subjects = chosen(SUBJECTS, options)
     played = [play_scene(scene, subjects, options, rounds=ROUNDS) for scene in SCENES]
-    return findings(ABOUT, played)
+    return findings(ABOUT, played, options)

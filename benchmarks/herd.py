@@ -25,7 +25,7 @@ from benchmarks.images import Image, make_image
 from benchmarks.parts import MIB, TIMES
 from benchmarks.rounds import Crowd, Round, play, rounds_in_turn
 from benchmarks.scenario import Findings, Options, Promise, Sheet
-from benchmarks.subjects import SUBJECTS, Subject, chosen
+from benchmarks.subjects import SUBJECTS, Subject, chosen, with_absent
 from benchmarks.tables import Row, herd_table, ratio_to_rival, row_of
 from benchmarks.upstreams import limited_registry
 
@@ -103,7 +103,7 @@ def measure(options: Options) -> Findings:
     """Plays the two scenes, and the shaped one. Raises PartFailed."""
     subjects = chosen(SUBJECTS, options)
     played = [play_scene(scene, subjects, options) for scene in SCENES]
-    found = findings(ABOUT, played)
+    found = findings(ABOUT, played, options)
     board, upstream, sheet = shaped.play(options)
     return replace(
         found,
@@ -115,13 +115,14 @@ def measure(options: Options) -> Findings:
     )
 
 
-def findings(about: str, played: Sequence[Played]) -> Findings:
+def findings(about: str, played: Sequence[Played], options: Options) -> Findings:
     """Tables and counts of scenes, and what they promise alike."""
     fronts = {row.title: row.configuration for row in played[0].rows if row.configuration}
     upstreams = {f"the upstream of {each.scene.name}": each.upstream for each in played}
+    sheets = (each.scene.table(each.scene.title(each.size), each.rows) for each in played)
     return Findings(
         about=about,
-        sheets=tuple(each.scene.table(each.scene.title(each.size), each.rows) for each in played),
+        sheets=tuple(with_absent(sheet, SUBJECTS, options) for sheet in sheets),
         promises=tuple(promise for each in played for promise in _promises(each)),
         configurations={**upstreams, **fronts},
         figures=_all_figures(played),

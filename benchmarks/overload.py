@@ -44,7 +44,7 @@ from benchmarks.parts import (
 )
 from benchmarks.scenario import Findings, Options, Promise, Sheet
 from benchmarks.setups import fill
-from benchmarks.subjects import NOTHING, Front, Place, Subject, chosen
+from benchmarks.subjects import NOTHING, Front, Place, Subject, chosen, with_absent
 from benchmarks.tables import NONE, failures_text
 from benchmarks.upstreams import registry_config
 
@@ -383,7 +383,7 @@ def measure(options: Options) -> Findings:
     fronts = {titles[each.subject]: each.configuration for each in rounds if each.configuration}
     return Findings(
         about=ABOUT,
-        sheets=(overload_table(size.title(), rounds),),
+        sheets=(with_absent(overload_table(size.title(), rounds), SUBJECTS, options),),
         promises=tuple(promises([one for one in rounds if one.subject == "pullpool"])),
         configurations={"the overloaded Harbor": " ".join(harbor_command(size)), **fronts},
         figures=[one.figures() for one in rounds],

@@ -357,6 +357,7 @@ def environment() -> dict[str, str]:
     nginx = _first_line(["nginx", "-v"])
     registry = _first_line(["docker-registry", "--version"])
     varnish = _first_line(["varnishd", "-V"])
+    containerd = _first_line(["containerd", "--version"]).removeprefix("containerd ")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": f"{os.cpu_count()} {TIMES} {_processor()}",
@@ -368,5 +369,7 @@ def environment() -> dict[str, str]:
         "nginx": nginx.rpartition("/")[2],
         "docker-registry": registry.split()[-1],
         "varnish": varnish.removeprefix("varnishd (varnish-").partition(" ")[0],
+        "containerd": containerd.partition(" ")[2].partition(" ")[0] or "-",
+        "wrk": _first_line(["wrk", "-v"]).removeprefix("wrk ").partition(" ")[0],
         "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
     }

@@ -21,13 +21,16 @@ _HEAD = """\
 # Results
 
 Measured by `python -m benchmarks`, which starts every part itself on one machine, prints these
-tables and writes this page and [results.json](results.json), where every round's figures are.
-`python -m benchmarks SCENARIO… --rounds N` (of {names}) plays some alone and leaves the others.
+tables and writes this page, its charts and [results.json](results.json), where every round's
+figures are. `python -m benchmarks SCENARIO… --rounds N` (of {names}) plays some alone and leaves
+the others.
 
 Counts of what must not happen are from the worst round, times are medians. Clients, rivals,
 upstream and pullpool share the cores of one machine. What else kept it busy is told in the table
 below each scenario (*meanwhile*): with more than a tenth of a core of other work times are slower
-for everybody and mean little; counts hold all the same.
+for everybody and mean little; counts hold all the same. A ratio to a rival is the median of the
+rounds' own ratios, since neighbours in a round share the machine's slow minutes. In a chart the
+thin line leads from the least to the most of the rounds.
 """
 
 

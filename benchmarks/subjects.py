@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.nginx import WORKERS, running_nginx
@@ -25,7 +25,7 @@ from benchmarks.parts import (
     running,
     shown,
 )
-from benchmarks.scenario import Options
+from benchmarks.scenario import Options, Sheet
 from benchmarks.setups import fill
 from benchmarks.upstreams import registry_config
 
@@ -176,6 +176,13 @@ def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:
     if not installed:
         raise PartFailed(f"none of {', '.join(each.name for each in subjects)} is to be measured")
     return installed
+
+
+def with_absent(sheet: Sheet, subjects: Sequence[Subject], options: Options) -> Sheet:
+    """The same table, which also says who was asked for and is not installed."""
+    asked = [each for each in subjects if not options.only or each.name in options.only]
+    absent = [f"{each.title} is not installed" for each in asked if not each.is_installed]
+    return replace(sheet, caption="; ".join(filter(None, (sheet.caption, *absent))))
 
 
 NOTHING = Subject("nothing", "nothing", "", nothing)
