@@ -158,7 +158,8 @@ class Board:
         found = self.all("pullpool", measure.key)
         if found:
             worst = max(found)
-            yield Promise(what, f"≤ {measure.text(most)}", measure.text(worst), worst <= most)
+            wanted = f"≤ {measure.text(most)}" if most else measure.text(most)
+            yield Promise(what, wanted, measure.text(worst), worst <= most)
 
     def chart(self, name: str, title: str, measure: Measure, *, better: str) -> Chart:
         """The medians as bars, with the least and the most of all rounds."""

@@ -9,7 +9,6 @@ does after the client has gone (writing, hashing, fetching again) counts as well
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,13 @@ from benchmarks.board import (
     seconds,
 )
 from benchmarks.load import Plan, Want
-from benchmarks.parts import LOOPBACK, MIB, Part, cpu_seconds
+from benchmarks.parts import LOOPBACK, MIB, settled
 from benchmarks.rounds import unleash
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
 from benchmarks.subjects import CACHES, Place, Subject
 
 CAP = 16
-QUIET_LOOKS, QUIET_STEP = 3, 0.1  # seconds
-QUIET = 0.02  # CPU seconds in one step: what a program does that has nothing to do
 
 ABOUT = """\
 One client asks for a blob of 256 MiB that no cache has yet; the upstream, a registry of files,
@@ -60,17 +57,6 @@ MEASURES = (
     cpu_per_gigabyte("cpu", "CPU"),
     count("failed", "failed"),
 )
-
-
-def settled(part: Part) -> float:
-    """The CPU seconds of a program, once it does nothing any more."""
-    before, quiet = cpu_seconds(part.pid), 0
-    while quiet < QUIET_LOOKS:
-        time.sleep(QUIET_STEP)
-        now = cpu_seconds(part.pid)
-        quiet = quiet + 1 if now - before <= QUIET else 0
-        before = now
-    return before
 
 
 def play(

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.board import Board, Played, count, micros, milliseconds, per_second, play_in_turn
 from benchmarks.images import make_image
 from benchmarks.load import Want
-from benchmarks.parts import KIB, cpu_seconds
+from benchmarks.parts import KIB, cpu_seconds, settled
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
 from benchmarks.subjects import NGINX, PULLPOOL, REGISTRY, Front, Place, Subject
@@ -58,7 +58,7 @@ UNIQUE = (
 def load(front: Front, want: Want, lasting: float, *, unique: bool) -> dict[str, float]:
     """One load's numbers. Raises PartFailed."""
     assert front.part is not None
-    before = cpu_seconds(front.part.pid)
+    before = settled(front.part)
     done = wrk(front.port, want.path, connections=CONNECTIONS, lasting=lasting, unique=unique)
     front.part.check()
     return {

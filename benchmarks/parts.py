@@ -32,6 +32,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
 PRIMED_BYTES = 700 * MIB
+QUIET_LOOKS, QUIET_STEP = 3, 0.1  # seconds
+IDLE_CPU = 0.02  # CPU seconds in one step that a program may take that has nothing to do
 # States of /proc/net/tcp (include/net/tcp_states.h) in which our side still holds the socket:
 # established, being dialled, and closed by the other side only.
 OPEN_STATES = frozenset({b"01", b"02", b"08"})
@@ -249,6 +251,18 @@ def cpu_seconds(pid: int) -> float:
     In ticks of the kernel, usually 10 ms, whose sum is the scheduler's own exact one.
     """
     return sum(map(_ticks, processes(pid))) / os.sysconf("SC_CLK_TCK")
+
+
+def settled(part: Part) -> float:
+    """Waits until a program does nothing any more; its CPU seconds by then. Raises PartFailed."""
+    before, quiet = cpu_seconds(part.pid), 0
+    while quiet < QUIET_LOOKS:
+        time.sleep(QUIET_STEP)
+        part.check()
+        now = cpu_seconds(part.pid)
+        quiet = quiet + 1 if now - before <= IDLE_CPU else 0
+        before = now
+    return before
 
 
 def _ticks(pid: int) -> int:

@@ -26,7 +26,15 @@ from benchmarks.board import (
 )
 from benchmarks.images import MANIFEST_TYPE
 from benchmarks.load import Want
-from benchmarks.parts import KIB, MIB, Certificate, PartFailed, cpu_seconds, make_certificate
+from benchmarks.parts import (
+    KIB,
+    MIB,
+    Certificate,
+    PartFailed,
+    cpu_seconds,
+    make_certificate,
+    settled,
+)
 from benchmarks.parts import request as ask
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
@@ -82,7 +90,7 @@ def load(
     """What wrk did, and the CPU seconds that it cost the subject. Raises PartFailed."""
     assert front.part is not None
     fetch(front, want, tls=tls)
-    before = cpu_seconds(front.part.pid)
+    before = settled(front.part)  # it may still be storing
     done = wrk(front.port, want.path, connections=connections, lasting=lasting, tls=tls)
     front.part.check()
     return done, cpu_seconds(front.part.pid) - before

@@ -73,6 +73,11 @@ def test_a_bound_is_judged_by_the_worst_round() -> None:
     assert (promise.wanted, promise.measured, promise.kept) == ("≤ 2.00 s", "3.00 s", False)
 
 
+def test_a_bound_of_nothing_is_wanted_as_nothing() -> None:
+    (promise,) = board(pullpool=[{"failed": 0}]).bound(count("failed", ""), "fail", 0)
+    assert (promise.wanted, promise.measured, promise.kept) == ("0", "0", True)
+
+
 def test_a_chart_has_a_bar_for_each_that_has_a_number() -> None:
     measure = Measure("wall", "done", "ms", 1e-3, 0)
     found = board(nginx=[{}], pullpool=[{"wall": 0.001}, {"wall": 0.004}, {"wall": 0.002}])
