@@ -36,11 +36,11 @@ LOOK = 0.005  # seconds between two questions to the event loop
 
 ABOUT = """\
 pullpool alone, with little and with much of the same. *Images*: wrk asks for held manifests by
-digest in turn. *Readers*: all follow one flight whose upstream is slow, and read as fast as they
-can; the cost of the flight itself (one reader) is taken off, the rest is for each reader and each
-256 KiB. *Stall*: the longest that `/livez` took to be answered over an open connection, until every
-reader had a byte and from then on.
-*Start*: from the command to `/readyz`. *Turn*: a slot is given back and granted to the next.
+digest in turn; the cache holds the blobs of the start as well. *Readers*: all follow one flight
+whose upstream is slow, and read as fast as they can; the cost of the flight itself (one reader) is
+taken off, the rest is for each reader and each 256 KiB. *Stall*: the longest that `/livez` took to
+be answered over an open connection, until every reader had a byte and from then on. *Start*: from
+the command to `/readyz`. *Turn*: a slot is given back and granted to the next.
 """
 
 
@@ -117,20 +117,30 @@ class Stalls:
             connection.close()
 
     def worst(self, moment: float) -> tuple[float, float]:
-        """The longest before a moment, and from then on; of all where nothing was asked there."""
+        """The longest before a moment, and from then on; of all where nothing was asked there.
+
+        Raises PartFailed when nothing was answered at all.
+        """
+        if not self.asked:
+            raise PartFailed("/livez was never answered")
         all_took = [took for _, took in self.asked]
         before = [took for began, took in self.asked if began < moment]
         after = [took for began, took in self.asked if began >= moment]
         return max(before or all_took), max(after or all_took)
 
 
-def request_cpu(subject: Subject, directory: Path, images: int, lasting: float) -> float:
-    """CPU seconds of a request for one of so many held manifests. Raises PartFailed."""
+def hold(subject: Subject, directory: Path, size: Size, *, many: bool) -> dict[str, float]:
+    """Seconds of a start with a cache that holds so much, from the command until it is ready; CPU
+    seconds of a request for one of the manifests. Raises PartFailed."""
+    images = size.images[many]
     wants = hold_manifests(directory / "cache", images)
+    hold_blobs(directory / "cache", size.blobs[many])
     paths = directory / "paths"
     paths.write_text("".join(f"{want.path}\n" for want in wants))
     nowhere = 9  # an upstream that nobody may need: all is held
+    began = time.monotonic()
     with subject.start(Place(nowhere, CAP, directory, access_log=True)) as front:
+        start = time.monotonic() - began
         assert front.part is not None
         asked, patience = 0, 1.0
         while asked < images:  # each load begins with the first: one of them has to get round
@@ -139,11 +149,11 @@ def request_cpu(subject: Subject, directory: Path, images: int, lasting: float) 
             ).requests
             patience *= 2
         before = cpu_seconds(front.part.pid)
-        done = wrk(front.port, "/v2/", connections=CONNECTIONS, lasting=lasting, paths=paths)
+        done = wrk(front.port, "/v2/", connections=CONNECTIONS, lasting=size.lasting, paths=paths)
         spent = cpu_seconds(front.part.pid) - before
         if done.failed:
             raise PartFailed(f"{done.failed} requests for held manifests failed")
-        return spent / done.requests
+        return {"start": start, "images": spent / done.requests}
 
 
 def flight_cpu(front: Front, want: Want, readers: int) -> tuple[float, float]:
@@ -190,29 +200,22 @@ def follow(subject: Subject, directory: Path, size: Size, *, many: bool) -> dict
     }
 
 
-def start_seconds(subject: Subject, directory: Path, blobs: int) -> float:
-    """From the command until it says that it is ready."""
-    hold_blobs(directory / "cache", blobs)
-    began = time.monotonic()
-    with subject.start(Place(9, CAP, directory)):
-        return time.monotonic() - began
-
-
 def play(subject: Subject, directory: Path, size: Size) -> Played:
     """Everything with little, and everything with much."""
     values: dict[str, float] = {}
     for many, name in ((False, "little"), (True, "much")):
-        places = {part: directory / f"{part}-{name}" for part in ("images", "readers", "start")}
-        for place in places.values():
-            place.mkdir()
-        values[f"images_{name}"] = request_cpu(
-            subject, places["images"], size.images[many], size.lasting
-        )
-        followed = follow(subject, places["readers"], size, many=many)
-        values |= {f"{key}_{name}": value for key, value in followed.items()}
-        values[f"start_{name}"] = start_seconds(subject, places["start"], size.blobs[many])
-        values[f"turn_{name}"] = asyncio.run(seconds_a_turn(size.waiting[many], size.turns))
+        found = {
+            **hold(subject, _made(directory / f"held-{name}"), size, many=many),
+            **follow(subject, _made(directory / f"readers-{name}"), size, many=many),
+            "turn": asyncio.run(seconds_a_turn(size.waiting[many], size.turns)),
+        }
+        values |= {f"{key}_{name}": value for key, value in found.items()}
     return Played(values)
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
 def measure(options: Options) -> Findings:

@@ -140,7 +140,7 @@ def varnish(place: Place) -> Iterator[Front]:
 
 @contextlib.contextmanager
 def pullpool(place: Place) -> Iterator[Front]:
-    """The product, told the cap and otherwise as it comes."""
+    """The product, told the cap, where to log what, and otherwise as it comes."""
     port, admin = free_port(), free_port()
     directory, files = place.directory, place.certificate
     tls = f'[tls]\ncert_file = "{files.cert}"\nkey_file = "{files.key}"\n' if files else ""

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from benchmarks.__main__ import SCENARIOS
 from tests.integration.rig import has, run
 
 ROOT = Path(__file__).parents[2]
-#: Who runs in which scenario: pullpool everywhere, each rival where it takes little time.
-RIVALS = {
-    "cold": ("registry", "nginx", "varnish"),
-    "warm": ("nginx",),
-    "overload": ("nothing",),
-}
+#: Scenarios that play in one process, the longest first, and who plays beside pullpool: each rival
+#: where it takes little time.
+GROUPS = (
+    (("scale", "manifests", "image", "segments"), ()),
+    (("memory", "herd", "crowd"), ()),
+    (("warm",), ("nginx",)),
+    (("overload",), ("nothing",)),
+    (("cold",), ("registry", "nginx", "varnish")),
+)
 NEEDS = {
     "warm": ("nginx", "wrk", "openssl"),
     "manifests": ("nginx", "wrk"),
@@ -49,23 +52,23 @@ class Run:
         return json.loads((self.directory / "results.json").read_text())[name]
 
 
-def fast(name: str, directory: Path) -> Run:
-    subjects = ("pullpool", *RIVALS.get(name, ()))
-    flags = [name, "--fast", *(f"--only={subject}" for subject in subjects)]
-    said = run([sys.executable, "-m", "benchmarks", *flags, f"--into={directory}"], cwd=ROOT)
-    return Run(said, directory)
+def fast(names: Sequence[str], rivals: Sequence[str], directory: Path) -> Run:
+    subjects = [f"--only={subject}" for subject in ("pullpool", *rivals)]
+    flags = [*names, "--fast", *subjects, f"--into={directory}"]
+    return Run(run([sys.executable, "-m", "benchmarks", *flags], cwd=ROOT), directory)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[Run]]]:
-    """All of them, the longest first."""
-    order = sorted(SCENARIOS, key=lambda name: name not in {"scale", "memory", "warm"})
+    """Each scenario's run, those of a group being one."""
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(fast, name, tmp_path_factory.mktemp(name))
-            for name in order
-            if name != "fairness" and is_able(name)
-        }
+        started: dict[str, Future[Run]] = {}
+        for group, rivals in GROUPS:
+            names = list(filter(is_able, group))
+            if names:
+                directory = tmp_path_factory.mktemp(names[0])
+                started |= dict.fromkeys(names, pool.submit(fast, names, rivals, directory))
+        yield started
 
 
 def is_able(name: str) -> bool:
@@ -169,9 +172,10 @@ def test_little_and_much_are_measured_alike(runs: Mapping[str, Future[Run]]) -> 
     assert values.keys() >= {"readers_little", "readers_much"}
 
 
-def test_every_scenario_has_a_fast_run_here(runs: Mapping[str, Future[Run]]) -> None:
+def test_every_scenario_has_a_fast_run_here() -> None:
     """`fairness` has a test of its own, which plays it with two proxies."""
-    assert NEEDS.keys() | {"overload", "fairness"} == set(SCENARIOS)
+    played = {name for names, _ in GROUPS for name in names}
+    assert played | {"fairness"} == set(SCENARIOS)
 
 
 def test_the_micro_benchmarks_run() -> None:
