@@ -29,7 +29,8 @@ Values = Mapping[str, float]
 class Measure:
     """A number of a play: its name, the column's title, the unit's factor and name, and digits.
 
-    `ratio`: whether a column beside it compares with the rival.
+    `ratio`: whether a column beside it compares with the rival. `worst`: whether the table shows
+    the most of all rounds instead of the median, as for what must not happen.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Measure:
     factor: float = 1.0
     digits: int = 2
     ratio: bool = True
+    worst: bool = False
 
     def text(self, value: float | None) -> str:
         if value is None:
@@ -79,7 +81,8 @@ def mebibytes(key: str, title: str, *, ratio: bool = False) -> Measure:
 
 
 def count(key: str, title: str) -> Measure:
-    return Measure(key, title, "", 1.0, 0, ratio=False)
+    """Of what must not happen."""
+    return Measure(key, title, "", 1.0, 0, ratio=False, worst=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,9 @@ class Board:
 
     def _cells(self, subject: str, measures: Sequence[Measure]) -> Iterator[str]:
         for number, measure in enumerate(measures):
-            value = self.median(subject, measure.key)
+            found = self.all(subject, measure.key)
+            worst = max(found) if found else None
+            value = worst if measure.worst else self.median(subject, measure.key)
             yield measure.text(value) if number else self._first_cell(subject, measure, value)
             if measure.ratio:
                 yield times(self.ratio(subject, measure.key))

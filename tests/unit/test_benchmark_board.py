@@ -50,6 +50,11 @@ def test_the_table_names_those_that_are_not_installed_and_those_that_failed() ->
     )
 
 
+def test_the_table_counts_what_must_not_happen_in_the_worst_round() -> None:
+    found = board(pullpool=[{"failed": 0.0}, {"failed": 3.0}, {"failed": 0.0}])
+    assert found.sheet("", (count("failed", "failed"),)).rows[2] == ("pullpool", "3")
+
+
 @pytest.mark.parametrize(
     ("sign", "limit", "kept"),
     [("≤", 0.5, True), ("≤", 0.49, False), ("≥", 0.5, True), ("≥", 0.51, False)],
