@@ -31,16 +31,17 @@ from benchmarks.wrk import wrk
 
 CAP = 1  # a flight of one connection, whose pace is the upstream's
 STEP = 256 * KIB
+NOWHERE = 9  # the port of an upstream that nobody may need: all is held
 CONNECTIONS = 64
 LOOK = 0.005  # seconds between two questions to the event loop
 
 ABOUT = """\
 pullpool alone, with little and with much of the same. *Images*: wrk asks for held manifests by
-digest in turn; the cache holds the blobs of the start as well. *Readers*: all follow one flight
-whose upstream is slow, and read as fast as they can; the cost of the flight itself (one reader) is
-taken off, the rest is for each reader and each 256 KiB. *Stall*: the longest that `/livez` took to
-be answered over an open connection, until every reader had a byte and from then on. *Start*: from
-the command to `/readyz`. *Turn*: a slot is given back and granted to the next.
+digest in turn. *Readers*: all follow one flight whose upstream is slow, and read as fast as they
+can; the cost of the flight itself (one reader) is taken off, the rest is for each reader and each
+256 KiB. *Stall*: the longest that `/livez` took to be answered over an open connection, until every
+reader had a byte and from then on. *Start*: from the command to `/readyz`. *Turn*: a slot is given
+back and granted to the next.
 """
 
 
@@ -129,18 +130,12 @@ class Stalls:
         return max(before or all_took), max(after or all_took)
 
 
-def hold(subject: Subject, directory: Path, size: Size, *, many: bool) -> dict[str, float]:
-    """Seconds of a start with a cache that holds so much, from the command until it is ready; CPU
-    seconds of a request for one of the manifests. Raises PartFailed."""
-    images = size.images[many]
+def request_cpu(subject: Subject, directory: Path, images: int, lasting: float) -> float:
+    """CPU seconds of a request for one of so many held manifests. Raises PartFailed."""
     wants = hold_manifests(directory / "cache", images)
-    hold_blobs(directory / "cache", size.blobs[many])
     paths = directory / "paths"
     paths.write_text("".join(f"{want.path}\n" for want in wants))
-    nowhere = 9  # an upstream that nobody may need: all is held
-    began = time.monotonic()
-    with subject.start(Place(nowhere, CAP, directory, access_log=True)) as front:
-        start = time.monotonic() - began
+    with subject.start(Place(NOWHERE, CAP, directory, access_log=True)) as front:
         assert front.part is not None
         asked, patience = 0, 1.0
         while asked < images:  # each load begins with the first: one of them has to get round
@@ -149,11 +144,19 @@ def hold(subject: Subject, directory: Path, size: Size, *, many: bool) -> dict[s
             ).requests
             patience *= 2
         before = cpu_seconds(front.part.pid)
-        done = wrk(front.port, "/v2/", connections=CONNECTIONS, lasting=size.lasting, paths=paths)
+        done = wrk(front.port, "/v2/", connections=CONNECTIONS, lasting=lasting, paths=paths)
         spent = cpu_seconds(front.part.pid) - before
         if done.failed:
             raise PartFailed(f"{done.failed} requests for held manifests failed")
-        return {"start": start, "images": spent / done.requests}
+        return spent / done.requests
+
+
+def start_seconds(subject: Subject, directory: Path, blobs: int) -> float:
+    """From the command until it says that it is ready, with so many held blobs."""
+    hold_blobs(directory / "cache", blobs)
+    began = time.monotonic()
+    with subject.start(Place(NOWHERE, CAP, directory)):
+        return time.monotonic() - began
 
 
 def flight_cpu(front: Front, want: Want, readers: int) -> tuple[float, float]:
@@ -204,10 +207,12 @@ def play(subject: Subject, directory: Path, size: Size) -> Played:
     """Everything with little, and everything with much."""
     values: dict[str, float] = {}
     for many, name in ((False, "little"), (True, "much")):
+        places = [_made(directory / f"{part}-{name}") for part in ("images", "start", "readers")]
         found = {
-            **hold(subject, _made(directory / f"held-{name}"), size, many=many),
-            **follow(subject, _made(directory / f"readers-{name}"), size, many=many),
+            "images": request_cpu(subject, places[0], size.images[many], size.lasting),
+            "start": start_seconds(subject, places[1], size.blobs[many]),
             "turn": asyncio.run(seconds_a_turn(size.waiting[many], size.turns)),
+            **follow(subject, places[2], size, many=many),
         }
         values |= {f"{key}_{name}": value for key, value in found.items()}
     return Played(values)
