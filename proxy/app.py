@@ -25,7 +25,7 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
-from proxy.pull.asking import Questions
+from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
@@ -338,10 +338,12 @@ class Proxy:
             immutable=tags.immutable,
         )
         self._tags = TagBook(self.store, clock=around.clock, wall=around.wall)
+        queue = settings.queue
+        patience = PATIENCE_SHARE * min(queue.header_deadline, queue.manifest_deadline)
         waits = make_waits(settings, clients, self.metrics)
         permissions = Permissions(
             self.store,
-            proofs=Questions(log=self.log, pause=around.short_pause),
+            proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
             negative_ttl=tags.negative_ttl,
             clock=around.clock,
         )
@@ -363,6 +365,7 @@ class Proxy:
             log=self.log,
             clock=around.clock,
             pause=around.short_pause,
+            patience=patience,
         )
         blobs = Blobs(
             store=self.store,
@@ -377,7 +380,7 @@ class Proxy:
             blobs=blobs,
             flights=flights,
             permissions=permissions,
-            listings=Questions(log=self.log, pause=around.short_pause),
+            listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
             waits=waits,
         )
 

@@ -22,26 +22,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TypeVar
 
 import aiohttp
 from yarl import URL
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics
-from proxy.oci.errors import EgressFailed, PullError, ShuttingDown, UpstreamStalled
+from proxy.oci.errors import (
+    EgressFailed,
+    EgressRefused,
+    PullError,
+    ShuttingDown,
+    UpstreamStalled,
+)
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
 from proxy.upstream.conduct import Conduct
 from proxy.upstream.dns import OriginResolver
 from proxy.upstream.egress import EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
-from proxy.upstream.errors import egress_failure
+from proxy.upstream.errors import egress_failure, egress_refusal
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
 from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.stall import StallMeter
 from proxy.upstream.turns import Ticket
+
+E = TypeVar("E", bound=PullError)
 
 #: Seconds a turn for bulk is meant to last (D2); a range is sized to it by the measured rate.
 TURN_SECONDS = 2.0
@@ -78,10 +87,11 @@ class Turn:
         headers: Mapping[str, str] | None = None,
         *,
         reach: Reach = ANYWHERE,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """Send one request on this turn's socket; what is left of the previous one is aborted.
 
-        ``reach`` says where it may go.
+        ``reach`` says where it may go, ``data`` is its body.
         Raises what aiohttp raises, ``TimeoutError`` and ``RedirectRefused``.
         """
         self.finish()
@@ -89,7 +99,7 @@ class Turn:
         self._sent_at = self.origin.clock()
         try:
             self._response = await self.origin.send(
-                self, method, url, headers or {}, reach=reach, patience=self.patience
+                self, method, url, headers or {}, reach=reach, patience=self._patience(), data=data
             )
         except BaseException:
             # aiohttp closes the socket; but a cancelled request may be answered at length.
@@ -98,6 +108,11 @@ class Turn:
         self._answered_at = self.origin.clock()
         self._meter = StallMeter(self.stall)
         return self._response
+
+    def _patience(self) -> float | None:
+        """For the head of the next answer; that of a probe may be shorter."""
+        known = [self.patience, self.origin.conduct.health.patience(self.slot.number)]
+        return min((one for one in known if one is not None), default=None)
 
     async def read(self, most: int = -1) -> bytes:
         """The next bytes of the answer's body, up to ``most`` (-1: all there are); ``b""`` at its
@@ -151,6 +166,10 @@ class Turn:
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
         self.origin.conduct.was_too_much(self.repository, self._sent_at, reason)
+
+    def may_be_too_much(self, reason: str) -> None:
+        """It was refused, be it for want of time."""
+        self.origin.conduct.may_be_too_much(self._sent_at, reason)
 
     @property
     def has_moved_on(self) -> bool:
@@ -233,8 +252,9 @@ class Origin:
         retries = self.conduct.retries_of(repository)
         self._coming += 1  # until the gate knows of it: this origin must not be forgotten
         try:
-            await self.conduct.passage(ticket, repository)
-            place = await retries.take(ticket.retry)
+            with ticket.held():
+                await self.conduct.passage(ticket, repository)
+                place = await retries.take(ticket.retry)
             try:
                 slot = await self._slot(ticket, repository)
             except BaseException:
@@ -260,11 +280,13 @@ class Origin:
     async def _slot(self, ticket: Ticket, repository: str) -> Slot:
         """A slot; one that is granted when the breaker has opened meanwhile goes back."""
         while True:
-            slot = await self.slots.acquire(ticket)
+            async with self.conduct.health.queueing():
+                slot = await self.slots.acquire(ticket)
             if self.conduct.health.admits(repository):
                 return slot
             self.slots.release(slot, was_used=False)
-            await self.conduct.passage(ticket, repository)
+            with ticket.held():
+                await self.conduct.passage(ticket, repository)
 
     async def allow(self, turn: Turn) -> None:
         """Wait until the turn's request may be sent. Raises ``UpstreamDown``.
@@ -284,6 +306,7 @@ class Origin:
         *,
         reach: Reach = ANYWHERE,
         patience: float | None = None,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """One request on the lane of the turn's slot, counted. Raises as ``Turn.request`` does."""
         slot = turn.slot
@@ -291,27 +314,30 @@ class Origin:
         await self._make_room()
         started = self.clock()
         try:
-            response = await lane.request(method, url, headers, reach=reach, patience=patience)
-        except (aiohttp.ClientError, OSError) as error:
-            self.conduct.broke(slot, error, turn.repository)
+            response = await lane.request(
+                method, url, headers, reach=reach, patience=patience, data=data
+            )
+        except (aiohttp.ClientError, OSError, asyncio.CancelledError) as error:
             failure = self._egress_failure(error)
             if failure is None:
+                self.conduct.broke(slot, error, turn.repository, sent_at=started)
                 raise
+            if isinstance(failure, EgressFailed):
+                self.conduct.lost_its_way(slot, failure)
             raise self._counted(failure) from error
         if response.status == 407 and self.proxy is not None:  # no registry's to say
-            text = f"the egress proxy {self.proxy.label} answers 407"
-            raise self._counted(EgressFailed(f"{self.key.label}: {text}"))
+            raise self._counted(egress_refusal(self.key.label, self.proxy.label, 407))
         self.conduct.heed(slot, response, turn.repository)
         self._metrics.upstream_requests.labels(self.key.label, str(response.status)).inc()
         self._metrics.upstream_duration.labels(self.key.label).observe(self.clock() - started)
         return response
 
-    def _egress_failure(self, error: Exception) -> EgressFailed | None:
+    def _egress_failure(self, error: BaseException) -> EgressFailed | EgressRefused | None:
         if self.proxy is None or not isinstance(error, aiohttp.ClientError):
             return None
         return egress_failure(error, self.key.label, self.proxy.label)
 
-    def _counted(self, failure: EgressFailed) -> EgressFailed:
+    def _counted(self, failure: E) -> E:
         self._metrics.upstream_errors.labels(self.key.label, "egress").inc()
         return failure
 
