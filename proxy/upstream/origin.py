@@ -19,7 +19,6 @@ when the request is sent.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 
@@ -28,6 +27,7 @@ from yarl import URL
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import EgressFailed, PullError, ShuttingDown, UpstreamStalled
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
@@ -37,10 +37,11 @@ from proxy.upstream.egress import EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import egress_failure
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
+from proxy.upstream.incoming import Incoming
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
 from proxy.upstream.reach import ANYWHERE, Reach
-from proxy.upstream.stall import StallMeter
+from proxy.upstream.ring import Rings
 from proxy.upstream.turns import Ticket
 
 #: Seconds a turn for bulk is meant to last (D2); a range is sized to it by the measured rate.
@@ -63,7 +64,7 @@ class Turn:
         self.patience: float | None = None  # for the head of an answer; None: read_timeout
         self.stall = origin.settings.stall
         self._response: aiohttp.ClientResponse | None = None
-        self._meter = StallMeter(self.stall)
+        self._incoming: Incoming | None = None
         self._answered_at: float | None = None
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
@@ -96,32 +97,35 @@ class Turn:
             self.origin.abort(self.slot)
             raise
         self._answered_at = self.origin.clock()
-        self._meter = StallMeter(self.stall)
+        self._incoming = Incoming(
+            self._response,
+            stall=self.stall,
+            stalled=self._stalled,
+            silence=self.origin.settings.read_timeout,
+            clock=self.origin.clock,
+            rings=self.origin.rings,
+        )
         return self._response
 
-    async def read(self, most: int = -1) -> bytes:
-        """The next bytes of the answer's body, up to ``most`` (-1: all there are); ``b""`` at its
-        end. Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
+    async def borrow(self, most: int = -1) -> Chunk:
+        """The next bytes of the answer's body, up to ``most`` (-1: as many as there are); ``b""``
+        at its end. They are good until the next call, or the end of the turn.
+
+        Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
         """
-        if self._response is None:
+        if self._incoming is None:
             raise ValueError(f"{self!r} has no answer to read")
-        content, clock, meter = self._response.content, self.origin.clock, self._meter
-        while True:
-            began, limit = clock(), asyncio.timeout(meter.patience)
-            try:
-                async with limit:
-                    data = await (content.readany() if most < 0 else content.read(most))
-            except TimeoutError:
-                if not limit.expired():  # aiohttp's own, on silence
-                    raise
-            else:
-                meter.received(len(data), clock() - began)
-                self._received += len(data)
-                return data
-            meter.received(0, clock() - began)
-            if meter.patience <= 0:
-                self.origin.note_stall()
-                raise UpstreamStalled(f"{self.origin.key.label}: {self.stall}")
+        data = await self._incoming.borrow(most)
+        self._received += len(data)
+        return data
+
+    async def read(self, most: int = -1) -> bytes:
+        """The same, to keep."""
+        return bytes(await self.borrow(most))
+
+    def _stalled(self) -> UpstreamStalled:
+        self.origin.note_stall()
+        return UpstreamStalled(f"{self.origin.key.label}: {self.stall}")
 
     @property
     def peer(self) -> str:
@@ -131,6 +135,9 @@ class Turn:
     def finish(self) -> None:
         """End the response: nothing to do if it was read to its end, else abort its socket."""
         response, self._response = self._response, None
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            incoming.end()
         if response is None:
             return
         if response.connection is not None:
@@ -186,11 +193,14 @@ class Origin:
         log: Logger | None = None,
         caps: CapBook | None = None,
         budget: RetryBudget | None = None,
+        rings: Rings | None = None,
     ) -> None:
-        """``caps``: where the cap is remembered; without, nothing of it is."""
+        """``caps``: where the cap is remembered; without, nothing of it is. ``rings``: what large
+        bodies are received into, if they are."""
         self.key = key
         self.settings = settings
         self.clock = clock
+        self.rings = (rings or Rings()) if settings.fast_receive else None
         self.gate = Gate(
             key.label,
             capacity=settings.max_connections,
