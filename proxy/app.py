@@ -28,7 +28,7 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
-from proxy.pull.asking import Pause, Questions, short_pause
+from proxy.pull.asking import PATIENCE_SHARE, Pause, Questions, short_pause
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
 from proxy.pull.manifests import Manifests
@@ -306,10 +306,12 @@ class Proxy:
             check_deadline=settings.queue.manifest_deadline,
             immutable=tags.immutable,
         )
+        queue = settings.queue
+        patience = PATIENCE_SHARE * min(queue.header_deadline, queue.manifest_deadline)
         waits = make_waits(settings, clients, self.metrics)
         permissions = Permissions(
             self.store,
-            proofs=Questions(log=self.log, pause=around.short_pause),
+            proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
             negative_ttl=tags.negative_ttl,
             clock=around.clock,
         )
@@ -331,6 +333,7 @@ class Proxy:
             log=self.log,
             clock=around.clock,
             pause=around.short_pause,
+            patience=patience,
         )
         blobs = Blobs(
             store=self.store,
@@ -345,7 +348,7 @@ class Proxy:
             blobs=blobs,
             flights=flights,
             permissions=permissions,
-            listings=Questions(log=self.log, pause=around.short_pause),
+            listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
             waits=waits,
         )
 

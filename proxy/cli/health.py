@@ -6,11 +6,15 @@ imports little: the settings model only when a file has to tell the address.
 
 import http.client
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from proxy.settings.values import HostPort
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _DEFAULT = HostPort("127.0.0.1", 5051)
 #: Bytes that are read of an answer: to a question, and to an order.
@@ -18,28 +22,45 @@ _MAX_TEXT, _MAX_ANSWER = 4096, 1 << 20
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
+def admin_options(*, timeout: float) -> Callable[[F], F]:
+    """The options of commands that ask a running server; `timeout` is the default."""
+
+    def add(command: F) -> F:
+        for option in reversed(_options(timeout)):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _options(timeout: float) -> Sequence[Callable[[F], F]]:
+    return (
+        click.option(
+            "--admin",
+            envvar="PULLPOOL_ADMIN",
+            metavar="HOST:PORT",
+            help="The server's admin address; from the file, or 127.0.0.1:5051.  [PULLPOOL_ADMIN]",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path),
+            envvar="PULLPOOL_CONFIG",
+            metavar="FILE",
+            help="The server's TOML file.  [PULLPOOL_CONFIG]",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(0, min_open=True),
+            default=timeout,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long to wait for the answer.",
+        ),
+    )
+
+
 @click.command()
-@click.option(
-    "--admin",
-    envvar="PULLPOOL_ADMIN",
-    metavar="HOST:PORT",
-    help="The server's admin address; from the file, or 127.0.0.1:5051.  [PULLPOOL_ADMIN]",
-)
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    envvar="PULLPOOL_CONFIG",
-    metavar="FILE",
-    help="The server's TOML file.  [PULLPOOL_CONFIG]",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=5.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait for the answer.",
-)
+@admin_options(timeout=5.0)
 @click.pass_context
 def healthcheck(
     context: click.Context, admin: str | None, config: Path | None, timeout: float

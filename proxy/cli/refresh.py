@@ -7,32 +7,12 @@ from typing import Any
 
 import click
 
-from proxy.cli.health import admin_address, ask
+from proxy.cli.health import admin_address, admin_options, ask
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option(
-    "--admin",
-    envvar="PULLPOOL_ADMIN",
-    metavar="HOST:PORT",
-    help="The server's admin address; from the file, or 127.0.0.1:5051.  [PULLPOOL_ADMIN]",
-)
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    envvar="PULLPOOL_CONFIG",
-    metavar="FILE",
-    help="The server's TOML file.  [PULLPOOL_CONFIG]",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait for the answer.",
-)
+@admin_options(timeout=60.0)
 @click.pass_context
 def refresh(
     context: click.Context,

@@ -78,6 +78,11 @@ class PullError(Exception):
         error = {"code": self.code, "message": self.message, "detail": detail}
         return json.dumps({"errors": [error]}, default=str, separators=(",", ":")).encode()
 
+    @property
+    def retried_as(self) -> str:
+        """Why another try after it draws on the retry budget; empty if it does not."""
+        return self.reason
+
     def bare(self) -> Self:
         """The same words without the traceback and the causes, which hold the frames of a request:
         what may be kept, and raised to many."""
@@ -273,6 +278,19 @@ class UpstreamBusy(Overloaded):
     default_message = "the upstream has too much to do"
 
 
+class Undecided(UpstreamBusy):
+    """The same, or a denial: another look is taken before anybody is told (DESIGN D5).
+
+    The upstream answered, so that look is no retry of something that failed.
+    """
+
+    reason = "upstream_undecided"
+
+    @property
+    def retried_as(self) -> str:
+        return ""
+
+
 class QueueFull(Overloaded):
     """The bounded queue in front of the upstream holds no further waiter."""
 
@@ -294,12 +312,20 @@ class UpstreamUnavailable(UpstreamError):
     default_message = "the upstream cannot be reached"
 
 
+class UpstreamUnreachable(UpstreamUnavailable):
+    """There was no connection: refused, name not resolved, TLS failure."""
+
+
 class UpstreamDown(UpstreamUnavailable):
-    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it."""
+    """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it.
+
+    ``talks``: it can be reached and answers badly, which may be over in a moment.
+    """
 
     reason = "upstream_down"
     default_message = "the upstream is down"
     status = 503
+    talks = False
 
 
 class UnexpectedAnswer(UpstreamUnavailable):
@@ -311,10 +337,27 @@ class UnexpectedAnswer(UpstreamUnavailable):
 
 
 class EgressFailed(UpstreamUnavailable):
-    """The egress proxy on the way to the upstream refuses, or cannot be reached."""
+    """The egress proxy on the way to the upstream cannot be reached, or makes no connection.
+
+    ``said`` is the message without the upstream's name.
+    """
 
     reason = "egress_failed"
-    default_message = "the egress proxy does not let us through"
+    default_message = "the egress proxy makes no connection"
+
+    def __init__(self, said: str | None = None, *, upstream: str = "") -> None:
+        self.said = self.default_message if said is None else said
+        super().__init__(f"{upstream}: {self.said}" if upstream else self.said)
+
+
+class EgressRefused(UpstreamError):
+    """The egress proxy refuses us: its answer to our configuration, not the upstream's to us.
+
+    Another try meets the same, so it is none of those failures that may pass.
+    """
+
+    reason = "egress_refused"
+    default_message = "the egress proxy refuses us"
 
 
 class UpstreamTimeout(UpstreamError):

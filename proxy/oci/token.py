@@ -55,6 +55,12 @@ def parse_token_reply(body: bytes) -> TokenReply:
     return TokenReply(token, _expires_in(reply.get("expires_in")))
 
 
+def oauth_error(body: bytes) -> str | None:
+    """The error code of a refused OAuth2 exchange (RFC 6749 §5.2); ``None`` without one."""
+    error = (_json_object(body) or {}).get("error")
+    return error if isinstance(error, str) else None
+
+
 def jwt_access(token: str) -> tuple[Access, ...] | None:
     """The `access` claim of a JWT; None when the token is opaque or has no such claim.
 

@@ -151,7 +151,7 @@ class Fill:
 
     async def _pause(self, source: Source, error: PullError) -> None:
         upstream, tries = source.key[0], self.sources.tries(source)
-        self.ticket.retry = error.reason
+        self.ticket.retry = error.retried_as
         if self.received:
             self._metrics.upstream_resumes.labels(upstream).inc()
             self.ticket.urgent = True  # from the head of its class (D8)

@@ -31,7 +31,7 @@ from proxy.oci.errors import (
 from proxy.oci.manifest import Manifest, parse_manifest
 from proxy.oci.paths import Kind
 from proxy.oci.reference import Reference, Tag
-from proxy.pull.asking import Key, Pause, Questions, short_pause
+from proxy.pull.asking import PATIENCE, Key, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
 from proxy.pull.permissions import Permissions
 from proxy.pull.tags import (
@@ -80,8 +80,10 @@ class Manifests:
         log: Logger,
         clock: Callable[[], float],
         pause: Pause = short_pause,
+        patience: float = PATIENCE,
     ) -> None:
-        """``memory`` is how many bytes of manifests are kept in memory."""
+        """``memory`` is how many bytes of manifests are kept in memory; ``patience`` as for
+        ``Questions``."""
         self._store = store
         self._clients = clients
         self._permissions = permissions
@@ -93,9 +95,9 @@ class Manifests:
         self._memory: LRUCache[Digest, Manifest] = LRUCache(
             memory, getsizeof=lambda manifest: len(manifest.raw)
         )
-        self._fetches: Questions[Manifest] = Questions(log=log, pause=pause)
-        self._heads: Questions[Head] = Questions(log=log, pause=pause)
-        self._checks: Questions[Checked] = Questions(log=log, pause=pause)
+        self._fetches: Questions[Manifest] = Questions(log=log, pause=pause, patience=patience)
+        self._heads: Questions[Head] = Questions(log=log, pause=pause, patience=patience)
+        self._checks: Questions[Checked] = Questions(log=log, pause=pause, patience=patience)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshes = itertools.count(1)
 
@@ -164,8 +166,8 @@ class Manifests:
         self._permissions.check(ask, Kind.MANIFEST, key[2])
         standing = await self._standing(ask, entry)
         client = self._clients[ask.upstream]
-        if client.is_down and covers(standing, UpstreamDown()):
-            if client.wants_probe:
+        if client.is_down(ask.repository) and covers(standing, UpstreamDown()):
+            if client.wants_probe(ask.repository):
                 self._check_in_background(ask, key, entry)
             return await self._stale(ask, entry, "the upstream is down", head=head)
         try:

@@ -213,7 +213,7 @@ class Reader:
                 row.count(error, settings.clock(), has_begun=True)
                 if row.is_over(settings.clock(), has_begun=True):
                     raise
-                self._retry = error.reason
+                self._retry = error.retried_as
                 await asyncio.sleep(settings.pause_after(row.tries, error))
             self._check()
 

@@ -161,6 +161,6 @@ def _can_strike(kind: Misbehaviour, asked: Asked) -> bool:
             login = asked.headers.get("Authorization", "")
             return not is_token and login.lower().startswith("bearer ")
         case Misbehaviour.EMPTY_ACCESS:
-            return is_token and "scope" in asked.query
+            return is_token and bool(asked.scopes)
         case _:
             return True

@@ -14,8 +14,10 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
+from urllib.parse import parse_qsl
 
 from aiohttp import web
 
@@ -65,9 +67,11 @@ class FakeRegistry:
     - `limit`: sockets ESTABLISHED at accept; requests on a socket beyond it get `over_limit_status`
       (401: with Harbor's database text and an empty challenge), then FIN.
     - `overload`: what happens beyond how many requests in progress.
-    - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `private`: the
+    - `auth`: `basic` (everybody needs a login) or `bearer`. `users`: passwords. `identities`: users
+      by identity token; without any the token service knows no POST. `private`: the
       users of a repository; other repositories are public. `token_service`: the registry that
-      serves the token URL, by default this one; another one has to be listening first.
+      serves the token URL, by default this one; may be set until this one listens, and another
+      one has to know its port by then.
       `token_ttl`: seconds. `opaque_tokens`: no JWT. `harbor`: refuse in Harbor's way (see
       `proxy.testing.tokens`).
     - `redirect_blobs_to`: a registry that serves this one's blobs by signed URLs, each valid for
@@ -91,6 +95,7 @@ class FakeRegistry:
         overload: Overload | None = None,
         auth: Literal["basic", "bearer"] | None = None,
         users: Mapping[str, str] = _NOBODY,
+        identities: Mapping[str, str] = _NOBODY,
         private: Mapping[str, Collection[str]] = _NOTHING_PRIVATE,
         token_service: FakeRegistry | None = None,
         token_ttl: float = 300.0,
@@ -120,8 +125,10 @@ class FakeRegistry:
         self.signed_url_ttl = signed_url_ttl
         self._cdn = redirect_blobs_to
         self._auth = auth
-        self._policy = Policy(Accounts(users, private), token_ttl, opaque_tokens, harbor)
-        self._token_service = token_service or self
+        self._policy = Policy(
+            Accounts(users, private, identities), token_ttl, opaque_tokens, harbor
+        )
+        self.token_service = token_service or self
         self._manners = Manners(ranges, page_size)
         self._script = Script()
         self._holds: list[Hold] = []
@@ -257,12 +264,14 @@ class FakeRegistry:
         service = Service(self.netloc, self._policy, self.content.has_project)
         if auth == "basic":
             return Guard(service, None, None)
-        issuer = self._token_service
+        issuer = self.token_service
         issuer.tokens.adopt(service)
         return Guard(service, issuer.tokens, issuer.url + TOKEN_PATH)
 
     async def _handle(self, request: web.BaseRequest, connection: Connection) -> web.StreamResponse:
         asked = read_request(request)
+        if asked.kind is Kind.TOKEN and asked.method == "POST":
+            asked = replace(asked, form=dict(parse_qsl((await request.read()).decode())))
         seen = self.counters.note_request(asked)
         if connection.is_over_limit:
             self.counters.refused += 1

@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from proxy.testing.wire import Asked, Reply, error_reply, harbor_refusal, json_reply
@@ -32,10 +32,14 @@ class WrongCredentials(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """Users with passwords, and the users of each private repository; other ones are public."""
+    """Users with passwords, and the users of each private repository; other ones are public.
+
+    `identities`: the users of identity tokens, by token.
+    """
 
     users: Mapping[str, str]
     private: Mapping[str, Collection[str]]
+    identities: Mapping[str, str] = field(default_factory=dict)
 
     def login(self, authorization: str | None) -> str | None:
         """The user behind a Basic header, None for nobody. Raises WrongCredentials."""
@@ -109,12 +113,14 @@ class TokenService:
 
     def issue(self, asked: Asked, *, empty: bool = False) -> Reply:
         """Answer a token request; `empty` withholds all access whatever the rights are."""
+        if asked.method == "POST" and self._exchanges(asked.form.get("service", "")):
+            return self._exchange(asked, empty=empty)
         if asked.method != "GET":
             return error_reply(405, "UNSUPPORTED", "only GET", {"Allow": "GET"})
         service = self._services.get(asked.query.get("service", ""))
         if service is None:
             return error_reply(400, "UNSUPPORTED", "unknown service")
-        scopes = " ".join(asked.query.getall("scope", ())).split()
+        scopes = asked.scopes
         user, refused = None, False
         try:
             user = service.policy.accounts.login(asked.headers.get("Authorization"))
@@ -124,6 +130,35 @@ class TokenService:
             return error_reply(401, "UNAUTHORIZED", "incorrect username or password")
         if service.policy.harbor and not scopes and user is None:
             return error_reply(401, "UNAUTHORIZED", "unauthorized")
+        return self._decide(service, user, scopes, refused=refused, empty=empty)
+
+    def _exchanges(self, name: str) -> bool:
+        """Whether a service takes identity tokens."""
+        service = self._services.get(name)
+        return service is not None and bool(service.policy.accounts.identities)
+
+    def _exchange(self, asked: Asked, *, empty: bool) -> Reply:
+        """The OAuth2 POST (distribution, oauth.md; errors by RFC 6749 §5.2)."""
+        service, form = self._services[asked.form["service"]], asked.form
+        if not form.get("client_id") or not form.get("grant_type"):
+            return json_reply(400, {"error": "invalid_request"})
+        if form["grant_type"] != "refresh_token":
+            return json_reply(400, {"error": "unsupported_grant_type"})
+        user = service.policy.accounts.identities.get(form.get("refresh_token", ""))
+        if user is None:
+            return json_reply(400, {"error": "invalid_grant"})
+        reply = self._decide(service, user, asked.scopes, refused=False, empty=empty)
+        if reply.status != 200:
+            return reply
+        said = json.loads(bytes(reply.body))
+        said["access_token"], said["scope"] = said.pop("token"), " ".join(asked.scopes)
+        if form.get("access_type") == "offline":
+            said["refresh_token"] = form["refresh_token"]
+        return json_reply(200, said)
+
+    def _decide(
+        self, service: Service, user: str | None, scopes: list[str], *, refused: bool, empty: bool
+    ) -> Reply:
         names = [name for name in map(_pulled_name, scopes) if name is not None]
         rightful = [name for name in names if not refused and _allowed(service, user, name)]
         if len(rightful) < len(names) and not service.policy.harbor and not empty:

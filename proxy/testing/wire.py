@@ -45,7 +45,8 @@ class Asked:
     """A request as the fake understands it.
 
     `path` is the raw path without query; `reference` a tag or digest as written; `signed` says that
-    a blob was asked for by a signed URL, in which case `repository` is None.
+    a blob was asked for by a signed URL, in which case `repository` is None; `form` what was posted
+    to the token service.
     """
 
     kind: Kind
@@ -56,6 +57,13 @@ class Asked:
     repository: str | None = None
     reference: str | None = None
     signed: bool = False
+    form: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scopes(self) -> list[str]:
+        """What a token is asked for."""
+        given = self.query.getall("scope", ())
+        return " ".join([*given, self.form.get("scope", "")]).split()
 
 
 def read_request(request: web.BaseRequest) -> Asked:

@@ -1,11 +1,11 @@
 """One upstream: requests with its credentials, over its origin's gate (DESIGN D1, D4, D8, D20).
 
-A request is one turn: the gate grants a slot, the token is fetched inside that turn if one is
-needed (on the same socket when the token service is on the same origin, so there is no deadlock at
-a cap of one), the answer is read under it. Redirects are followed by hand: each hop takes a turn of
-the origin it leads to, after the previous turn has ended; Authorization never crosses an origin,
-nor is it sent again once another origin had a say in where we go; https never leads to http, and
-nobody leads to an address nearer to us than their own (``reach.py``).
+A request is one turn: the gate grants a slot, the token is fetched inside that turn if it comes
+from the same origin and before it if from another one (``login.py``), the answer is read under it.
+Redirects are followed by hand: each hop takes a turn of the origin it leads to, after the previous
+turn has ended; Authorization never crosses an origin, nor is it sent again once another origin had
+a say in where we go; https never leads to http, and nobody leads to an address nearer to us than
+their own (``reach.py``).
 
 What reaches the layers above are value types and ``PullError``s, never aiohttp's objects.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlencode
@@ -23,39 +23,34 @@ import aiohttp
 from yarl import URL
 
 from proxy.observe.metrics import Metrics
-from proxy.oci.challenge import parse_challenges
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
     DigestInvalid,
     EgressFailed,
-    RealmRefused,
     RedirectRefused,
-    TooLarge,
-    UpstreamBusy,
     UpstreamUnavailable,
 )
 from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
-from proxy.oci.token import grants
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.hosts import HostPattern
 from proxy.upstream.hurry import Leisure
+from proxy.upstream.login import Login, Question
 from proxy.upstream.origin import Origin, Turn
 from proxy.upstream.origins import Origins
 from proxy.upstream.reach import ANYWHERE, Reach, allowing
 from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
-from proxy.upstream.signs import BUSY, Refusal, Sign, read_sign, speaks_of_load
+from proxy.upstream.signs import BUSY
 from proxy.upstream.throttle import Stream, Throttle
-from proxy.upstream.tokens import SECOND_LOOK, Authenticator, Evidence
+from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 5
-MAX_TOKEN_BODY = 64 << 10
 MAX_LISTING = 8 << 20
 #: Refusals of a HEAD that say nothing about a GET: ECR Public answers 401 where it grants a GET
 #: (distribution#4383), URLs are signed for one method, some services do not know HEAD.
@@ -63,8 +58,6 @@ _HEAD_REFUSALS = frozenset({400, 401, 403, 405, 501})
 #: Failures of a connection that speak of load, and those among them that do not: the name, TLS.
 _BROKEN = (aiohttp.ClientConnectionError, OSError)
 _GONE = (aiohttp.ClientConnectorDNSError, aiohttp.ClientSSLError, TimeoutError)
-#: ECR answers an expired token with 403 and one of these in the body.
-_EXPIRED = (b"token has expired", b"token expired", b"expired token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,25 +221,42 @@ class UpstreamClient:
         for _ in range(MAX_REDIRECTS + 1):
             origin = await self._origin_of(url)
             is_ours = is_ours and origin is self.origin
-            async with origin.turn(ticket, repository) as turn:
-                self._hurry.asked(turn)
-                with self._weighed(turn), translated(origin.key.label, self.metrics):
-                    if is_ours:
-                        response = await self._send(turn, method, url, headers, repository)
-                    else:
-                        hop = ANYWHERE if origin is self.origin else reach
-                        response = await turn.request(method, url, headers, reach=hop)
-                    if response.status in REDIRECTS:
-                        await drain(response)
-                reach = reach.after(turn.peer)
-                self._weigh(turn, response)
-                if response.status not in REDIRECTS:
-                    _expect_identity(origin, response)
-                    self._hurry.answered()
-                    yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
-                    return
+            login = self._login(method, url, headers, repository) if is_ours else None
+            response = None
+            while response is None:
+                async with (login or origin).turn(ticket, repository) as turn:
+                    self._hurry.asked(turn)
+                    with self._weighed(turn), translated(origin.key.label, self.metrics):
+                        if login is not None:
+                            response = await login.send(turn)
+                        else:
+                            hop = ANYWHERE if origin is self.origin else reach
+                            response = await turn.request(method, url, headers, reach=hop)
+                        if response is None:
+                            continue
+                        if response.status in REDIRECTS:
+                            await drain(response)
+                    reach = reach.after(turn.peer)
+                    self._weigh(turn, response)
+                    if response.status not in REDIRECTS:
+                        _expect_identity(origin, response)
+                        self._hurry.answered()
+                        yield Reply(response, turn, url, self.metrics, reach, self._stream(ticket))
+                        return
             url = next_hop(url, response.headers.get("Location", ""))
         raise RedirectRefused(f"{self.name}: more than {MAX_REDIRECTS} redirects")
+
+    def _login(self, method: str, url: URL, headers: Mapping[str, str], repository: str) -> Login:
+        return Login(
+            Question(method, url, headers, repository),
+            name=self.name,
+            origin=self.origin,
+            authenticator=self._authenticator,
+            origin_of=self._origin_of,
+            metrics=self.metrics,
+            reach=self._reach,
+            hurry=self._hurry,
+        )
 
     def _stream(self, ticket: Ticket) -> Stream | None:
         if self._throttle is None:
@@ -291,105 +301,6 @@ class UpstreamClient:
             )
         return origin
 
-    async def _send(
-        self,
-        turn: Turn,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str],
-        repository: str,
-    ) -> aiohttp.ClientResponse:
-        fetch = self._token_fetch(turn)
-        auth = await self._authenticator.headers(repository, fetch)
-        response = await turn.request(method, url, {**headers, **auth})
-        if response.status not in (401, 403):
-            return self._granted(turn, response, repository)
-        self._authenticator.realm_reach = self._reach.after(turn.peer)
-        # ECR Public refuses every HEAD of a blob: that says nothing, the GET after it will.
-        is_telling = method != "HEAD" or "/blobs/" not in url.raw_path
-        refused = await _refusal(response, auth, repository)
-        sign, reason = read_sign(refused)
-        if sign is Sign.OVERLOAD and is_telling and refused.scheme != "bearer":
-            raise self._busy(turn, reason)
-        expired = refused.status == 403 and any(text in refused.body.lower() for text in _EXPIRED)
-        if refused.status == 403 and not expired:
-            return response
-        challenges = response.headers.getall("WWW-Authenticate", [])
-        try:
-            auth = await self._authenticator.challenged(
-                repository, challenges, auth.get("Authorization"), fetch, expired=expired
-            )
-        except Denied:
-            if sign is Sign.OVERLOAD and is_telling:
-                raise self._busy(turn, reason) from None
-            raise
-        response = await turn.request(method, url, {**headers, **auth})
-        if response.status not in (401, 403):
-            return self._granted(turn, response, repository)
-        if is_telling:
-            await self._expect_denial(turn, await _refusal(response, auth, repository), repository)
-        return response
-
-    async def _expect_denial(self, turn: Turn, refused: Refusal, repository: str) -> None:
-        """Is this second refusal meant? Raises ``UpstreamBusy`` if not (D5)."""
-        sign, reason = read_sign(refused)
-        if sign is Sign.UNPROVEN:
-            fetch = self._token_fetch(turn)
-            conduct = turn.origin.conduct
-            match await self._authenticator.weigh(
-                repository, fetch, is_stressed=lambda: conduct.is_stressed
-            ):
-                case Evidence.OVERLOAD:
-                    sign = Sign.OVERLOAD
-                case Evidence.NONE:  # asked again soon; the cap stays until it is known
-                    message = f"{self.name} refuses {repository}, which may be for lack of time"
-                    raise UpstreamBusy(SECOND_LOOK, message=message)
-        if sign is Sign.OVERLOAD:
-            raise self._busy(turn, reason)
-
-    def _granted(
-        self, turn: Turn, response: aiohttp.ClientResponse, repository: str
-    ) -> aiohttp.ClientResponse:
-        if response.status < 400 and self._authenticator.worked(repository):
-            turn.was_too_much("granted after a refusal")  # held against the cap only now
-        return response
-
-    def _busy(self, turn: Turn, reason: str) -> UpstreamBusy:
-        turn.was_too_much(reason)
-        return UpstreamBusy(message=f"{self.name} refuses without deciding: {reason}")
-
-    def _token_fetch(
-        self, turn: Turn
-    ) -> Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]:
-        """How to GET a token inside ``turn``: on its own socket, or by a turn elsewhere."""
-
-        async def fetch(text: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-            url = URL(text, encoded=True)
-            origin = await self._origin_of(url)
-            with translated(origin.key.label, self.metrics):
-                if origin is turn.origin:
-                    return self._decided(turn, await _fetch_small(turn, url, headers))
-                known = self._authenticator
-                reach = ANYWHERE if known.lists(text) else known.realm_reach
-                async with origin.turn(Ticket(TurnClass.METADATA), turn.repository) as other:
-                    self._hurry.asked(other)
-                    try:
-                        answer = await _fetch_small(other, url, headers, reach)
-                        return self._decided(other, answer)
-                    except RedirectRefused as error:
-                        raise RealmRefused(f"{self.name}: for tokens, {error}") from error
-
-        return fetch
-
-    def _decided(self, turn: Turn, answer: tuple[int, bytes]) -> tuple[int, bytes]:
-        """A token service's answer, unless it had no time to decide: then ``UpstreamBusy``."""
-        status, body = answer
-        if status in BUSY:
-            turn.was_too_much(f"status {status} of the token service")
-        elif status != 200 and speaks_of_load(body):
-            raise self._busy(turn, "database text of the token service")
-        return answer
-
     def _expect(self, reply: Reply, status: int, kind: Kind, name: str) -> None:
         if reply.status != status:
             raise refusal(self.name, reply.status, reply.headers, kind, name)
@@ -404,32 +315,6 @@ def claimed_digest(headers: Mapping[str, str]) -> Digest | None:
         return Digest.parse(headers.get("Docker-Content-Digest", ""))
     except DigestInvalid:
         return None
-
-
-async def _refusal(
-    response: aiohttp.ClientResponse, auth: Mapping[str, str], repository: str
-) -> Refusal:
-    """A 401 or 403 with its body, and what its request had to show."""
-    scheme, _, secret = auth.get("Authorization", "").partition(" ")
-    return Refusal(
-        status=response.status,
-        challenges=parse_challenges(response.headers.getall("WWW-Authenticate", [])),
-        body=await drain(response),
-        scheme=scheme.lower(),
-        granted=grants(secret, repository, "pull") if scheme.lower() == "bearer" else None,
-    )
-
-
-async def _fetch_small(
-    turn: Turn, url: URL, headers: Mapping[str, str], reach: Reach = ANYWHERE
-) -> tuple[int, bytes]:
-    response = await turn.request("GET", url, headers, reach=reach)
-    body = bytearray()
-    while data := await turn.read():
-        body += data
-        if len(body) > MAX_TOKEN_BODY:
-            raise TooLarge(MAX_TOKEN_BODY, f"{url.host}: a token answer larger than that")
-    return response.status, bytes(body)
 
 
 def _head(reply: Reply) -> Head:

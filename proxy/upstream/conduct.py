@@ -7,10 +7,11 @@ can go on being about sockets: the *cap* (how many at once), the *health* (is it
 A Retry-After of 429 or 503 pauses the origin's gate, for at most ``MAX_PAUSE`` seconds: a request
 in five minutes is no burden, and an upstream may be mistaken. 429 pauses the class whose turn it
 was: metadata (Docker Hub's quota of manifests, while blobs go on), or everything but metadata. 503
-pauses its repository, and the whole origin once several say it and none is answered. Bulk that is
-paused waits, as its readers have their headers early and long deadlines; a short question that
-would have to wait longer than ``PATIENCE`` is answered at once, so that a tag is served stale or
-the client hears when to come again.
+pauses its repository, for each can only speak of itself: behind some there is another registry. If
+all say it the breaker opens, and then stays open for as long as was asked for. Bulk that is paused
+waits, as its readers have their headers early and long deadlines; a short question that would have
+to wait longer than ``PATIENCE`` is answered at once, so that a tag is served stale or the client
+hears when to come again.
 
 What one repository brings about is not held against the others (``blame.py``): a repository that
 fails by itself counts neither for the breaker nor for the cap, its retries draw on a budget apart,
@@ -33,13 +34,20 @@ from cachetools import TLRUCache
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics, OriginState
-from proxy.oci.errors import Throttled
+from proxy.oci.errors import EgressFailed, Throttled
 from proxy.upstream.blame import KEPT, Blame
 from proxy.upstream.budget import Retries, RetryBudget
 from proxy.upstream.cap import Cap
-from proxy.upstream.errors import retry_after, sort_failure
+from proxy.upstream.errors import UNREACHABLE, retry_after, sort_failure
 from proxy.upstream.gate import Gate, Slot
-from proxy.upstream.health import PATIENCE, Breaker, Health, State, Trouble
+from proxy.upstream.health import (
+    PATIENCE,
+    SILENT_SECONDS,
+    Breaker,
+    Health,
+    State,
+    Trouble,
+)
 from proxy.upstream.quota import Pulls
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -54,8 +62,6 @@ _MAX_PAUSED = 1024
 
 _METADATA = frozenset({TurnClass.METADATA})
 _EVERYTHING = frozenset(TurnClass)
-#: Kinds of failures (``upstream/errors.py``) in which there was no connection.
-_UNREACHABLE = frozenset({"dns", "tls", "connect"})
 
 
 class Conduct:
@@ -94,6 +100,7 @@ class Conduct:
             _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
         )
         self._overloaded_at = float("-inf")
+        self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
         gate.limit = cap.limit
 
     # -- before a request ------------------------------------------------------------------
@@ -101,10 +108,10 @@ class Conduct:
     async def passage(self, ticket: Ticket, repository: str = "") -> None:
         """Wait until a request for ``repository`` may stand in the queue. Raises ``UpstreamDown``,
         ``Throttled``."""
-        await self.health.passage(repository)
         wait = max(self._gate.paused_for(ticket.turn_class), self._paused_for(repository))
         if ticket.turn_class is TurnClass.METADATA and wait > PATIENCE:
             raise Throttled(wait, message=f"{self._label} asked to be left alone for a while")
+        await self.health.passage(repository)
         if (wait := self._paused_for(repository)) > 0:
             await asyncio.sleep(wait)
 
@@ -133,25 +140,59 @@ class Conduct:
         if status in (429, 503):
             self._pause(slot, status, retry_after(response.headers), repository)
 
-    def broke(self, slot: Slot, error: Exception, repository: str = "") -> None:
-        """There was no answer."""
+    def broke(
+        self,
+        slot: Slot,
+        error: Exception | asyncio.CancelledError,
+        repository: str = "",
+        *,
+        sent_at: float,
+    ) -> None:
+        """There was no answer to what was sent at ``sent_at`` (monotonic seconds); cancelled, it
+        was given up by whoever waited for it."""
+        if isinstance(error, asyncio.CancelledError):
+            self._was_silent(slot, repository, sent_at)
+            return
         kind, said = sort_failure(error)
-        no_connection = kind in _UNREACHABLE or isinstance(error, aiohttp.ConnectionTimeoutError)
+        no_connection = kind in UNREACHABLE or isinstance(error, aiohttp.ConnectionTimeoutError)
+        if kind == "timeout" and not no_connection and self._is_long_ago(sent_at):
+            self._was_silent(slot, repository, sent_at)
+            return
         trouble = Trouble.UNREACHABLE if no_connection else Trouble.BROKEN
         self._failed(slot, trouble, said, repository)
 
+    def lost_its_way(self, slot: Slot, failure: EgressFailed) -> None:
+        """The egress proxy is not there, or makes no connection."""
+        self._failed(slot, Trouble.EGRESS, failure.said, "")
+
+    def _was_silent(self, slot: Slot, repository: str, sent_at: float) -> None:
+        """That says nothing of how many at once it stands: the cap stays."""
+        if self._is_long_ago(sent_at) and not self._is_blamed(repository):
+            self._begin_row()
+            self.health.was_silent(slot.number, sent_at, repository)
+
+    def _is_long_ago(self, sent_at: float) -> bool:
+        return round(self._clock() - sent_at, 3) >= SILENT_SECONDS  # a timer's time, rounded
+
+    def _is_blamed(self, repository: str) -> bool:
+        return self._blame.fails_by_itself(repository, self._clock())
+
     def _failed(self, slot: Slot, trouble: Trouble, reason: str, repository: str) -> None:
-        is_its_own = self._blame.fails_by_itself(repository, self._clock())
-        if trouble is Trouble.BROKEN and is_its_own:
+        if trouble.has_connected and self._is_blamed(repository):
             return  # as a probe it has no outcome
+        self._begin_row()
+        self.health.failed(slot.number, trouble, reason, repository)
+
+    def _begin_row(self) -> None:
         if not self.health.breaker.run:
             self._before = self.cap
-        self.health.failed(slot.number, trouble, reason, repository)
 
     def _pause(self, slot: Slot, status: int, seconds: float | None, repository: str) -> None:
         if not seconds:
             return
-        if status == 503 and not self.health.breaker.is_widespread:
+        if status == 503:
+            if not self._is_blamed(repository):
+                self.health.rest(min(seconds, MAX_PAUSE))
             self._paused[repository] = self._clock() + min(seconds, MAX_PAUSE)
             if self._log is not None:
                 self._log.info(
@@ -161,10 +202,8 @@ class Conduct:
                     seconds=round(min(seconds, MAX_PAUSE), 1),
                 )
             return
-        classes = _EVERYTHING
-        if status == 429:
-            is_metadata = slot.turn_class is TurnClass.METADATA
-            classes = _METADATA if is_metadata else _EVERYTHING - _METADATA
+        is_metadata = slot.turn_class is TurnClass.METADATA
+        classes = _METADATA if is_metadata else _EVERYTHING - _METADATA
         longer = self._gate.pause(classes, min(seconds, MAX_PAUSE))
         self._metrics.upstream_throttled.labels(self._label).inc(longer)
         if self._log is not None and longer:
@@ -196,6 +235,7 @@ class Conduct:
 
     def was_too_much(self, repository: str, sent_at: float, reason: str) -> None:
         """The upstream broke under a request for ``repository`` sent at ``sent_at``."""
+        self._unsuspected = None
         if self._blame.failed(repository, self._clock(), sent_at=sent_at):
             self._clear(repository)
             return
@@ -206,6 +246,20 @@ class Conduct:
         self._metrics.upstream_overloads.labels(self._label).inc()
         self._overloaded_at = self._clock()
         self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
+
+    def may_be_too_much(self, sent_at: float, reason: str) -> None:
+        """A request sent at ``sent_at`` was refused, be it for want of time or of rights: fewer at
+        once will show it."""
+        if self._unsuspected is None:
+            self._unsuspected = self.cap
+        self._metrics.upstream_overloads.labels(self._label).inc()
+        self._settle(self.cap.overloaded(self._clock(), sent_at=sent_at, reason=reason))
+
+    def was_meant(self) -> None:
+        """What looked as if it might be too much was for want of rights."""
+        if self._unsuspected is not None:
+            self._settle(self.cap.cleared(self._unsuspected, self._clock()))
+            self._unsuspected = None
 
     def _clear(self, repository: str) -> None:
         """It fails by itself. If all that broke do, the cap was lowered for nothing."""

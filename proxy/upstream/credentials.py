@@ -80,9 +80,14 @@ class Credentials:
         return f"Basic {base64.b64encode(pair).decode()}"
 
     @property
+    def is_identity(self) -> bool:
+        """Is the password an identity token, which a token service exchanges for others?"""
+        return self.username == IDENTITY_TOKEN_USER
+
+    @property
     def account(self) -> str | None:
         """Who this is, for the token service; an identity token says that itself."""
-        return None if self.username == IDENTITY_TOKEN_USER else self.username
+        return None if self.is_identity else self.username
 
 
 class CredentialSource(Protocol):

@@ -20,6 +20,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.errors import (
     Denied,
     EgressFailed,
+    EgressRefused,
     NotFound,
     PullError,
     Throttled,
@@ -27,11 +28,14 @@ from proxy.oci.errors import (
     UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 from proxy.oci.paths import Kind
 
 #: The longest Retry-After that is believed, in seconds.
 MAX_RETRY_AFTER = 3600.0
+#: Kinds of failures in which there was no connection.
+UNREACHABLE = frozenset({"dns", "tls", "connect"})
 
 
 @contextmanager
@@ -45,12 +49,30 @@ def translated(label: str, metrics: Metrics) -> Iterator[None]:
         kind, said = sort_failure(error)
         metrics.upstream_errors.labels(label, kind).inc()
         failure: type[UpstreamError] = UpstreamTimeout if kind == "timeout" else UpstreamUnavailable
+        if kind in UNREACHABLE:
+            failure = UpstreamUnreachable
         raise failure(f"{label}: {said}") from error
 
 
-def egress_failure(error: aiohttp.ClientError, label: str, proxy: str) -> EgressFailed | None:
+#: What a proxy answers to CONNECT by its rules: the next try would hear the same.
+_REFUSALS_OF_PROXIES = frozenset({401, 403, 405, 407})
+
+
+def egress_refusal(label: str, proxy: str, status: int) -> EgressRefused:
+    """The egress proxy has refused us with ``status``: its operator's or ours to set right."""
+    expected = "access to this upstream"
+    if status == 407:
+        expected = "it to accept the name and password in the configured proxy URL"
+    return EgressRefused(f"{label}: expected of the egress proxy {proxy} {expected}, got {status}")
+
+
+def egress_failure(
+    error: aiohttp.ClientError, label: str, proxy: str
+) -> EgressFailed | EgressRefused | None:
     """The failure that an egress proxy is to blame for; ``None`` if it is not about the proxy."""
     match error:
+        case aiohttp.ClientHttpProxyError() if error.status in _REFUSALS_OF_PROXIES:
+            return egress_refusal(label, proxy, error.status)
         case aiohttp.ClientHttpProxyError():
             said = f"answers {error.status} to CONNECT"
         case aiohttp.ConnectionTimeoutError():
@@ -62,7 +84,7 @@ def egress_failure(error: aiohttp.ClientError, label: str, proxy: str) -> Egress
             said = f"cannot be reached: {said}"
         case _:
             return None
-    return EgressFailed(f"{label}: the egress proxy {proxy} {said}")
+    return EgressFailed(f"the egress proxy {proxy} {said}", upstream=label)
 
 
 def _is_at(place: str, error: aiohttp.ClientConnectorError) -> bool:

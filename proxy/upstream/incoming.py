@@ -7,10 +7,12 @@ the turn ends. Whoever keeps it longer copies it. Only waiting for the upstream 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import aiohttp
 
 from proxy.oci.digest import Chunk
+from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.receive import BodyReceiver, detached
 from proxy.upstream.ring import RING_BYTES, Rings
 from proxy.upstream.stall import StallLimit, StallMeter
@@ -22,32 +24,37 @@ PIECE = 1 << 20
 LEAST_AHEAD = 512 << 10
 
 
+class Giver(Protocol):
+    """Whom a body comes from; ``stalled`` makes, and counts, the error of one that is too slow.
+    Without ``rings`` all of it is left to aiohttp."""
+
+    settings: OriginSettings
+    clock: Callable[[], float]
+    rings: Rings | None
+
+    def stalled(self, limit: StallLimit) -> Exception: ...
+
+
 class Incoming:
     """Reads one answer's body. ``end`` gives back what it holds."""
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        *,
-        stall: StallLimit,
-        stalled: Callable[[], Exception],
-        silence: float,
-        clock: Callable[[], float],
-        rings: Rings | None,
-    ) -> None:
-        """``stalled`` makes the error of a body that comes too slowly; ``silence``: seconds in
-        which something has to come; ``rings``: None leaves all of it to aiohttp."""
+    def __init__(self, response: aiohttp.ClientResponse, stall: StallLimit, origin: Giver) -> None:
         self._response = response
-        self._rings = rings
-        self._silence = silence
+        self._rings = origin.rings
+        self._silence = origin.settings.read_timeout
         self._receiver: BodyReceiver | None = None
         self._consumed = 0
-        self._watch = Watch(StallMeter(stall), clock=clock, stalled=stalled, fail=self._fail)
+        self._watch = Watch(
+            StallMeter(stall),
+            clock=origin.clock,
+            stalled=lambda: origin.stalled(stall),
+            fail=self._fail,
+        )
 
     async def borrow(self, most: int = -1) -> Chunk:
         """The next bytes, up to ``most`` (-1: as many as are at hand); ``b""`` at the end.
 
-        Raises what aiohttp raises, and what ``stalled`` makes.
+        Raises what aiohttp raises, and what the origin's ``stalled`` makes.
         """
         data: Chunk = b""
         if not self._is_ready:

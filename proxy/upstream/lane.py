@@ -343,6 +343,7 @@ class Lane:
         *,
         reach: Reach = ANYWHERE,
         patience: float | None = None,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """Send a request, once more if its socket was stale; follow nothing.
 
@@ -357,18 +358,18 @@ class Lane:
         before = self._connector.dialled
         async with request.limit:
             try:
-                return await self._send(method, url, headers)
+                return await self._send(method, url, headers, data)
             except aiohttp.ClientConnectionError as error:
                 if self._connector.dialled > before or not _is_stale(error):
                     raise
             self._on_replay()
-            return await self._send(method, url, headers)
+            return await self._send(method, url, headers, data)
 
     async def _send(
-        self, method: str, url: URL, headers: Mapping[str, str]
+        self, method: str, url: URL, headers: Mapping[str, str], data: bytes | None
     ) -> aiohttp.ClientResponse:
         return await self._session.request(
-            method, url, allow_redirects=False, **self._through_proxy(url, headers)
+            method, url, allow_redirects=False, data=data, **self._through_proxy(url, headers)
         )
 
     def _through_proxy(self, url: URL, headers: Mapping[str, str]) -> dict[str, Any]:

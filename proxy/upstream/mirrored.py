@@ -14,6 +14,7 @@ At a URL that has another behind it a question is in a *hurry* (``hurry.py``), b
 would eat up the whole patience of the one who waits:
 
 * its answer is due ``HASTE`` seconds after a slot was granted for it, and a trial's after it began;
+  sooner where the list is long (``share``);
 * it leaves the queue, and is asked elsewhere, as soon as the URL is down or closed while another
   one is not. So what hangs at a URL's few slots does not cost the others their turn, one by one;
 * a short question does not wait there for more than ``LONGEST_WAIT``, be the URL well or not,
@@ -24,6 +25,7 @@ Each question makes one trial at most while there is a URL that is up.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import (
     AsyncIterator,
@@ -40,6 +42,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
+    EgressRefused,
     NotFound,
     Throttled,
     TokenServiceFailed,
@@ -52,7 +55,8 @@ from proxy.oci.errors import (
 from proxy.oci.paths import Kind
 from proxy.upstream.blob import BlobSource, Body
 from proxy.upstream.client import Head, Page, UpstreamClient
-from proxy.upstream.hurry import HASTE, Hurry, Leisure, MovedOn
+from proxy.upstream.health import SILENT_SECONDS
+from proxy.upstream.hurry import HASTE, Hurry, Leisure, MovedOn, share
 from proxy.upstream.mirrors import Mirrors, MirrorState
 from proxy.upstream.quota import Pulls
 from proxy.upstream.routing import Upstream
@@ -63,7 +67,7 @@ LONGEST_WAIT = 10.0
 
 V = TypeVar("V")
 
-_FAILURES = (UpstreamUnavailable, UpstreamTimeout, TokenServiceFailed)
+_FAILURES = (UpstreamUnavailable, UpstreamTimeout, TokenServiceFailed, EgressRefused)
 
 
 def is_failure(error: BaseException) -> bool:
@@ -95,15 +99,15 @@ class MirroredClient:
         """The origin of its main URL, for metrics."""
         return self._clients[0].origin.key.label
 
-    @property
-    def is_down(self) -> bool:
-        """Is it known that no URL answers?"""
-        return all(client.origin.conduct.health.is_down for client in self._clients)
+    def is_down(self, repository: str) -> bool:
+        """Is it known that no URL answers what is asked about ``repository``?"""
+        healths = (client.origin.conduct.health for client in self._clients)
+        return all(health.breaker.is_about(repository) for health in healths)
 
-    @property
-    def wants_probe(self) -> bool:
-        """Is it time to ask whether one of them is back?"""
-        return any(client.origin.conduct.health.wants_probe for client in self._clients)
+    def wants_probe(self, repository: str) -> bool:
+        """May such a question be the one that asks whether one of them is back?"""
+        healths = (client.origin.conduct.health for client in self._clients)
+        return any(health.would_probe(repository) for health in healths)
 
     @property
     def pulls(self) -> Pulls:
@@ -170,18 +174,23 @@ class MirroredClient:
     ) -> tuple[V, int, float]:
         """What ``ask`` gives for the first URL that does not fail, that URL's place, and when it
         was asked. ``ask`` gets the place, and how long it may take."""
-        left = set(range(len(self._clients)))
-        trials = 0
+        loop, left = asyncio.get_running_loop(), set(range(len(self._clients)))
+        trials, since = 0, asyncio.get_running_loop().time()
         while True:
             place = self._next(ticket, left, trials)
             left.discard(place)
             trials += not self.mirrors.is_up(place)
-            hurry = self._hurry(place, ticket, frozenset(left))
+            haste = share(loop.time() - since, len(left))
+            hurry = self._hurry(place, ticket, frozenset(left), haste)
             began = self.mirrors.begin(place)
             try:
                 with self._told(place, hurry):
                     async with hurry.bounded():
                         return await ask(place, hurry), place, began
+            except asyncio.CancelledError:
+                if hurry.silence >= SILENT_SECONDS:
+                    self.mirrors.failed(place, began, "no answer in time")
+                raise
             except MovedOn:
                 pass
             except (NotFound, Denied):
@@ -198,7 +207,7 @@ class MirroredClient:
         places = [place for place in order if place in left]
         return next((place for place in places if trials and self.mirrors.is_up(place)), places[0])
 
-    def _hurry(self, place: int, ticket: Ticket, left: Collection[int]) -> Leisure:
+    def _hurry(self, place: int, ticket: Ticket, left: Collection[int], haste: float) -> Leisure:
         """How long a question may take at this URL, when those are left to ask after it."""
         mirrors, is_up = self.mirrors, self.mirrors.is_up(place)
 
@@ -212,15 +221,15 @@ class MirroredClient:
 
         def leave(waited: float) -> Exception | None:
             if not is_up:  # a trial, or the better one of several that are down
-                late = waited >= HASTE
-                return UpstreamTimeout(f"{label}: no turn in {HASTE:g} s") if late else None
+                late = waited >= haste
+                return UpstreamTimeout(f"{label}: no turn in {haste:.3g} s") if late else None
             better = ready()
             is_gone = not mirrors.is_ready(place) or place in self._closed(ticket.turn_class)
             is_short = ticket.turn_class is TurnClass.METADATA and waited >= LONGEST_WAIT
             is_late = is_short and any(mirrors.is_up(one) for one in better)
             return MovedOn() if better and (is_gone or is_late) else None
 
-        return Hurry(label, leave)
+        return Hurry(label, leave, haste=haste)
 
     @contextlib.contextmanager
     def _told(self, place: int, hurry: Leisure) -> Iterator[None]:

@@ -19,8 +19,10 @@ when the request is sent.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TypeVar
 
 import aiohttp
 from yarl import URL
@@ -28,21 +30,30 @@ from yarl import URL
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.digest import Chunk
-from proxy.oci.errors import EgressFailed, PullError, ShuttingDown, UpstreamStalled
+from proxy.oci.errors import (
+    EgressFailed,
+    EgressRefused,
+    PullError,
+    ShuttingDown,
+    UpstreamStalled,
+)
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
 from proxy.upstream.conduct import Conduct
 from proxy.upstream.dns import OriginResolver
 from proxy.upstream.egress import EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
-from proxy.upstream.errors import egress_failure
+from proxy.upstream.errors import egress_failure, egress_refusal
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
 from proxy.upstream.incoming import Incoming
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
 from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.ring import Rings
+from proxy.upstream.stall import StallLimit
 from proxy.upstream.turns import Ticket
+
+E = TypeVar("E", bound=PullError)
 
 #: Seconds a turn for bulk is meant to last (D2); a range is sized to it by the measured rate.
 TURN_SECONDS = 2.0
@@ -79,10 +90,11 @@ class Turn:
         headers: Mapping[str, str] | None = None,
         *,
         reach: Reach = ANYWHERE,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """Send one request on this turn's socket; what is left of the previous one is aborted.
 
-        ``reach`` says where it may go.
+        ``reach`` says where it may go, ``data`` is its body.
         Raises what aiohttp raises, ``TimeoutError`` and ``RedirectRefused``.
         """
         self.finish()
@@ -90,27 +102,24 @@ class Turn:
         self._sent_at = self.origin.clock()
         try:
             self._response = await self.origin.send(
-                self, method, url, headers or {}, reach=reach, patience=self.patience
+                self, method, url, headers or {}, reach=reach, patience=self._patience(), data=data
             )
         except BaseException:
             # aiohttp closes the socket; but a cancelled request may be answered at length.
             self.origin.abort(self.slot)
             raise
         self._answered_at = self.origin.clock()
-        self._incoming = Incoming(
-            self._response,
-            stall=self.stall,
-            stalled=self._stalled,
-            silence=self.origin.settings.read_timeout,
-            clock=self.origin.clock,
-            rings=self.origin.rings,
-        )
+        self._incoming = Incoming(self._response, self.stall, self.origin)
         return self._response
 
-    async def borrow(self, most: int = -1) -> Chunk:
-        """The next bytes of the answer's body, up to ``most`` (-1: as many as there are); ``b""``
-        at its end. They are good until the next call, or the end of the turn.
+    def _patience(self) -> float | None:
+        """For the head of the next answer; that of a probe may be shorter."""
+        known = [self.patience, self.origin.conduct.health.patience(self.slot.number)]
+        return min((one for one in known if one is not None), default=None)
 
+    async def borrow(self, most: int = -1) -> Chunk:
+        """The next bytes of the body, up to ``most`` (-1: as many as there are); ``b""`` at its
+        end. They are good until the next call, or the end of the turn.
         Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
         """
         if self._incoming is None:
@@ -122,10 +131,6 @@ class Turn:
     async def read(self, most: int = -1) -> bytes:
         """The same, to keep."""
         return bytes(await self.borrow(most))
-
-    def _stalled(self) -> UpstreamStalled:
-        self.origin.note_stall()
-        return UpstreamStalled(f"{self.origin.key.label}: {self.stall}")
 
     @property
     def peer(self) -> str:
@@ -158,6 +163,10 @@ class Turn:
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
         self.origin.conduct.was_too_much(self.repository, self._sent_at, reason)
+
+    def may_be_too_much(self, reason: str) -> None:
+        """It was refused, be it for want of time."""
+        self.origin.conduct.may_be_too_much(self._sent_at, reason)
 
     @property
     def has_moved_on(self) -> bool:
@@ -195,8 +204,7 @@ class Origin:
         budget: RetryBudget | None = None,
         rings: Rings | None = None,
     ) -> None:
-        """``caps``: where the cap is remembered; without, nothing of it is. ``rings``: what large
-        bodies are received into, if they are."""
+        """``caps``: where the cap is remembered; without, nothing of it is."""
         self.key = key
         self.settings = settings
         self.clock = clock
@@ -243,8 +251,9 @@ class Origin:
         retries = self.conduct.retries_of(repository)
         self._coming += 1  # until the gate knows of it: this origin must not be forgotten
         try:
-            await self.conduct.passage(ticket, repository)
-            place = await retries.take(ticket.retry)
+            with ticket.held():
+                await self.conduct.passage(ticket, repository)
+                place = await retries.take(ticket.retry)
             try:
                 slot = await self._slot(ticket, repository)
             except BaseException:
@@ -270,11 +279,13 @@ class Origin:
     async def _slot(self, ticket: Ticket, repository: str) -> Slot:
         """A slot; one that is granted when the breaker has opened meanwhile goes back."""
         while True:
-            slot = await self.slots.acquire(ticket)
+            async with self.conduct.health.queueing():
+                slot = await self.slots.acquire(ticket)
             if self.conduct.health.admits(repository):
                 return slot
             self.slots.release(slot, was_used=False)
-            await self.conduct.passage(ticket, repository)
+            with ticket.held():
+                await self.conduct.passage(ticket, repository)
 
     async def allow(self, turn: Turn) -> None:
         """Wait until the turn's request may be sent. Raises ``UpstreamDown``.
@@ -294,6 +305,7 @@ class Origin:
         *,
         reach: Reach = ANYWHERE,
         patience: float | None = None,
+        data: bytes | None = None,
     ) -> aiohttp.ClientResponse:
         """One request on the lane of the turn's slot, counted. Raises as ``Turn.request`` does."""
         slot = turn.slot
@@ -301,27 +313,30 @@ class Origin:
         await self._make_room()
         started = self.clock()
         try:
-            response = await lane.request(method, url, headers, reach=reach, patience=patience)
-        except (aiohttp.ClientError, OSError) as error:
-            self.conduct.broke(slot, error, turn.repository)
+            response = await lane.request(
+                method, url, headers, reach=reach, patience=patience, data=data
+            )
+        except (aiohttp.ClientError, OSError, asyncio.CancelledError) as error:
             failure = self._egress_failure(error)
             if failure is None:
+                self.conduct.broke(slot, error, turn.repository, sent_at=started)
                 raise
+            if isinstance(failure, EgressFailed):
+                self.conduct.lost_its_way(slot, failure)
             raise self._counted(failure) from error
         if response.status == 407 and self.proxy is not None:  # no registry's to say
-            text = f"the egress proxy {self.proxy.label} answers 407"
-            raise self._counted(EgressFailed(f"{self.key.label}: {text}"))
+            raise self._counted(egress_refusal(self.key.label, self.proxy.label, 407))
         self.conduct.heed(slot, response, turn.repository)
         self._metrics.upstream_requests.labels(self.key.label, str(response.status)).inc()
         self._metrics.upstream_duration.labels(self.key.label).observe(self.clock() - started)
         return response
 
-    def _egress_failure(self, error: Exception) -> EgressFailed | None:
+    def _egress_failure(self, error: BaseException) -> EgressFailed | EgressRefused | None:
         if self.proxy is None or not isinstance(error, aiohttp.ClientError):
             return None
         return egress_failure(error, self.key.label, self.proxy.label)
 
-    def _counted(self, failure: EgressFailed) -> EgressFailed:
+    def _counted(self, failure: E) -> E:
         self._metrics.upstream_errors.labels(self.key.label, "egress").inc()
         return failure
 
@@ -380,8 +395,10 @@ class Origin:
             if number not in self._busy:
                 await lane.shut()
 
-    def note_stall(self) -> None:
+    def stalled(self, limit: StallLimit) -> UpstreamStalled:
+        """The error of a body that was slower than this, counted."""
         self._metrics.upstream_stalls.labels(self.key.label).inc()
+        return UpstreamStalled(f"{self.key.label}: {limit}")
 
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""

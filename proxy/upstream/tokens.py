@@ -11,9 +11,10 @@ in its place, or where there is none, one refresh runs and everybody who needs t
 it. An ageing token, or one that was refused, is forgotten only when a new one has arrived: a token
 service that fails must not take away what still works.
 
-The refresh is led by the first request that needs it, inside that request's own turn and with its
-own slot, so that it cannot wait for a slot which its followers hold (D4: no deadlock at a cap of
-1). There is no task behind it:
+The refresh is led by the first request that needs it, by its own means: inside its own turn and
+with its own slot, so that it cannot wait for a slot which its followers hold (D4: no deadlock at a
+cap of 1), or, where tokens come from another origin, while neither it nor its followers hold one
+(`login.py`). There is no task behind it:
 
 - the leader gets a token, or fails: its followers get the same;
 - the leader is cancelled: the refresh ends with it, the followers wake, the first of them leads
@@ -24,40 +25,24 @@ own slot, so that it cannot wait for a slot which its followers hold (D4: no dea
 A JWT that does not grant what was asked for is given to those who waited but never kept: Harbor
 under load signs tokens with empty access, and the next request has to ask again.
 
-Identity tokens (user `<token>`) go to the token service as Basic credentials like any password;
-the OAuth2 exchange by POST, which some clouds want for them, is not spoken.
+What is said to the token service, and how an identity token is, is `token_service.py`'s.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from functools import partial
 
-from cachetools import TLRUCache, TTLCache
-from yarl import URL
+from cachetools import TLRUCache
 
-from proxy.oci.challenge import (
-    BearerChallenge,
-    Challenge,
-    offers_basic,
-    parse_challenges,
-    pick_bearer,
-)
-from proxy.oci.errors import (
-    Denied,
-    RealmRefused,
-    TokenServiceFailed,
-    UpstreamBusy,
-    UpstreamError,
-)
-from proxy.oci.token import grants, parse_token_reply
+from proxy.oci.challenge import Challenge, offers_basic, parse_challenges, pick_bearer
+from proxy.oci.errors import Denied, RealmRefused, UpstreamError
+from proxy.oci.token import grants
+from proxy.upstream.answering import Action, Decision, decide, scheme
 from proxy.upstream.credentials import Credentials, CredentialSource
+from proxy.upstream.evidence import Evidence, Witnesses
 from proxy.upstream.reach import Reach, Scope
 from proxy.upstream.realm import endpoint, realm_allowed, realm_listed
-
-Fetch = Callable[[str, Mapping[str, str]], Awaitable[tuple[int, bytes]]]
-"""GET a URL with these headers, in the caller's own turn: status and body (at most 64 KiB)."""
+from proxy.upstream.token_service import Fetch, TokenKey, TokenService
 
 # Tokens are a few KiB: some MiB for an upstream of which a thousand repositories are in use.
 _MAX_TOKENS = 1024
@@ -66,86 +51,6 @@ _MAX_TOKENS = 1024
 # a request that leaves with it must still arrive.
 _EARLY_SECONDS = 10.0
 _EARLY_SHARE = 0.1
-
-# How long it counts as evidence, in seconds, that a repository could be pulled from.
-_LATELY = 600.0
-
-#: Seconds in which credentials that were refused are not shown again: behind a token service there
-#: may be a directory that locks accounts.
-REFUSED_FOR = 10.0
-#: Seconds after which a repository that was refused is looked at again …
-SECOND_LOOK = 1.0
-#: … and until a refusal that may be bad luck is taken for a denial, which is due within 5 s.
-DOUBT = 2.0
-#: Other repositories that are asked for as evidence, at most.
-OTHERS = 3
-#: Seconds until the same refusal would be doubted again.
-_DOUBTED_FOR = 60.0
-
-
-class Evidence(Enum):
-    """What a token that grants nothing is for."""
-
-    DENIAL = "there are no rights"
-    OVERLOAD = "there was no time"
-    NONE = "nobody knows yet"
-
-
-class Action(Enum):
-    """What a refused request does next."""
-
-    BEARER = "fetch a token"
-    BASIC = "send the credentials"
-    DENY = "give up"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """An action, with the challenge that BEARER answers or the reason of a DENY."""
-
-    action: Action
-    bearer: BearerChallenge | None = None
-    reason: str = ""
-
-
-def decide(challenges: Sequence[Challenge], sent: str | None, has_credentials: bool) -> Decision:
-    """What to do about a 401 with these challenges to a request with this `Authorization`.
-
-    1. Bearer offered: fetch a token, whatever was sent and whatever else is offered. Credentials
-       are for the token service then, not for every request.
-    2. Basic only, to a Bearer token: the upstream gave tokens a moment ago, so this is no change of
-       scheme. Falling back would show the password to every request.
-    3. Basic only, otherwise: send the credentials if there are any and they were not just refused.
-    4. Nothing usable: there is nothing to answer.
-    """
-    bearer = pick_bearer(challenges)
-    if bearer is not None:
-        return Decision(Action.BEARER, bearer)
-    if not offers_basic(challenges):
-        return Decision(Action.DENY, reason="it names no way to authenticate")
-    if _scheme(sent) == "bearer":
-        return Decision(Action.DENY, reason="it answers a token with a Basic challenge")
-    if not has_credentials:
-        return Decision(Action.DENY, reason="it wants credentials and none are configured")
-    if _scheme(sent) == "basic":
-        return Decision(Action.DENY, reason="it refuses the configured credentials")
-    return Decision(Action.BASIC)
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """Which token: what its request says, credentials' secret aside."""
-
-    realm: str
-    service: str | None
-    scope: str
-    account: str | None
-
-    def url(self) -> str:
-        """The token request; what the realm already has in its query stays."""
-        query = {"service": self.service, "scope": self.scope, "account": self.account}
-        said = [(name, value) for name, value in query.items() if value]
-        return str(URL(self.realm).with_fragment(None).extend_query(said))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +66,7 @@ class _Token:
 class _Need:
     """One caller's need of a token, and its means to get it."""
 
-    key: _Key
+    key: TokenKey
     repository: str
     credentials: Credentials | None
     fetch: Fetch
@@ -198,18 +103,21 @@ class Authenticator:
         self._on_refresh = on_refresh
         self._learned: Decision | None = None
         self.realm_reach = Reach(Scope.PUBLIC)  # how near the one who named the realm may lead
-        self._tokens: TLRUCache[_Key, _Token, float] = TLRUCache(
+        self._tokens: TLRUCache[TokenKey, _Token, float] = TLRUCache(
             _MAX_TOKENS, ttu=lambda _key, token, _now: token.expires_at, timer=clock
         )
-        self._worked: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _LATELY, timer=clock)
-        self._refused: TTLCache[str, bool] = TTLCache(1, REFUSED_FOR, timer=clock)
-        self._doubted: TTLCache[str, float] = TTLCache(_MAX_TOKENS, _DOUBTED_FOR, timer=clock)
-        self._refreshes: dict[_Key, asyncio.Future[_Outcome]] = {}
+        # The `Authorization` of every token that has not run out, kept or not.
+        self._issued: TLRUCache[str, float, float] = TLRUCache(
+            _MAX_TOKENS, ttu=lambda _token, expires_at, _now: expires_at, timer=clock
+        )
+        self._service = TokenService(name, clock=clock)
+        self._witnesses = Witnesses(clock=clock)
+        self._refreshes: dict[TokenKey, asyncio.Future[_Outcome]] = {}
 
     def __repr__(self) -> str:
-        scheme = self._learned.action.name.lower() if self._learned else "no challenge yet"
+        known = self._learned.action.name.lower() if self._learned else "no challenge yet"
         held, running = len(self._tokens), len(self._refreshes)
-        return f"<Authenticator {self._name} {scheme}, {held} tokens, {running} refreshing>"
+        return f"<Authenticator {self._name} {known}, {held} tokens, {running} refreshing>"
 
     async def headers(self, repository: str, fetch: Fetch) -> dict[str, str]:
         """What to send with the first try for `repository` (the upstream's name for it).
@@ -259,89 +167,63 @@ class Authenticator:
         """A Basic challenge to a token: Harbor says so to one that is out of date, and when it is
         too busy to look. A new token tells the two apart."""
         known = self._learned is not None and self._learned.action is Action.BEARER
-        return known and _scheme(judged) == "bearer" and offers_basic(offered)
+        return known and scheme(judged) == "bearer" and offers_basic(offered)
+
+    @property
+    def realm(self) -> str | None:
+        """Where tokens come from, as far as is known; `None` while none are needed."""
+        bearer = self._learned.bearer if self._learned is not None else None
+        return None if bearer is None else bearer.realm
+
+    def realm_after(self, challenges: Sequence[str]) -> str | None:
+        """Where the token comes from that answers these challenges."""
+        bearer = pick_bearer(parse_challenges(challenges))
+        return self.realm if bearer is None else bearer.realm
+
+    def is_current(self, headers: Mapping[str, str]) -> bool:
+        """Can a request still be sent with these `headers`, which were looked up before?"""
+        return self.realm is None or headers.get("Authorization", "") in self._issued
 
     def lists(self, url: str) -> bool:
         """Did the operator name the host of this token service?"""
         return realm_listed(url, self._auth_realms)
 
     def worked(self, repository: str) -> bool:
-        """The upstream has just granted access to ``repository``; whether it was in doubt, so that
-        an earlier refusal was for want of time."""
-        self._worked[repository] = self._clock()
-        return self._doubted.pop(repository, None) is not None
+        """The upstream has just granted access to `repository`; whether it was in doubt, so that an
+        earlier refusal was for want of time."""
+        return self._witnesses.worked(repository)
 
     async def weigh(
-        self, repository: str, fetch: Fetch, *, is_stressed: Callable[[], bool]
+        self,
+        repository: str,
+        fetch: Fetch,
+        *,
+        is_stressed: Callable[[], bool],
+        is_quiet: Callable[[], bool],
     ) -> Evidence:
         """A token came without access to `repository`: is that for want of rights, or of time?
 
-        Harbor answers both alike (D5), so there has to be evidence. The first look at a repository
-        that has not worked yet is none: whoever wants to know asks again after a pause, which is
-        the second chance of a denial. Then, in this order: another token; credentials that do not
-        even get a token without a scope are wrong; and if others that worked fail as well, it is
-        not about this one. Several of them are asked, for one may have been revoked itself. Where
-        nothing else has worked there is only what this one did. While the upstream `is_stressed`
-        (was overloaded a moment ago), and for what worked lately, bad luck looks like a denial for
-        a while longer. Raises as `fetch` does.
+        See `Witnesses.weigh`. Raises as `fetch` does.
         """
-        if self._learned is None or self._learned.bearer is None:
+        bearer = self._learned.bearer if self._learned is not None else None
+        if bearer is None:
             return Evidence.DENIAL
-        has_worked = repository in self._worked
-        doubted = self._clock() - self._doubted.setdefault(repository, self._clock())
-        if not has_worked and doubted < SECOND_LOOK:
-            return Evidence.NONE
         credentials = await self._credentials()
-        ask = partial(self._is_granted, self._learned.bearer, credentials, fetch)
-        if await ask(repository):
-            return Evidence.OVERLOAD
-        if credentials is not None and not await ask(None):
-            return Evidence.DENIAL
-        others = [name for name in reversed(list(self._worked)) if name != repository][:OTHERS]
-        is_granted = await self._any_granted(others, ask)
-        if not is_granted and (others or has_worked):
-            return Evidence.OVERLOAD
-        # Asked last: others may have met an overload while this one was being looked into.
-        may_be_luck = is_stressed() or has_worked or not others
-        if may_be_luck and doubted < DOUBT:
-            return Evidence.NONE
-        self._worked.pop(repository, None)
-        return Evidence.DENIAL
 
-    async def _any_granted(
-        self, others: Sequence[str], ask: Callable[[str], Awaitable[bool]]
-    ) -> bool:
-        """Is one of these granted still? Those before it were not: they have worked no longer."""
-        for place, other in enumerate(others):
-            if await ask(other):
-                for failed in others[:place]:
-                    self._worked.pop(failed, None)
-                return True
-        return False
+        async def ask(name: str | None) -> bool:
+            key = TokenKey.of(bearer, name, credentials)
+            is_granted = await self._service.is_granted(key, credentials, fetch)
+            if is_granted and name is not None:
+                self._witnesses.granted(name)
+            return is_granted
 
-    async def _is_granted(
-        self,
-        bearer: BearerChallenge,
-        credentials: Credentials | None,
-        fetch: Fetch,
-        repository: str | None,
-    ) -> bool:
-        """Does the token service give access to `repository`, or with None any token at all?
-
-        Raises `UpstreamBusy` when it says neither.
-        """
-        account = credentials.account if credentials else None
-        scope = f"repository:{repository}:pull" if repository else ""
-        key = _Key(bearer.realm, bearer.service, scope, account)
-        headers = {"Authorization": credentials.authorization} if credentials else {}
-        status, body = await fetch(key.url(), headers)
-        if status in (401, 403):
-            if repository is None and headers:
-                self._refused[headers["Authorization"]] = True
-            return False
-        if status != 200:
-            raise UpstreamBusy(message=f"the token service of {self._name} answered {status}")
-        return repository is None or grants(parse_token_reply(body).token, repository, "pull")
+        return await self._witnesses.weigh(
+            repository,
+            ask,
+            is_anonymous=credentials is None,
+            is_stressed=is_stressed,
+            is_quiet=is_quiet,
+        )
 
     def _renewable(self, judged: str | None) -> bool:
         """Whether the scheme in use has something newer to offer than what was judged."""
@@ -375,12 +257,7 @@ class Authenticator:
     ) -> dict[str, str]:
         if decision.bearer is None:
             return {"Authorization": credentials.authorization} if credentials else {}
-        key = _Key(
-            realm=decision.bearer.realm,
-            service=decision.bearer.service,
-            scope=f"repository:{repository}:pull",
-            account=credentials.account if credentials else None,
-        )
+        key = TokenKey.of(decision.bearer, repository, credentials)
         need = _Need(key, repository, credentials, fetch)
         return {"Authorization": f"Bearer {await self._token(need, refused)}"}
 
@@ -431,42 +308,24 @@ class Authenticator:
 
     async def _request(self, need: _Need) -> tuple[str, str]:
         """Ask the token service, keep what it grants; the token and the result for `on_refresh`."""
-        credentials = need.credentials
-        headers = {"Authorization": credentials.authorization} if credentials else {}
-        if headers and self._refused.get(headers["Authorization"]):
-            raise Denied(f"the token service of {self._name} has just refused the credentials")
         # Lifetimes count from before the request: late answers must not make tokens younger.
         asked_at = self._clock()
-        status, body = await need.fetch(need.key.url(), headers)
-        if status in (401, 403):
-            if status == 401 and headers:  # about the account; 403 may be about the repository
-                self._refused[headers["Authorization"]] = True
-            who = "the configured credentials" if credentials else "anonymous access"
-            raise Denied(
-                f"the token service of {self._name} refuses {who} to {need.repository} "
-                f"(status {status})"
-            )
-        if status != 200:
-            raise TokenServiceFailed(f"the token service of {self._name} answered {status}")
-        reply = parse_token_reply(body)
+        reply = await self._service.token(need.key, need.credentials, need.fetch)
+        self._issued[f"Bearer {reply.token}"] = asked_at + reply.expires_in
         if not grants(reply.token, need.repository, "pull"):
             return reply.token, "ungranted"
+        self._witnesses.granted(need.repository)
         self._keep(need.key, reply.token, asked_at, reply.expires_in)
         return reply.token, "ok"
 
-    def _keep(self, key: _Key, token: str, asked_at: float, lifetime: float) -> None:
+    def _keep(self, key: TokenKey, token: str, asked_at: float, lifetime: float) -> None:
         early = min(_EARLY_SECONDS, lifetime * _EARLY_SHARE)
         expires_at = asked_at + lifetime
         self._tokens[key] = _Token(token, expires_at - early, expires_at)
 
 
-def _scheme(sent: str | None) -> str:
-    """The scheme of an `Authorization` value in lower case, "" for none."""
-    return sent.partition(" ")[0].lower() if sent else ""
-
-
 def _unless_replaced(sent: str | None, credentials: Credentials | None) -> str | None:
     """`sent`, unless it is a password that has been replaced since: its refusal says nothing."""
-    if _scheme(sent) == "basic" and credentials and sent != credentials.authorization:
+    if scheme(sent) == "basic" and credentials and sent != credentials.authorization:
         return None
     return sent

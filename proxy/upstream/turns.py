@@ -42,8 +42,9 @@ and clients waiting.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from enum import StrEnum
 
 
@@ -108,7 +109,16 @@ class TurnTimes:
 class Ticket:
     """One party's standing request for turns; reusable, queued in at most one queue at a time."""
 
-    __slots__ = ("_clients", "_queue", "image", "retry", "turn_class", "urgent", "waited")
+    __slots__ = (
+        "_clients",
+        "_queue",
+        "image",
+        "is_held",
+        "retry",
+        "turn_class",
+        "urgent",
+        "waited",
+    )
 
     def __init__(
         self, turn_class: TurnClass, clients: Iterable[str] = (), *, image: Hashable = None
@@ -118,6 +128,7 @@ class Ticket:
         self.image = image
         self.urgent = False  # looked at when it begins to wait
         self.waited = 0.0  # seconds in queues so far
+        self.is_held = False
         self.retry = ""  # why its next turn is another try (an error's reason); "": a first one
         self._clients = dict.fromkeys(clients)  # ordered: one run is like the next
         self._queue: TurnQueue | None = None
@@ -130,6 +141,15 @@ class Ticket:
     @property
     def is_queued(self) -> bool:
         return self._queue is not None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, another try waits until it may stand in a queue."""
+        self.is_held = bool(self.retry)
+        try:
+            yield
+        finally:
+            self.is_held = False
 
     def join(self, client: str) -> None:
         """``client`` waits for this ticket too."""

@@ -36,8 +36,10 @@ from proxy.testing import (
     Stall,
     make_image,
 )
-from proxy.upstream.client import MAX_REDIRECTS, MAX_TOKEN_BODY, Head
+from proxy.upstream.client import MAX_REDIRECTS, Head
+from proxy.upstream.credentials import Credentials
 from proxy.upstream.endpoint import OriginSettings
+from proxy.upstream.login import MAX_TOKEN_BODY
 from proxy.upstream.reply import drain, next_hop
 from tests.unit.upstream_kit import ROBOT, Mute, Puller, sample, ticket, tls, until
 
@@ -189,6 +191,59 @@ async def test_a_token_is_fetched_inside_the_turn_on_the_same_socket() -> None:
         assert registry.counters.peak_sockets == 1
         assert registry.counters.tokens_issued == 1
         assert puller.refreshes == ["ok"]
+
+
+IDENTITY = Credentials("<token>", "identity-of-the-robot")
+
+
+async def test_an_identity_token_is_exchanged_in_the_same_turn() -> None:
+    identities = {IDENTITY.password: ROBOT.username}
+    async with (
+        holding(FakeRegistry(auth="bearer", private=PRIVATE, identities=identities)) as registry,
+        Puller(registry, cap=1, credentials=IDENTITY) as puller,
+    ):
+        assert await manifest(puller) == IMAGE.manifest
+        [asked] = [seen for seen in registry.counters.seen if seen.kind == "token"]
+        assert asked.method == "POST"
+        assert IDENTITY.password not in f"{asked.path} {asked.headers}"
+        assert registry.counters.peak_sockets == 1
+
+
+async def test_an_identity_token_that_is_wrong_is_denied_without_another_try() -> None:
+    async with (
+        holding(
+            FakeRegistry(auth="bearer", private=PRIVATE, identities={"another": ROBOT.username})
+        ) as registry,
+        Puller(registry, credentials=IDENTITY) as puller,
+    ):
+        with pytest.raises(Denied) as denial:
+            await manifest(puller)
+        assert IDENTITY.password not in str(denial.value)
+        assert registry.counters.count("token") == 1
+
+
+async def test_where_the_token_service_knows_no_exchange_the_identity_token_goes_by_get() -> None:
+    users = {IDENTITY.username: IDENTITY.password}
+    private = {"team/app": {IDENTITY.username}}
+    async with (
+        holding(FakeRegistry(auth="bearer", users=users, private=private)) as registry,
+        Puller(registry, cap=1, credentials=IDENTITY) as puller,
+    ):
+        assert await manifest(puller) == IMAGE.manifest
+        asked = [seen for seen in registry.counters.seen if seen.kind == "token"]
+        assert [(seen.method, seen.status) for seen in asked] == [("POST", 405), ("GET", 200)]
+        assert registry.counters.peak_sockets == 1
+
+
+async def test_an_exchange_is_not_read_beyond_the_bound() -> None:
+    async with (
+        holding(FakeRegistry(auth="bearer", private=PRIVATE)) as registry,
+        Puller(registry, credentials=IDENTITY) as puller,
+    ):
+        registry.script(Fault(Answer(200, {}, b"x" * (MAX_TOKEN_BODY + 1)), kind="token"))
+        with pytest.raises(TooLarge):
+            await manifest(puller)
+        assert puller.origin.state().active == 0
 
 
 async def test_a_token_service_elsewhere_has_a_gate_of_its_own() -> None:

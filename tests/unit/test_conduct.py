@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,17 @@ from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import START
 from proxy.upstream.conduct import MAX_PAUSE, Conduct
 from proxy.upstream.endpoint import OriginSettings
-from proxy.upstream.health import SEVERAL, Breaker, State
+from proxy.upstream.health import (
+    BROKEN_RUN,
+    FIRST_SILENT,
+    KEPT,
+    LATER,
+    SEVERAL,
+    SILENT_RUN,
+    SILENT_SECONDS,
+    Breaker,
+    State,
+)
 from proxy.upstream.origin import WORTHWHILE
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.fake_kit import IMAGE
@@ -246,31 +257,170 @@ async def test_retry_after_pauses_what_it_is_about(
         assert conduct(puller).details()["paused"] == {}
 
 
-async def test_a_503_pauses_its_repository_and_several_of_them_the_origin() -> None:
+async def test_a_503_pauses_its_repository_however_many_say_it() -> None:
+    """Each speaks of itself: behind some projects of a registry there is another registry."""
     async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
         registry.script(Fault(Answer(503, {"Retry-After": "100"}), reference="bad", times=None))
-        for number in range(SEVERAL - 1):
-            with pytest.raises(UpstreamUnavailable):
-                await manifest(puller, "bad", of=f"team/app{number}")
-        asked = registry.counters.count("manifest")
-        with pytest.raises(Throttled, match="left alone"):
-            await manifest(puller, of="team/app0")
-        assert registry.counters.count("manifest") == asked
-        assert await manifest(puller) == IMAGE.manifest  # which begins the row anew
-        for number in range(SEVERAL):
-            assert conduct(puller).details()["paused"] == {}
+        for number in range(2 * SEVERAL):
             with pytest.raises(UpstreamUnavailable):
                 await manifest(puller, "bad", of=f"team/lib{number}")
-        assert set(conduct(puller).details()["paused"]) == {
-            "metadata",
-            "small",
-            "blob",
-            "abandoned",
-        }
+        asked = registry.counters.count("manifest")
         with pytest.raises(Throttled, match="left alone"):
+            await manifest(puller, of="team/lib0")
+        assert registry.counters.count("manifest") == asked
+        assert await manifest(puller) == IMAGE.manifest
+        assert conduct(puller).details()["paused"] == {}
+
+
+async def test_an_origin_all_of_whose_repositories_ask_for_a_pause_gets_it() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(503, {"Retry-After": "100"}), times=None))
+        for number in range(KEPT + 5):
+            with pytest.raises((UpstreamUnavailable, Throttled)):
+                await manifest(puller, of=f"team/lib{number}")
+            puller.clock.advance(1.0)
+        assert registry.counters.count("manifest") <= KEPT + 1
+        asked = registry.counters.count("manifest")
+        with pytest.raises(UpstreamDown, match="status 503") as told:
             await manifest(puller)
+        assert 90 < (told.value.retry_after or 0) <= 100
+        assert registry.counters.count("manifest") == asked
+        registry.clear_script()
         puller.clock.advance(100.0)
         assert await manifest(puller) == IMAGE.manifest
+        assert not conduct(puller).health.is_down
+
+
+async def test_repositories_that_fail_together_keep_nobody_else_waiting() -> None:
+    """They open the breaker while nobody asks for another one; who does is asked for at once."""
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        registry.script(Fault(Answer(500), reference="bad", times=None))
+        for number in range(BROKEN_RUN):
+            with pytest.raises(UpstreamUnavailable):
+                await manifest(puller, "bad", of=f"team/lib{number % SEVERAL}")
+            puller.clock.advance(1.0)
+        health = conduct(puller).health
+        health.breaker = replace(health.breaker, until=puller.clock() + 4.0)
+        assert health.is_down
+        assert await manifest(puller) == IMAGE.manifest
+        assert not health.is_down
+
+
+# -- silence -------------------------------------------------------------------------------------
+
+
+async def silently(puller: Puller, registry: FakeRegistry, seconds: float, of: str) -> None:
+    """A pull that is given up after so many seconds, in which it had no answer."""
+    with registry.hold(kind="manifest", repository=of) as hold:
+        pull = asyncio.create_task(manifest(puller, of=of))
+        await hold.arrived()
+        puller.clock.advance(seconds)
+        pull.cancel()
+        await asyncio.wait([pull])
+        assert pull.cancelled()
+
+
+async def test_requests_that_are_given_up_after_a_long_silence_open_it() -> None:
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        for _ in range(SILENT_RUN):
+            assert not conduct(puller).health.is_down
+            await silently(puller, registry, SILENT_SECONDS, "team/app")
+        breaker = conduct(puller).health.breaker
+        assert (breaker.state, breaker.reason) == (State.OPEN, "no answer in 10 s")
+        assert (conduct(puller).cap.limit, conduct(puller).cap.ceiling) == (START, None)
+        assert not conduct(puller).is_stressed
+        with pytest.raises(UpstreamDown, match="no answer in 10 s"):
+            await manifest(puller)
+        puller.clock.advance(FIRST_SILENT + LATER)
+        assert await manifest(puller) == IMAGE.manifest
+        assert (breaker.state, conduct(puller).health.is_down) == (State.OPEN, False)
+        assert conduct(puller).cap.limit >= START
+        assert puller.origin.state().active == 0
+
+
+async def test_clients_that_leave_early_are_no_evidence_however_many() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        for number in range(30):
+            await silently(puller, registry, SILENT_SECONDS - 0.1, f"team/lib{number}")
+        assert conduct(puller).health.breaker == Breaker()
+
+
+async def test_silence_is_none_while_others_are_answered() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        for _ in range(10):
+            with registry.hold(kind="manifest", repository="team/bad") as hold:
+                pull = asyncio.create_task(manifest(puller, of="team/bad"))
+                await hold.arrived()
+                puller.clock.advance(1.0)
+                await manifest(puller)
+                puller.clock.advance(60.0)
+                pull.cancel()
+                await asyncio.wait([pull])
+        assert conduct(puller).health.breaker == Breaker()
+
+
+async def test_silence_is_none_while_a_body_comes() -> None:
+    """An answer that is long under way is one."""
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        for number in range(SILENT_RUN + 1):
+            with registry.hold(kind="manifest") as hold:
+                pull = asyncio.create_task(manifest(puller))
+                await hold.arrived()
+                puller.clock.advance(SILENT_SECONDS)
+                puller.origin.count_bytes(number % 2)  # every other time nothing comes
+                pull.cancel()
+                await asyncio.wait([pull])
+        assert not conduct(puller).health.is_down
+
+
+async def test_a_probe_that_stays_silent_opens_it_again_and_one_that_is_left_does_not() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry) as puller:
+        for _ in range(SILENT_RUN):
+            await silently(puller, registry, SILENT_SECONDS, "team/app")
+        health = conduct(puller).health
+        puller.clock.advance(FIRST_SILENT + LATER)
+        await silently(puller, registry, 0.1, "team/app")
+        assert health.wants_probe
+        puller.clock.advance(LATER)
+        await silently(puller, registry, SILENT_SECONDS, "team/app")
+        assert health.breaker.state is State.OPEN
+        assert health.breaker.openings == 2
+        assert puller.origin.state().active == 0
+
+
+async def test_who_waits_for_a_slot_while_it_is_down_is_told_and_leaves_the_queue() -> None:
+    """The slots are held by those who wait for an answer themselves."""
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
+        health = conduct(puller).health
+        health._patience = 0.05
+        with registry.hold(kind="manifest") as hold:
+            first = asyncio.create_task(manifest(puller))
+            await hold.arrived()
+            health.breaker = Breaker(State.OPEN, until=puller.clock(), reason="gone")
+            with pytest.raises(UpstreamDown):
+                await manifest(puller)
+            assert sum(puller.origin.state().depth.values()) == 0
+        await first
+
+
+async def test_who_waits_for_a_slot_stays_in_the_queue_when_it_is_back() -> None:
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
+        health = conduct(puller).health
+        health._patience = 0.05
+        with registry.hold(kind="manifest") as hold:
+            first = asyncio.create_task(manifest(puller))
+            await hold.arrived()
+            health.breaker = Breaker(State.OPEN, until=puller.clock(), reason="gone")
+            second = asyncio.create_task(manifest(puller))
+            await until(lambda: sum(puller.origin.state().depth.values()) == 1)
+            health.answered()
+            await asyncio.sleep(0.1)
+            assert not second.done()
+        assert await first == await second
 
 
 async def test_a_pause_is_bounded_and_a_shorter_one_does_not_end_it() -> None:

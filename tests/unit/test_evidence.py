@@ -8,7 +8,8 @@ import pytest
 
 from proxy.oci.errors import Denied, UpstreamBusy
 from proxy.upstream.credentials import Credentials
-from proxy.upstream.tokens import DOUBT, OTHERS, REFUSED_FOR, SECOND_LOOK, Evidence
+from proxy.upstream.evidence import BARREN, BARREN_ROUNDS, DOUBT, OTHERS, SECOND_LOOK, Evidence
+from proxy.upstream.token_service import REFUSED_FOR
 from tests.unit.test_tokens import APP, BEARER, Service, Setting, bearer, jwt, never, token
 
 OTHER = "team/other"
@@ -34,9 +35,13 @@ class Case(Setting):
             case.authenticator.worked(repository)
         return case
 
-    async def weigh(self, *answers: tuple[int, bytes], is_stressed: bool = False) -> Evidence:
+    async def weigh(
+        self, *answers: tuple[int, bytes], is_stressed: bool = False, is_quiet: bool = False
+    ) -> Evidence:
         service = Service(*answers)
-        found = await self.authenticator.weigh(APP, service, is_stressed=lambda: is_stressed)
+        found = await self.authenticator.weigh(
+            APP, service, is_stressed=lambda: is_stressed, is_quiet=lambda: is_quiet
+        )
         assert not service.answers, "it asked for less than was expected"
         return found
 
@@ -169,3 +174,87 @@ async def test_what_is_granted_after_a_refusal_was_refused_for_want_of_time() ->
     assert case.authenticator.worked(APP)
     assert not case.authenticator.worked(APP)
     assert not case.authenticator.worked(OTHER)
+
+
+async def in_quiet(case: Case, *, rounds: int, **manners: bool) -> list[Evidence]:
+    """So many rounds, over the time after which nothing is a witness any more."""
+    found = []
+    for number in range(rounds):
+        if number:
+            case.later(BARREN / (rounds - 1))
+        found.append(await case.weigh(empty(), empty(), empty(), is_quiet=True, **manners))
+    return found
+
+
+async def doubted(*worked: str) -> Case:
+    case = await Case.challenged_once(*worked)
+    await case.weigh()
+    case.later(SECOND_LOOK)
+    return case
+
+
+async def test_what_fails_in_quiet_for_long_enough_was_revoked_and_is_no_witness_any_more() -> None:
+    case = await doubted(OTHER)
+    *before, last = await in_quiet(case, rounds=BARREN_ROUNDS)
+    assert set(before) == {Evidence.NONE}
+    assert last is Evidence.REVOKED
+    assert not case.authenticator.worked(OTHER)  # by an old token, which proves nothing now
+    assert await case.weigh(empty(), empty()) is Evidence.DENIAL
+
+
+async def test_the_only_one_that_worked_is_denied_when_it_fails_in_quiet_for_long_enough() -> None:
+    case = await Case.challenged_once(APP)
+    for _ in range(BARREN_ROUNDS - 1):
+        assert await case.weigh(empty(), empty(), is_quiet=True) is Evidence.NONE
+        case.later(BARREN / (BARREN_ROUNDS - 1))
+    assert await case.weigh(empty(), empty(), is_quiet=True) is Evidence.REVOKED
+    assert await case.weigh(empty(), empty()) is Evidence.DENIAL
+
+
+async def test_when_all_were_revoked_the_rest_of_them_need_no_time_of_their_own() -> None:
+    case = await doubted(*(f"team/w{number}" for number in range(2 * OTHERS)))
+    for _ in range(BARREN_ROUNDS - 1):
+        await case.weigh(*(empty() for _ in range(2 + OTHERS)), is_quiet=True)
+        case.later(BARREN / (BARREN_ROUNDS - 1))
+    found = await case.weigh(*(empty() for _ in range(2 + OTHERS)), is_quiet=True)
+    assert found is Evidence.REVOKED
+    assert await case.weigh(*(empty() for _ in range(2 + OTHERS))) is Evidence.REVOKED
+
+
+async def test_few_rounds_or_little_time_are_not_enough() -> None:
+    case = await doubted(OTHER)
+    assert set(await in_quiet(case, rounds=BARREN_ROUNDS - 1)) == {Evidence.NONE}
+    case = await doubted(OTHER)
+    for _ in range(2 * BARREN_ROUNDS):
+        assert await case.weigh(*[empty()] * 3, is_quiet=True) is Evidence.NONE
+
+
+async def test_while_others_of_ours_are_under_way_it_stays_an_overload() -> None:
+    case = await doubted(OTHER)
+    for _ in range(3 * BARREN_ROUNDS):
+        assert await case.weigh(empty(), empty(), empty()) is Evidence.OVERLOAD
+        case.later(BARREN)
+
+
+async def test_another_sign_of_an_overload_voids_what_was_found_in_quiet() -> None:
+    case = await doubted(OTHER)
+    assert set(await in_quiet(case, rounds=BARREN_ROUNDS - 1)) == {Evidence.NONE}
+    found = await in_quiet(case, rounds=2 * BARREN_ROUNDS, is_stressed=True)
+    assert set(found) == {Evidence.OVERLOAD}
+    assert set(await in_quiet(case, rounds=BARREN_ROUNDS - 1)) == {Evidence.NONE}
+
+
+async def test_a_grant_in_between_voids_it_too() -> None:
+    case = await doubted(OTHER)
+    assert set(await in_quiet(case, rounds=BARREN_ROUNDS - 1)) == {Evidence.NONE}
+    await case.headers("team/third", Service(full("team/third")))
+    case.later(BARREN)
+    assert set(await in_quiet(case, rounds=BARREN_ROUNDS - 1)) == {Evidence.NONE}
+
+
+async def test_what_is_granted_anew_is_a_witness_again() -> None:
+    case = await doubted(OTHER)
+    await in_quiet(case, rounds=BARREN_ROUNDS)
+    await case.headers(OTHER, Service(full(OTHER)))
+    case.authenticator.worked(OTHER)
+    assert await case.weigh(empty(), empty(), empty()) is Evidence.OVERLOAD

@@ -17,7 +17,7 @@ from proxy.testing import Answer as Scripted
 from proxy.testing import Cut, Disconnect, FakeRegistry, Fault, Hang, Stall, make_image
 from proxy.testing.faults import Action
 from proxy.testing.images import FakeImage
-from proxy.upstream.hurry import HASTE
+from proxy.upstream.hurry import HASTE, WHOLE
 from proxy.upstream.mirrored import LONGEST_WAIT, MirroredClient
 from proxy.upstream.mirrors import LONGEST_PAUSE
 from proxy.upstream.turns import TurnClass
@@ -238,6 +238,26 @@ def test_a_crowd_is_served_when_all_but_the_last_of_three_urls_hang(tmp_path: Pa
                 await asyncio.sleep(2)
                 _, took = await timed(pool, layer_of(CROWD[0]))
                 assert took <= HASTE + PROMPT
+
+    run_virtually(run())
+
+
+@crowds
+@caps
+@pytest.mark.parametrize("urls", [5, 8])
+def test_the_first_crowd_is_served_in_time_when_all_but_the_last_of_many_urls_hang(
+    tmp_path: Path, kind: str, cap: int, urls: int
+) -> None:
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            fakes = [await stack.enter_async_context(FakeRegistry()) for _ in range(urls)]
+            for bad in fakes[:-1]:
+                bad.script(Fault(Hang(), times=None))
+            mine = {"max_connections": cap, "fallback_urls": [one.url for one in fakes[1:]]}
+            async with pulling(tmp_path, fakes[0].url, fakes[-1], **mine) as pool:
+                await expect_crowd(pool, kind, WHOLE + 1)
+                other = "blobs" if kind == "manifests" else "manifests"
+                await expect_crowd(pool, other, HASTE + 1)  # which hang is known now
 
     run_virtually(run())
 

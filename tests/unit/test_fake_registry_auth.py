@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
@@ -248,3 +248,69 @@ async def location(client: aiohttp.ClientSession, registry: FakeRegistry) -> str
     async with client.get(blob_url(registry), allow_redirects=False) as answer:
         assert answer.status == 307
         return answer.headers["Location"]
+
+
+class TestExchange:
+    """The OAuth2 POST by which an identity token becomes another one."""
+
+    FORM: ClassVar[Mapping[str, str]] = {
+        "grant_type": "refresh_token",
+        "client_id": "somebody",
+        "refresh_token": "of-ann",
+        "scope": f"repository:{IMAGE.name}:pull",
+    }
+
+    async def ask(
+        self, client: aiohttp.ClientSession, registry: FakeRegistry, **changes: str
+    ) -> tuple[int, dict[str, Any]]:
+        form = {**self.FORM, "service": registry.netloc, **changes}
+        async with client.post(f"{registry.url}/service/token", data=form) as reply:
+            return reply.status, await reply.json()
+
+    async def test_it_gives_a_token_that_opens_the_repository(
+        self, client: aiohttp.ClientSession
+    ) -> None:
+        async with FakeRegistry(
+            auth="bearer", identities={"of-ann": "ann"}, private={IMAGE.name: ["ann"]}
+        ) as registry:
+            registry.push(IMAGE)
+            status, said = await self.ask(client, registry)
+            assert (status, said["scope"], said["expires_in"]) == (200, self.FORM["scope"], 300)
+            assert not {"token", "refresh_token"} & said.keys()
+            headers = {"Authorization": f"Bearer {said['access_token']}"}
+            async with client.get(manifest_url(registry), headers=headers) as reply:
+                assert reply.status == 200
+            _, said = await self.ask(client, registry, access_type="offline")
+            assert said["refresh_token"] == "of-ann"
+
+    @pytest.mark.parametrize(
+        ("changes", "status", "error"),
+        [
+            ({"refresh_token": "of-nobody"}, 400, "invalid_grant"),
+            ({"grant_type": "password"}, 400, "unsupported_grant_type"),
+            ({"client_id": ""}, 400, "invalid_request"),
+            ({"service": "elsewhere"}, 405, None),
+        ],
+    )
+    async def test_it_is_refused_in_oauths_words(
+        self,
+        client: aiohttp.ClientSession,
+        changes: Mapping[str, str],
+        status: int,
+        error: str | None,
+    ) -> None:
+        async with FakeRegistry(auth="bearer", identities={"of-ann": "ann"}) as registry:
+            found, said = await self.ask(client, registry, **changes)
+            assert (found, said.get("error")) == (status, error)
+
+    async def test_who_may_not_pull_is_refused(self, client: aiohttp.ClientSession) -> None:
+        async with FakeRegistry(
+            auth="bearer", identities={"of-ann": "ann"}, private={IMAGE.name: ["bob"]}
+        ) as registry:
+            assert (await self.ask(client, registry))[0] == 403
+
+    async def test_a_service_without_identities_knows_get_only(
+        self, client: aiohttp.ClientSession
+    ) -> None:
+        async with FakeRegistry(auth="bearer", users={"ann": "pw"}) as registry:
+            assert (await self.ask(client, registry))[0] == 405

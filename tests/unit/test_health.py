@@ -15,11 +15,15 @@ from proxy.upstream.health import (
     BROKEN_RUN,
     BROKEN_SECONDS,
     FIRST,
+    FIRST_SILENT,
     KEPT,
     LATER,
     LONGEST,
     LONGEST_BROKEN,
     SEVERAL,
+    SILENT_RUN,
+    SILENT_SECONDS,
+    SLOW,
     UNREACHABLE_RUN,
     UNREACHABLE_SECONDS,
     Breaker,
@@ -135,6 +139,59 @@ def test_a_closed_breaker_has_no_probe() -> None:
         Breaker().probing()
 
 
+def silent(times: int, repository: str = "one") -> Breaker:
+    """So many requests without a word."""
+    breaker = Breaker()
+    for number in range(times):
+        breaker = breaker.failed(
+            20.0 * number, Trouble.SILENT, "no answer", chance=1.0, repository=repository
+        )
+    return breaker
+
+
+def test_it_opens_when_nobody_was_answered_for_long_whatever_they_asked_for() -> None:
+    assert silent(SILENT_RUN - 1).state is State.CLOSED
+    assert silent(SILENT_RUN - 1).answered().run == 0
+    breaker = silent(SILENT_RUN)
+    assert (breaker.state, breaker.trouble) == (State.OPEN, Trouble.SILENT)
+    assert breaker.until == 20.0 * (SILENT_RUN - 1) + FIRST_SILENT
+
+
+def test_a_row_of_one_repository_says_nothing_of_another() -> None:
+    breaker = silent(SILENT_RUN)
+    assert breaker.is_about("one")
+    assert not breaker.is_about("two")
+    assert breaker.is_news("two")
+    assert not breaker.is_news("one")
+
+
+def test_a_row_of_several_is_about_all_but_who_asks_for_another_one_finds_out() -> None:
+    breaker = opened(Trouble.BROKEN)
+    assert breaker.is_about("another")
+    assert breaker.is_news("another")
+
+
+def test_after_so_many_repositories_nobody_is_news_and_where_none_was_reached() -> None:
+    breaker = opened(Trouble.BROKEN)
+    for number in range(KEPT):
+        assert breaker.is_news("another")
+        breaker = breaker.having(f"more{number}") if len(breaker.repositories) < KEPT else breaker
+        if len(breaker.repositories) == KEPT:
+            break
+    assert not breaker.is_news("another")
+    assert not opened(Trouble.UNREACHABLE).is_news("another")
+    assert not Breaker().is_news("another")
+
+
+def test_it_stays_open_as_long_as_was_asked_for_only_if_all_ask() -> None:
+    few = opened(Trouble.BROKEN)
+    assert few.resting(1000.0) is few
+    full = replace(few, repositories=frozenset(map(str, range(KEPT))))
+    assert full.resting(1000.0).until == 1000.0
+    assert full.resting(few.until - 1) is full
+    assert full.answered().resting(1000.0) == Breaker()
+
+
 class BreakerMachine(RuleBasedStateMachine):
     """Requests come, are answered, fail, or are given up, at any time and in any order."""
 
@@ -151,6 +208,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.sent: dict[int, bool] = {}  # slot: is it the probe
         self.names: dict[int, str] = {}
         self.probe = ""  # what it is for
+        self.probe_since = 0.0
         self.slots = iter(range(10_000))
         self.row = 0  # failures since the last answer, of requests that were sent closed
 
@@ -161,8 +219,9 @@ class BreakerMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from("abcde"))
     def a_request_comes(self, name: str) -> None:
         slot, before = next(self.slots), self.health.breaker
-        has_failed = name in before.repositories
-        due = before.until + LATER * has_failed <= self.clock()
+        has_failed, is_news = name in before.repositories, before.is_news(name)
+        due = is_news or before.until + LATER * has_failed <= self.clock()
+        is_late = self.clock() >= self.probe_since + SLOW
         admitted = self.health.admits(name)
         assert self.health.enter(slot, name) is admitted
         match before.state:
@@ -171,14 +230,16 @@ class BreakerMachine(RuleBasedStateMachine):
             case State.OPEN:
                 assert admitted is due
             case State.HALF_OPEN:
-                assert admitted is (self.probe in before.repositories and not has_failed)
+                gives_way = self.probe in before.repositories or (is_late and is_news)
+                assert admitted is (gives_way and not has_failed)
         if admitted:
             assert self.health.enter(slot, name), "the same request is asked twice in a turn"
             if before.state is State.HALF_OPEN:
                 self.sent = dict.fromkeys(self.sent, False)
             self.sent[slot] = before.state is not State.CLOSED
             self.names[slot] = name
-            self.probe = name if self.sent[slot] else self.probe
+            if self.sent[slot]:
+                self.probe, self.probe_since = name, self.clock()
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data(), trouble=st.sampled_from(list(Trouble)))
@@ -191,12 +252,13 @@ class BreakerMachine(RuleBasedStateMachine):
         if before.state is State.CLOSED:
             self.row += 1
             if after.state is State.OPEN:
-                assert self.row >= UNREACHABLE_RUN
+                assert self.row >= min(UNREACHABLE_RUN, SILENT_RUN)
         elif was_probe and before.state is State.HALF_OPEN:
             assert after.state is State.OPEN
             assert self.clock() < after.until <= self.clock() + LONGEST
         else:
-            assert after is before
+            assert replace(after, repositories=before.repositories) == before
+            assert after.repositories >= before.repositories
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
@@ -380,3 +442,66 @@ async def test_who_waits_for_a_probe_that_got_through_waits_for_the_next_one_whe
     site.health.breaker = replace(site.health.breaker, until=site.now() + 0.05)
     await waiting
     assert site.health.enter(2, "other")
+
+
+async def test_who_asks_for_what_is_news_is_the_probe_at_once() -> None:
+    site = Site(until=3600)
+    failing(site.health, "bad", until=site.now() + 3600)
+    await site.health.passage("good")
+    assert not site.health.enter(1, "bad")
+    assert site.health.enter(2, "good")
+    assert site.health.breaker.state is State.HALF_OPEN
+    site.health.answered()
+    assert not site.health.is_down
+
+
+async def test_a_probe_that_says_nothing_gives_way_to_what_is_news_after_a_while() -> None:
+    clock = FakeClock()
+    health = Health("hub", clock=clock, on_change=lambda _old, _new: None)
+    failing(health, "bad", until=clock() + 3600)
+    assert health.enter(1, "good")
+    clock.advance(SLOW - 0.1)
+    assert not health.enter(2, "better")
+    clock.advance(0.1)
+    assert not health.enter(2, "bad")
+    assert health.enter(2, "better")
+    assert "good" in health.breaker.repositories
+    health.leave(1)
+    assert not health.wants_probe
+    health.failed(2, Trouble.SILENT, "no answer", "better")
+    assert health.breaker.state is State.OPEN
+
+
+async def test_each_probe_of_a_silent_origin_has_more_patience_than_the_one_before() -> None:
+    clock = FakeClock()
+    health = Health("hub", clock=clock, on_change=lambda _old, _new: None)
+    health.breaker = silent(SILENT_RUN)
+    had = []
+    for slot in range(3):
+        clock.advance(1000.0)
+        assert health.enter(slot, "one")
+        assert health.patience(99) is None
+        had.append(health.patience(slot))
+        health.failed(slot, Trouble.SILENT, "no answer", "one")
+        health.leave(slot)
+    assert had == [SILENT_SECONDS, 2 * SILENT_SECONDS, 3 * SILENT_SECONDS]
+    health.breaker = opened(Trouble.BROKEN)
+    clock.advance(1000.0)
+    assert health.enter(7, "one")
+    assert health.patience(7) is None
+
+
+async def test_what_was_said_while_one_waited_is_no_silence() -> None:
+    clock = FakeClock()
+    health = Health("hub", clock=clock, on_change=lambda _old, _new: None)
+    sent_at = clock()
+    clock.advance(1.0)
+    health.failed(1, Trouble.BROKEN, "status 500", "bad")
+    clock.advance(SILENT_SECONDS)
+    health.was_silent(2, sent_at, "other")
+    assert (health.breaker.run, health.breaker.silent) == (2, 0)
+    health.was_silent(3, clock() - SILENT_SECONDS + 0.5, "other")
+    assert (health.breaker.run, health.breaker.silent) == (3, 1)
+    health.answered()
+    health.was_silent(4, sent_at, "other")
+    assert health.breaker.run == 0

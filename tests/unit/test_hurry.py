@@ -11,7 +11,7 @@ import pytest
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import NotFound, UpstreamTimeout
 from proxy.upstream.endpoint import OriginKey, OriginSettings
-from proxy.upstream.hurry import GRACE, HASTE, Hurry, MovedOn
+from proxy.upstream.hurry import GRACE, HASTE, WHOLE, Hurry, MovedOn, share
 from proxy.upstream.origin import Origin, Turn
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.turns import Ticket, TurnClass
@@ -156,3 +156,14 @@ def test_an_answer_that_comes_in_the_moment_of_leaving_counts() -> None:
                 raise TimeoutError  # somebody else's
 
     virtually(work)
+
+
+@pytest.mark.parametrize("others", range(1, 11))
+def test_all_urls_but_the_last_share_the_whole(others: int) -> None:
+    spent = 0.0
+    for left in range(others, 0, -1):
+        assert share(spent, left) <= HASTE
+        spent += share(spent, left)
+    assert spent <= WHOLE
+    assert share(0.0, 3) == HASTE
+    assert share(WHOLE + 100, 10) == WHOLE / 10  # it stood in a queue for long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import ssl
 from pathlib import Path
@@ -17,6 +18,7 @@ from proxy.oci.errors import EgressFailed
 from proxy.testing import Cut, Disconnect, FakeClock, FakeRegistry, Fault, Reset
 from proxy.testing.faults import Action
 from proxy.testing.forward import ForwardProxy
+from proxy.upstream.cap import START
 from proxy.upstream.egress import Egress, EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.hosts import HostPattern
@@ -24,6 +26,7 @@ from proxy.upstream.origin import Origin
 from proxy.upstream.reach import Reach, Scope
 from tests.unit.proxy_kit import IMAGE, LAYER, UPSTREAM, blob_path, manifest_path, running
 from tests.unit.upstream_kit import LOOPS, MIB, noise, opened, run_on, ticket, tls, until
+from tests.unit.virtual import run_virtually
 
 every_loop = pytest.mark.parametrize("loop", LOOPS)
 every_way = pytest.mark.parametrize(
@@ -241,6 +244,67 @@ async def test_a_whole_pull_goes_through_the_proxy_of_the_settings(tmp_path: Pat
             metrics = await pool.admin("/metrics")
             texts = (pool.log.encode(), answer.body, status.body, metrics.body)
             assert not any(b"s3cr3t" in text for text in texts)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+async def test_a_password_that_the_proxy_refuses_is_told_at_once_and_is_no_overload(
+    tmp_path: Path, secure: bool
+) -> None:
+    authority = trustme.CA()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    await asyncio.to_thread(authority.cert_pem.write_to_path, str(tmp_path / "ca.pem"))
+    async with (
+        FakeRegistry(ssl_context=server if secure else None) as fake,
+        ForwardProxy(credentials="user:right") as proxy,
+    ):
+        fake.push(IMAGE)
+        mine = {"url": fake.url, "proxy": proxy.url, "ca_file": str(tmp_path / "ca.pem")}
+        wrong = {**mine, "proxy": proxy.url.replace("right", "wrong")}
+        async with running(tmp_path / "cache", "", upstreams={UPSTREAM: mine}) as pool:
+            assert (await pool.get(manifest_path("v1"))).status == 200
+            for blob in IMAGE.blobs:
+                assert (await pool.get(blob_path(blob.digest))).status == 200
+            await pool.stored()
+        asked = len(proxy.seen)
+        clock = FakeClock()
+        async with running(
+            tmp_path / "cache", "", clock=clock, upstreams={UPSTREAM: wrong}
+        ) as pool:
+            for number, path in enumerate([manifest_path("v2"), blob_path("sha256:" + 64 * "0")]):
+                answer = await pool.get(path)
+                assert (answer.status, answer.code) == (502, "UNAVAILABLE")
+                assert f"expected of the egress proxy {proxy.netloc}".encode() in answer.body
+                assert b"got 407" in answer.body
+                assert len(proxy.seen) == asked + number + 1  # nothing is tried again
+            assert (await pool.get(manifest_path("v1"))).word == "stale"
+            for _ in range(20):
+                clock.advance(1.0)
+                assert (await pool.get(manifest_path("v3"))).status == 502
+            [origin] = pool.proxy.origins.details()
+            assert (origin["breaker"]["state"], origin["limit"]) == ("closed", START)
+            assert pool.count("upstream_overloads_total", upstream=fake.netloc) == 0
+
+
+def test_a_proxy_that_is_down_is_named_and_not_the_upstream(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with ForwardProxy() as proxy:
+            url, netloc = proxy.url, proxy.netloc
+        mine = {"url": "http://harbor.example.com", "proxy": url}
+        clock = asyncio.get_running_loop().time
+        texts = set()
+        async with running(
+            tmp_path, "", clock=clock, pause=1.0, upstreams={UPSTREAM: mine}
+        ) as pool:
+            for number in range(10):
+                answer = await pool.get(manifest_path("v1", f"team/n{number}"))
+                assert answer.status in (502, 503)
+                texts.add(json.loads(answer.body)["errors"][0]["message"])
+        assert all(f"the egress proxy {netloc} cannot be reached" in text for text in texts)
+        assert not any("is down" in text for text in texts)
+        assert any("harbor.example.com:80 is not asked: " in text for text in texts)
+
+    run_virtually(run())
 
 
 async def test_a_host_of_no_proxy_is_reached_without_it(tmp_path: Path) -> None:

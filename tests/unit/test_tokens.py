@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from proxy.oci.challenge import parse_challenges
 from proxy.oci.errors import Denied, RealmRefused, TokenServiceFailed, UpstreamTimeout
+from proxy.upstream.answering import Action, decide
 from proxy.upstream.credentials import Credentials, CredentialsUnavailable
-from proxy.upstream.tokens import Action, Authenticator, decide
+from proxy.upstream.token_service import WITHOUT_OAUTH
+from proxy.upstream.tokens import Authenticator
 
 ROBOT = Credentials("robot$pull", "s3cr3t-of-the-robot")
 REALM = "https://harbor.example.com/service/token"
@@ -50,14 +52,18 @@ class Service:
         self.answers = list(answers)
         self.urls: list[str] = []
         self.sent: list[Mapping[str, str]] = []
+        self.forms: list[Mapping[str, str] | None] = []
         self.asked = asyncio.Semaphore(0)
         self.open = asyncio.Event()
         self.open.set()
         self.running = 0
 
-    async def __call__(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    async def __call__(
+        self, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, /
+    ) -> tuple[int, bytes]:
         self.urls.append(url)
         self.sent.append(headers)
+        self.forms.append(form)
         answer = self.answers.pop(0) if self.answers else token(f"token-{len(self.urls)}")
         self.running += 1
         self.asked.release()
@@ -110,7 +116,9 @@ def bearer(value: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {value}"}
 
 
-async def never(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+async def never(
+    url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, /
+) -> tuple[int, bytes]:
     raise AssertionError(f"nobody should ask {url}")
 
 
@@ -226,12 +234,78 @@ async def test_without_credentials_the_token_is_asked_for_anonymously(source: st
     assert "account" not in service.queries[0]
 
 
-async def test_an_identity_token_goes_as_a_password_without_an_account() -> None:
-    identity = Credentials("<token>", "identity")
-    setting, service = Setting(identity), Service()
+IDENTITY = Credentials("<token>", "identity-of-the-robot")
+EXCHANGE = {
+    "grant_type": "refresh_token",
+    "service": "harbor-registry",
+    "client_id": "pullpool",
+    "scope": "repository:team/app:pull",
+    "refresh_token": "identity-of-the-robot",
+}
+
+
+async def test_an_identity_token_is_exchanged_in_the_body_of_a_post() -> None:
+    setting, service = Setting(IDENTITY), Service((200, b'{"access_token":"new","scope":""}'))
+    assert await setting.challenged(APP, [BEARER], None, service) == bearer("new")
+    assert (service.urls, service.sent, service.forms) == ([REALM], [{}], [EXCHANGE])
+
+
+@pytest.mark.parametrize(
+    "answer", [(404, b""), (405, b"no"), (400, b'{"error":"unsupported_grant_type"}')]
+)
+async def test_where_that_is_unknown_it_goes_as_a_password_without_an_account(
+    answer: tuple[int, bytes],
+) -> None:
+    setting, service = Setting(IDENTITY), Service(answer)
     await setting.challenged(APP, [BEARER], None, service)
-    assert service.sent == [{"Authorization": identity.authorization}]
-    assert "account" not in service.queries[0]
+    await setting.headers("team/other", service)  # for which nobody asks in vain again
+    assert service.forms == [EXCHANGE, None, None]
+    assert service.sent == [{}] + [{"Authorization": IDENTITY.authorization}] * 2
+    assert "account" not in service.queries[1]
+    setting.clock.now += WITHOUT_OAUTH
+    await setting.headers("team/third", service)
+    assert service.forms[3] is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ((400, b'{"error":"invalid_grant","refresh_token":"identity-of-the-robot"}'), Denied),
+        ((401, b"identity-of-the-robot"), Denied),
+        ((403, b""), Denied),
+        ((400, b'{"error":"invalid_scope"}'), Denied),
+        ((400, b'{"error":"invalid_request"}'), TokenServiceFailed),
+        ((400, b'{"error":["invalid_grant"]}'), TokenServiceFailed),
+        ((302, b""), TokenServiceFailed),
+        ((503, b""), TokenServiceFailed),
+    ],
+)
+async def test_a_refused_exchange_is_not_tried_in_another_way_and_quotes_no_secret(
+    answer: tuple[int, bytes], error: type[Exception]
+) -> None:
+    setting, service = Setting(IDENTITY), Service(answer)
+    with pytest.raises(error) as caught:
+        await setting.challenged(APP, [BEARER], None, service)
+    assert "identity-of" not in f"{caught.value!r} {caught.value} {setting.authenticator!r}"
+    assert len(service.urls) == 1
+
+
+@pytest.mark.parametrize("answer", [(401, b""), (400, b'{"error":"invalid_grant"}')])
+async def test_an_identity_token_that_was_refused_is_not_shown_again_for_a_while(
+    answer: tuple[int, bytes],
+) -> None:
+    setting = Setting(IDENTITY)
+    with pytest.raises(Denied):
+        await setting.challenged(APP, [BEARER], None, Service(answer))
+    with pytest.raises(Denied, match="just refused"):
+        await setting.headers("team/other", never)
+
+
+async def test_an_identity_token_is_not_shown_to_a_foreign_realm() -> None:
+    setting = Setting(IDENTITY)
+    foreign = 'Bearer realm="https://evil.example.net/token",service="x"'
+    with pytest.raises(RealmRefused):
+        await setting.challenged(APP, [foreign], None, never)
 
 
 async def test_a_basic_challenge_makes_every_request_carry_the_credentials() -> None:
@@ -396,9 +470,11 @@ async def test_a_tokens_life_counts_from_before_its_request() -> None:
     setting = Setting()
     answers = Service(token("old"), token("new"))
 
-    async def slow(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    async def slow(
+        url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None, /
+    ) -> tuple[int, bytes]:
         setting.clock.now += 30.0
-        return await answers(url, headers)
+        return await answers(url, headers, form)
 
     await setting.challenged(APP, [BEARER], None, slow)
     setting.clock.now += 24.0
