@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, SizeMismatch, UpstreamError, UpstreamUnavailable
 from proxy.pull.intake import Intake
 from proxy.pull.progress import Progress
-from proxy.pull.pump import Pump
+from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
 from proxy.pull.window import WindowBudget
@@ -183,7 +183,7 @@ class Fill:
         """Take in the turn's bytes; true when its body came to its end."""
         wait = not source.ranged
 
-        async def take(chunks: list[bytes]) -> None:
+        async def take(chunks: list[Chunk]) -> None:
             total = self.received + sum(map(len, chunks))
             if self.size is not None and total > self.size:
                 raise SizeMismatch(self.size, total)
@@ -192,8 +192,7 @@ class Fill:
             await self.intake.take(chunks, wait=wait)
             self._publish(now=False)
 
-        pump = Pump(take, self.intake.max_pending)
-        return await pump.run(body, lambda: self.intake.is_stuck or body.is_overdue)
+        return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
 
     def _is_end(self, source: Source) -> bool:
         """Nobody named the size, and a turn's body has ended: is that the end of the blob?"""
