@@ -106,11 +106,15 @@ def test_the_meter_says_what_adding_up_the_window_says(waits: Sequence[tuple[int
         assert (meter.patience <= 0) is (now >= 30 and inside < 1024 * 30)
 
 
-async def stand_still(clock: FakeClock, is_over: Callable[[], bool]) -> None:
-    """Let what has been sent arrive, and time pass, until it is over."""
+async def stand_still(
+    clock: FakeClock, is_over: Callable[[], bool], *, stalled: Callable[[], bool] = lambda: True
+) -> None:
+    """Let what has been sent arrive, and time pass while something is ``stalled``, until it is
+    over. On a busy machine what is under way would seem to stall as well."""
     while not is_over():
         await a_while()
-        clock.advance(1.0)
+        if stalled():
+            clock.advance(1.0)
 
 
 # -- a turn ------------------------------------------------------------------------------------
@@ -321,7 +325,9 @@ async def test_a_blob_that_stalls_goes_on_at_its_byte_on_a_fresh_socket(tmp_path
         fake.script(Fault(Stall(after=100 * KIB), kind="blob"))
         asking = asyncio.create_task(pool.get(blob_path(digest)))
         await fake.stalls.arrived()
-        await stand_still(clock, lambda: fake.counters.count("blob") == 2)
+        await stand_still(
+            clock, lambda: fake.counters.count("blob") >= 2, stalled=lambda: fake.stalls.waiting > 0
+        )
         answer = await asking
         assert (answer.status, answer.body) == (200, noise(MIB))
         asked = [seen.headers.get("Range", "") for seen in fake.counters.seen]
@@ -345,10 +351,12 @@ async def test_a_far_range_that_stalls_goes_on_at_its_byte(tmp_path: Path) -> No
         wanted = f"bytes={size - MIB}-{size - 1}"
         part = asyncio.create_task(pool.get(blob_path(digest), Range=wanted))
         await fake.stalls.arrived(2)
-        await stand_still(clock, lambda: fake.counters.count("blob") == 4)
+        await stand_still(
+            clock, lambda: fake.counters.count("blob") >= 4, stalled=lambda: fake.stalls.waiting > 0
+        )
         assert (await part).body == noise(size)[-MIB:]
         assert (await whole).body == noise(size)
-        assert pool.count("upstream_stalls_total", upstream=fake.netloc) == 2
+        assert pool.count("upstream_stalls_total", upstream=fake.netloc) >= 2
 
 
 async def test_an_upstream_that_stalls_before_every_byte_fails_the_pull(tmp_path: Path) -> None:
