@@ -45,18 +45,21 @@ from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
+from proxy.web.hot import HotServer
 from proxy.web.listener import Listener
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import AdminRunner, Proxies, RegistryServer
+from proxy.web.server import AdminRunner
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
     CannotTrust,
     make_cap_book,
     make_clients,
+    make_hot_path,
+    make_proxies,
     make_throttles,
     make_waits,
     url_states,
@@ -221,24 +224,28 @@ class Proxy:
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
+        access_log = AccessLog(self.log, self.metrics, clock)
+        hot = make_hot_path(self.settings, self.puller, access_log, lambda: self.is_draining)
         self.registry = Registry(
             puller=self.puller,
             routes=routes,
             metrics=self.metrics,
-            access_log=AccessLog(self.log, self.metrics, clock),
+            access_log=access_log,
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
             header_deadline=self.settings.queue.header_deadline,
             throttles=make_throttles(self.settings, self.metrics, clock),
             is_draining=lambda: self.is_draining,
+            offer=None if hot is None else hot.offer,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
         stack.push_async_callback(self.registry.idle)
-        server = RegistryServer(
+        server = HotServer(
             self.registry,
             self.registry.malformed,
-            proxies=self._proxies(),
+            hot=hot,
+            proxies=make_proxies(self.settings, self.log),
             access_log=None,
             keepalive_timeout=KEEPALIVE,
             handler_cancellation=True,
@@ -248,15 +255,6 @@ class Proxy:
         )
         runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
-
-    def _proxies(self) -> Proxies | None:
-        if not self.settings.proxy_protocol:
-            return None
-
-        def refused(client: str, reason: str) -> None:
-            self.log.warning("connection_refused", client=client, error=reason)
-
-        return Proxies(self.settings.trusted_proxies, refused)
 
     async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
         file = self.settings.auth.htpasswd_file
@@ -341,6 +339,7 @@ class Proxy:
             clients=clients,
             permissions=permissions,
             waits=waits,
+            memory=settings.cache.blob_memory,
         )
         return Puller(
             clients=clients,
@@ -350,6 +349,7 @@ class Proxy:
             permissions=permissions,
             listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
             waits=waits,
+            store=self.store,
         )
 
     def status(self) -> Mapping[str, Any]:

@@ -11,9 +11,10 @@ from yarl import URL
 
 from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
-from proxy.observe.logs import Logger
+from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
+from proxy.pull.serve import Puller
 from proxy.store.store import Store
 from proxy.upstream.cap import Learned
 from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
@@ -37,12 +38,18 @@ from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
+from proxy.web.access import AccessLog
+from proxy.web.hot import HotPath
 from proxy.web.registry import ClientThrottles
+from proxy.web.rows import Rows
+from proxy.web.server import Proxies
 
 __all__ = [
     "CannotTrust",
     "make_cap_book",
     "make_clients",
+    "make_hot_path",
+    "make_proxies",
     "make_throttles",
     "make_waits",
     "url_states",
@@ -100,6 +107,38 @@ def make_throttles(
     if rate >= MANIFEST_RATE:
         return ClientThrottles(bulk, bulk)  # one account: bulk pays for manifests
     return ClientThrottles(bulk, Throttles(MANIFEST_RATE, clock=clock, on_wait=waited))
+
+
+def make_hot_path(
+    settings: Settings,
+    puller: Puller,
+    access_log: AccessLog,
+    is_draining: Callable[[], bool],
+) -> HotPath | None:
+    """The way around the full handler, where there may be one."""
+    lines = Lines.of(access_log.log)
+    is_open = settings.auth.htpasswd_file is None and settings.client_rate is None
+    if not settings.hot_path or not is_open or lines is None:
+        return None
+    return HotPath(
+        at_hand=puller.at_hand,
+        access_log=access_log,
+        rows=Rows(access_log.log, lines),
+        memory=settings.cache.manifest_memory + settings.cache.blob_memory,
+        trusted_proxies=settings.trusted_proxies,
+        is_draining=is_draining,
+    )
+
+
+def make_proxies(settings: Settings, log: Logger) -> Proxies | None:
+    """The peers that speak the PROXY protocol, if any do."""
+    if not settings.proxy_protocol:
+        return None
+
+    def refused(client: str, reason: str) -> None:
+        log.warning("connection_refused", client=client, error=reason)
+
+    return Proxies(settings.trusted_proxies, refused)
 
 
 async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:

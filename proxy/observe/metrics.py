@@ -62,6 +62,28 @@ class StoreState:
     blobs: int
 
 
+@dataclass(slots=True)
+class Tally:
+    """Hits of one kind, method and status that were answered hot since the last scrape, none of
+    which took longer than the first bucket of the durations."""
+
+    kind: str
+    method: str
+    code: str
+    count: int = 0
+    seconds: float = 0.0
+    sent: int = 0
+
+
+class Durations(Histogram):
+    """A histogram that takes many observations of the first bucket at once."""
+
+    def observe_quick(self, count: int, total: float) -> None:
+        """``count`` observations, ``total`` in all, none beyond the first bucket's bound."""
+        self._sum.inc(total)
+        self._buckets[0].inc(count)
+
+
 class Metrics:
     """Every metric, all with the prefix `pullpool_`.
 
@@ -75,6 +97,8 @@ class Metrics:
         self._live = _LiveState()
         self.registry.register(self._live)
         self._make_http()
+        self._tallies: dict[tuple[str, str, str], Tally] = {}
+        self._live.before = self._fold
         self._make_queue()
         self._make_upstream()
         self._make_flow()
@@ -109,8 +133,8 @@ class Metrics:
 
     def _histogram(
         self, name: str, text: str, labels: Iterable[str], buckets: tuple[float, ...]
-    ) -> Histogram:
-        return Histogram(
+    ) -> Durations:
+        return Durations(
             f"pullpool_{name}", text, tuple(labels), registry=self.registry, buckets=buckets
         )
 
@@ -132,6 +156,61 @@ class Metrics:
             "http_response_bytes_total", "Body bytes sent to clients", ("cache",)
         )
         self.http_inflight = self._gauge("http_requests_inflight", "Requests being answered")
+        self.http_hot = self._counter(
+            "http_hot_requests_total", "Requests answered from prepared bytes", ("kind",)
+        )
+
+    def count_request(
+        self,
+        kind: str,
+        method: str,
+        code: str,
+        cache: str,
+        *,
+        seconds: float,
+        first_byte: float | None,
+        sent: int,
+    ) -> None:
+        """A request was answered; ``seconds`` to the last byte, ``first_byte`` to the headers."""
+        self.http_requests.labels(kind, method, code, cache).inc()
+        self.http_duration.labels(kind, cache).observe(seconds)
+        if first_byte is not None:
+            self.http_first_byte.labels(kind, cache).observe(first_byte)
+        self.http_bytes.labels(cache).inc(sent)
+
+    def tally(self, kind: str, method: str, code: str) -> Tally:
+        """Where hits of this kind are counted that are answered hot: plain numbers, which become
+        metrics at the next scrape."""
+        return self._tallies.setdefault((kind, method, code), Tally(kind, method, code))
+
+    def count_hot(self, tally: Tally, seconds: float, sent: int) -> None:
+        """One more of these, answered in so many seconds with a body of ``sent`` bytes."""
+        if seconds <= _DURATION[0]:
+            tally.count += 1
+            tally.seconds += seconds
+            tally.sent += sent
+            return
+        self.http_hot.labels(tally.kind).inc()
+        self.count_request(
+            tally.kind,
+            tally.method,
+            tally.code,
+            "hit",
+            seconds=seconds,
+            first_byte=seconds,
+            sent=sent,
+        )
+
+    def _fold(self) -> None:
+        for tally in self._tallies.values():
+            if tally.count:
+                kind = tally.kind
+                self.http_requests.labels(kind, tally.method, tally.code, "hit").inc(tally.count)
+                self.http_duration.labels(kind, "hit").observe_quick(tally.count, tally.seconds)
+                self.http_first_byte.labels(kind, "hit").observe_quick(tally.count, tally.seconds)
+                self.http_bytes.labels("hit").inc(tally.sent)
+                self.http_hot.labels(kind).inc(tally.count)
+                tally.count, tally.seconds, tally.sent = 0, 0.0, 0
 
     def _make_queue(self) -> None:
         labels = ("upstream", "class")
@@ -231,8 +310,10 @@ class _LiveState(Collector):
         self.store: Callable[[], StoreState] | None = None
         self.flights: Callable[[], int] | None = None
         self.urls: Callable[[], Iterable[tuple[str, str, bool]]] | None = None
+        self.before: Callable[[], None] = lambda: None
 
     def collect(self) -> Iterator[Metric]:
+        self.before()  # registered first, so the metrics that this moves are read after it
         if self.gates is not None:
             yield from _gate_families(self.gates())
         if self.origins is not None:

@@ -11,11 +11,13 @@ from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asking import Questions
 from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
+from proxy.pull.at_hand import AtHand
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Waits
 from proxy.pull.flight import Flights
 from proxy.pull.manifests import Checked, Manifests
 from proxy.pull.permissions import Permissions
+from proxy.store.store import Store
 from proxy.upstream.client import Page
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
@@ -34,6 +36,7 @@ class Puller:
         permissions: Permissions,
         listings: Questions[Page],
         waits: Waits,
+        store: Store,
     ) -> None:
         self._clients = clients
         self._manifests = manifests
@@ -42,6 +45,7 @@ class Puller:
         self._listings = listings
         self._waits = waits
         self.flights = flights
+        self.at_hand = AtHand(store, manifests, blobs)
 
     async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""

@@ -80,6 +80,9 @@ class Cache(Section):
     manifest_memory: Size = Field(
         default=64 * 2**20, description="Memory for manifests that are often asked for."
     )
+    blob_memory: Size = Field(
+        default=32 * 2**20, description="Memory for blobs up to 64KiB that are often asked for."
+    )
 
     def conflicts(self) -> Iterator[Conflict]:
         """Rules between the keys of this table."""
@@ -205,6 +208,10 @@ class Settings(BaseSettings):
     )
     fast_transport: bool = Field(
         default=True, description="Send files by aiofastnet's transports (off: uvloop's own)."
+    )
+    hot_path: bool = Field(
+        default=True,
+        description="Answer plain hits from prepared bytes (off: all by the full handler).",
     )
     shutdown_grace: Duration = Field(
         default=30.0, description="How long running pulls may go on after SIGTERM."

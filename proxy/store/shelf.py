@@ -36,6 +36,7 @@ from proxy.store.blobs import (
 )
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
+from proxy.store.marks import Marks
 from proxy.store.work import Threads, finish
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Shelf:
         self.fills: set[Staging] = set()
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
+        self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
         self.is_closing = False
         self._disk = disk
         self._min_free = min_free
@@ -210,6 +212,7 @@ class Shelf:
     def _forget(self, digest: Digest) -> None:
         self.types.pop(digest, None)
         self.unverified.discard(digest)
+        self.held.withdraw(digest)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
         """Look again at a blob that somebody could not use, and drop it if it really is bad.

@@ -38,6 +38,7 @@ from proxy.store.blobs import (
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed, IndexUnusable
 from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable, DirectoryLock
+from proxy.store.marks import Mark, Marks
 from proxy.store.recovery import Plan, make_directories, prepare, reconcile, scan
 from proxy.store.shelf import Shelf
 from proxy.store.work import Threads, finish
@@ -103,6 +104,7 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._links: LRUCache[tuple[str, str, Digest], Link] = LRUCache(_LINKS_IN_MEMORY)
         self._unlinks = 0
+        self._linked: Marks[tuple[str, str, Digest]] = Marks()
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -216,6 +218,10 @@ class Store:
         if entry is None or digest in self._shelf.unverified:
             return None
         return entry.size
+
+    def held(self, digest: Digest) -> Mark | None:
+        """A mark that holds for as long as the blob is held; None when it is not."""
+        return None if self.size_of(digest) is None else self._shelf.held.of(digest)
 
     async def lease(self, digest: Digest) -> FileLease | None:
         """Open a blob and keep it from eviction; None when it is not held.
@@ -358,10 +364,17 @@ class Store:
             self._links.setdefault(key, link)
         return link
 
+    def known_link(self, upstream: str, repository: str, digest: Digest) -> Mark | None:
+        """A mark that holds for as long as this repository is known to have it; None when that
+        is not known from memory alone."""
+        key = (upstream, repository, digest)
+        return None if self._links.get(key) is None else self._linked.of(key)
+
     async def unlink(self, upstream: str, repository: str, digest: Digest) -> None:
         """Forget that this repository has it: the upstream says no."""
         self._unlinks += 1
         self._links.pop((upstream, repository, digest), None)
+        self._linked.withdraw((upstream, repository, digest))
         await self._shelf.record(self._index.unlink(upstream, repository, str(digest)))
 
     # Tags

@@ -62,8 +62,11 @@ class RegistryServer(web.Server):
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
+        return self._made(ClientProtocol)
+
+    def _made(self, make: Callable[..., web.RequestHandler]) -> web.RequestHandler:
         options = {k: v for k, v in self._options.items() if k not in _OF_THE_SERVER}
-        return _Protocol(self, self._malformed, self._proxies, loop=self._loop, **options)
+        return make(self, self._malformed, self._proxies, loop=self._loop, **options)
 
 
 class AdminRunner(web.AppRunner):
@@ -84,7 +87,9 @@ class AdminRunner(web.AppRunner):
         )
 
 
-class _Protocol(web.RequestHandler):
+class ClientProtocol(web.RequestHandler):
+    """One connection of a client."""
+
     __slots__ = ("_client", "_header", "_malformed", "_proxies")
 
     def __init__(
@@ -127,7 +132,7 @@ class _Protocol(web.RequestHandler):
             rest, self._header = self._header[header.length :], None
             self._client = header.address
             if rest:
-                super().data_received(rest)
+                self.data_received(rest)
 
     def _peer(self) -> str:
         peer = self.peername
