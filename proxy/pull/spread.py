@@ -331,7 +331,7 @@ class Spread:
         if self._pause is not None:
             return  # it was sent before the first one failed, and so has the same cause
         self._failures += 1
-        self._retry = error.reason
+        self._retry = error.retried_as
         if self._failures >= TRIES:
             self._is_alone = True  # those that go well may end
         else:

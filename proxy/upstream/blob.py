@@ -117,7 +117,7 @@ class BlobSource:
     @property
     def segments(self) -> int:
         """How many turns it may be fetched by at once."""
-        return self._client.segments if self.ranged and self._origin.trusts_ranges else 1
+        return self._client.segments if self.ranged and self._origin.conduct.trusts_ranges else 1
 
     @property
     def spare(self) -> int:
@@ -127,7 +127,7 @@ class BlobSource:
     def distrust(self) -> None:
         """Its ranges did not make up the blob: ask for whole bodies, and no segments of others."""
         self.ranged = False
-        self._origin.distrust_ranges()
+        self._origin.conduct.distrust_ranges()
 
     @property
     def ahead(self) -> int:

@@ -60,8 +60,6 @@ MIN_TURN_BYTES = 1 << 20
 #: A turn that brought so many bytes before it broke was no failed try.
 WORTHWHILE = 256 << 10
 MAX_TURN_BYTES = 64 << 20
-#: Seconds for which blobs are not fetched in segments from an origin whose ranges were wrong.
-DISTRUST = 600.0
 
 
 class Turn:
@@ -240,7 +238,6 @@ class Origin:
         self._is_closed = False
         self._coming = 0
         self._bytes_per_second = MAX_TURN_BYTES / TURN_SECONDS
-        self._distrusted_until = float("-inf")
 
     def _first_cap(self, caps: CapBook | None) -> Cap:
         maximum = self.settings.max_connections
@@ -411,15 +408,6 @@ class Origin:
     def turn_bytes(self) -> int:
         """How many bytes the next turn for bulk should ask for: about two seconds' worth."""
         return int(max(MIN_TURN_BYTES, min(MAX_TURN_BYTES, self._bytes_per_second * TURN_SECONDS)))
-
-    @property
-    def trusts_ranges(self) -> bool:
-        """Were its ranges right, as far as is known of late?"""
-        return self.clock() >= self._distrusted_until
-
-    def distrust_ranges(self) -> None:
-        """Ranges of one blob did not make up that blob."""
-        self._distrusted_until = self.clock() + DISTRUST
 
     def count_bytes(self, received: int) -> None:
         self._metrics.upstream_bytes.labels(self.key.label).inc(received)
