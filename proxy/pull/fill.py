@@ -120,6 +120,7 @@ class Fill:
             pause_after=settings.pause_after,
             count=self._count_segment,
             moved=self.progress.went_ahead,
+            delay=settings.gather,
         )
         self._crowd = crowd
         self._settings = settings

@@ -83,7 +83,9 @@ class Spread:
 
     ``publish`` is called when more bytes were hashed, ``pause_after`` as a flight's settings have
     it, ``count`` with the outcome of each further turn: ``done``, ``broken`` or ``distrusted``,
-    ``moved`` when somebody ceased to bring something, for those who counted on that.
+    ``moved`` when somebody ceased to bring something, for those who counted on that. ``delay``:
+    seconds from the head of the first answer to further turns; what they need to begin (sockets, at
+    first) would have the first reader wait for the first bytes.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Spread:
         pause_after: Callable[[int, PullError], float],
         count: Callable[[Source, str], None],
         moved: Callable[[], None],
+        delay: float,
     ) -> None:
         self.plan: Segments | None = None
         self._name = name
@@ -107,6 +110,7 @@ class Spread:
         self._pause_after = pause_after
         self._count = count
         self._moved = moved
+        self._delay = delay
         self._source: Source | None = None  # the lead's, which has shown to have the blob
         self._givers: set[Source] = set()  # whoever was asked for a part while there was a plan
         self._clients: dict[str, None] = {}
@@ -204,6 +208,9 @@ class Spread:
             if body.total is not None and body.total > stop:
                 self.plan = Segments(body.total, least=self._least, done=segment.at)
                 self.plan.adopt(segment, stop)
+                if self._delay and self._pause is None:
+                    loop = asyncio.get_running_loop()
+                    self._pause = loop.call_later(self._delay, self._paused)
         self._source = source
         if self.plan is not None:
             self._givers.add(source)
