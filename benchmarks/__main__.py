@@ -19,8 +19,21 @@ from benchmarks import results
 from benchmarks.parts import PROJECT, PartFailed, ended_by_signals, environment
 from benchmarks.scenario import Findings, Options
 
-#: In the order of the page; each is a module of this package (see `benchmarks.scenario`).
-SCENARIOS = ("herd", "overload", "fairness")
+#: In the order of the page; each is a module of this package (see `benchmarks.scenario`). One with
+#: several worker processes will stand behind `scale`.
+SCENARIOS = (
+    "warm",
+    "manifests",
+    "cold",
+    "segments",
+    "herd",
+    "crowd",
+    "image",
+    "memory",
+    "scale",
+    "overload",
+    "fairness",
+)
 
 PIPE_WIDTH = 160
 
@@ -105,15 +118,20 @@ def main(
     options = Options(rounds, fast, frozenset(only), log=console.log)
     directory = into or (None if fast or only else PROJECT / "docs")
     flags = (f" --rounds {rounds}" if rounds else "") + (" --fast" if fast else "")
+    failed = []
     with ended_by_signals():
         for name in names or SCENARIOS:
             try:
                 findings, entry = play(name, options, f"python -m benchmarks {name}{flags}")
             except PartFailed as error:
-                raise click.ClickException(f"{name}: {error}") from error
+                failed.append(f"{name}: {error}")
+                console.log(f"{name} failed: {error}")
+                continue
             show(console, findings, entry["environment"])
             if directory is not None:
                 results.write(directory, {name: entry}, SCENARIOS)
+    if failed:
+        raise click.ClickException("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from benchmarks.parts import (
     until,
 )
 from benchmarks.scenario import Findings, Options, Promise, Sheet
-from benchmarks.subjects import pullpool
+from benchmarks.subjects import Place, pullpool
 from benchmarks.wire import Received, Wire
 from proxy.upstream.origin import TURN_SECONDS
 
@@ -224,7 +224,7 @@ def play(name: str, upstream: Registry, size: Size, directory: Path) -> Round:
     """One round from cold. Raises PartFailed."""
     with (
         tempfile.TemporaryDirectory(prefix=f"{name}-", dir=directory) as own,
-        pullpool(upstream.port, CAP, Path(own)) as front,
+        pullpool(Place(upstream.port, CAP, Path(own))) as front,
     ):
         request(upstream.control, "/_reset", method="POST")
         heavy = None

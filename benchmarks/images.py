@@ -14,6 +14,7 @@ from benchmarks.parts import PartFailed, request
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+PIECE = 1 << 20
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
@@ -49,7 +50,7 @@ class Image:
 def make_image(repository: str, *, layers: int, layer_size: int) -> Image:
     """An image of random layers of `layer_size` bytes each; the repository's name is the seed."""
     source = random.Random(repository)
-    bodies = [source.randbytes(layer_size) for _ in range(layers)]
+    bodies = [_noise(source, layer_size) for _ in range(layers)]
     config = json.dumps(
         {
             "architecture": "amd64",
@@ -66,6 +67,11 @@ def make_image(repository: str, *, layers: int, layer_size: int) -> Image:
     }
     blobs = {digest_of(blob): blob for blob in (config, *bodies)}
     return Image(repository, "v1", json.dumps(manifest).encode(), blobs)
+
+
+def _noise(source: random.Random, size: int) -> bytes:
+    # In pieces: randbytes() makes one number of all bits, and 2^31 of them are too many.
+    return b"".join(source.randbytes(min(PIECE, size - at)) for at in range(0, size, PIECE))
 
 
 def _descriptor(media_type: str, data: bytes) -> dict[str, str | int]:

@@ -44,6 +44,7 @@ class Plan:
     """A crowd: where it goes, what each client begins with, how long an answer may take (s).
 
     Each client asks for `each` things, one after another: its own, and those of the clients after.
+    `rate`: the bytes a second that each client's line carries.
     """
 
     host: str
@@ -52,6 +53,7 @@ class Plan:
     verify: bool
     patience: float = 300.0
     each: int = 1
+    rate: int | None = None
 
     def wants_of(self, number: int) -> list[Want]:
         """What client `number` asks for, in its order."""
@@ -87,10 +89,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All answers of a crowd, and what the clients themselves cost (CPU seconds)."""
+    """All answers of a crowd, what the clients themselves cost (CPU seconds), and when they were
+    let go, on the clock that all processes of this machine share (`time.monotonic`)."""
 
     answers: tuple[Answer, ...]
     cpu: float
+    epoch: float = 0.0
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -98,7 +102,8 @@ class Report:
     @classmethod
     def load(cls, text: str) -> Report:
         fields = json.loads(text)
-        return cls(tuple(Answer(**answer) for answer in fields["answers"]), fields["cpu"])
+        answers = tuple(Answer(**answer) for answer in fields["answers"])
+        return cls(answers, fields["cpu"], fields["epoch"])
 
 
 class Client:
@@ -158,7 +163,8 @@ class Client:
                     raise
             else:
                 return
-        fresh = await Wire.dial(self._plan.host, self._plan.port, self._source)
+        plan = self._plan
+        fresh = await Wire.dial(plan.host, plan.port, self._source, plan.rate)
         await self._use(fresh, want, received)
 
     async def _use(self, wire: Wire, want: Want, received: Received) -> None:
@@ -225,7 +231,7 @@ async def crowd(plan: Plan) -> Report:
         for client in clients:
             group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
-    return Report(answers, time.process_time() - before)
+    return Report(answers, time.process_time() - before, epoch)
 
 
 def main() -> None:

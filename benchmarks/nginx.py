@@ -8,35 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.parts import Part, running
+from benchmarks.setups import fill
 
-WORKERS = 2
-TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+WORKERS = 2  # as in setups/nginx.conf
 
 
 @contextlib.contextmanager
 def running_nginx(name: str, http: str, directory: Path) -> Iterator[Part]:
     """Runs nginx with the given contents of its http block until the block ends."""
     path = directory / f"{name}.conf"
-    path.write_text(_config(http, directory))
+    # Started by root, the workers would become a user who may not enter our private directory.
+    user = "user root;" if os.geteuid() == 0 else ""
+    path.write_text(fill("nginx.conf", user=user, directory=directory, http=http))
     command = ("nginx", "-c", str(path), "-e", str(directory / f"{name}.err"))
     with running(name, command, directory) as part:
         yield part
-
-
-def _config(http: str, directory: Path) -> str:
-    # Started by root, the workers would become a user who may not enter our private directory.
-    user = "user root;" if os.geteuid() == 0 else ""
-    temporary = "\n".join(f"{kind}_temp_path {directory}/{kind};" for kind in TEMPORARY)
-    return f"""
-{user}
-daemon off;
-worker_processes {WORKERS};
-worker_rlimit_nofile 16384;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.err error;
-events {{ worker_connections 4096; }}
-http {{
-{temporary}
-{http}
-}}
-"""

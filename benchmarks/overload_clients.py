@@ -30,8 +30,8 @@ _FIELD = re.compile(r'(\w+)="([^"]*)"')
 class LoginWire(Wire):
     """A connection that can show an Authorization header and remembers the last challenge."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, rate: int | None = None) -> None:
+        super().__init__(sock, rate)
         self.authorization = ""
         self.challenge = ""
 
@@ -128,7 +128,7 @@ async def crowd_with_login(plan: Plan, login: str) -> Report:
         for client in clients:
             group.create_task(client.run())
     answers = tuple(answer for client in clients for answer in client.answers)
-    return Report(answers, time.process_time() - before)
+    return Report(answers, time.process_time() - before, epoch)
 
 
 def unleash(plan: Plan, login: str) -> Report:

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,6 +32,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
 PRIMED_BYTES = 700 * MIB
+QUIET_LOOKS, QUIET_STEP = 3, 0.1  # seconds
+IDLE_CPU = 0.02  # CPU seconds in one step that a program may take that has nothing to do
 # States of /proc/net/tcp (include/net/tcp_states.h) in which our side still holds the socket:
 # established, being dialled, and closed by the other side only.
 OPEN_STATES = frozenset({b"01", b"02", b"08"})
@@ -89,6 +92,12 @@ class Part:
                 self.process.wait()
 
 
+def _import_path() -> dict[str, str]:
+    """Has `python -m` find the packages of this tree, unless PYTHONPATH names others before."""
+    path = filter(None, (os.environ.get("PYTHONPATH", ""), str(PROJECT)))
+    return {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+
+
 @contextlib.contextmanager
 def running(
     name: str,
@@ -105,8 +114,8 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            cwd=PROJECT,  # so that `python -m` finds the packages of this tree
+            env={**os.environ, **_import_path(), **(environment or {})},
+            cwd=PROJECT,
             start_new_session=True,
         )
     part = Part(name, process, output)
@@ -114,6 +123,36 @@ def running(
         yield part
     finally:
         part.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """PEM files of a certificate for 127.0.0.1 that nobody vouches for, and of its key."""
+
+    cert: Path
+    key: Path
+
+
+def make_certificate(directory: Path) -> Certificate:
+    """Makes one by openssl, of a kind that authorities give out. Raises PartFailed."""
+    made = Certificate(directory / "cert.pem", directory / "key.pem")
+    command = (
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+        *("-subj", "/CN=localhost", "-addext", f"subjectAltName=IP:{LOOPBACK}"),
+        *("-keyout", str(made.key), "-out", str(made.cert)),
+    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PartFailed(f"openssl made no certificate:\n{done.stderr}")
+    return made
+
+
+def trusting() -> ssl.SSLContext:
+    """A client's context that takes any certificate: what is measured here is on this machine."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +171,14 @@ def request(
     method: str = "GET",
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
+    tls: bool = False,
 ) -> Reply:
     """One HTTP exchange with 127.0.0.1:`port` on a connection of its own. Raises OSError."""
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=60)
+    connection = (
+        http.client.HTTPSConnection(LOOPBACK, port, timeout=60, context=trusting())
+        if tls
+        else http.client.HTTPConnection(LOOPBACK, port, timeout=60)
+    )
     try:
         connection.request(method, path, body=body, headers=dict(headers or {}))
         answer = connection.getresponse()
@@ -155,12 +199,14 @@ def until(condition: Callable[[], bool], what: str, *, patience: float = 60.0) -
         time.sleep(0.02)
 
 
-def await_http(part: Part, port: int, path: str, *, ready: Callable[[int], bool]) -> None:
+def await_http(
+    part: Part, port: int, path: str, *, ready: Callable[[int], bool], tls: bool = False
+) -> None:
     """Waits until `path` on `port` answers with a status that `ready` accepts."""
 
     def has_settled() -> bool:
         try:
-            return not part.is_running or ready(request(port, path).status)
+            return not part.is_running or ready(request(port, path, tls=tls).status)
         except OSError:
             return False
 
@@ -171,20 +217,61 @@ def await_http(part: Part, port: int, path: str, *, ready: Callable[[int], bool]
     part.check()
 
 
+def processes(pid: int) -> list[int]:
+    """A process and all its descendants; none when it is gone."""
+    found = [pid]
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:
+        return []
+    for thread in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in (thread / "children").read_text().split():
+                found += processes(int(child))
+    return found
+
+
 def resident_bytes(pid: int) -> int:
     """VmRSS of a process and all its descendants, in bytes (shared pages count once for each)."""
+    return sum(map(_resident, processes(pid)))
+
+
+def _resident(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except FileNotFoundError:
         return 0
     found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    total = int(found[1]) * 1024 if found else 0
-    for thread in threads:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            children = (thread / "children").read_text().split()
-            total += sum(resident_bytes(int(child)) for child in children)
-    return total
+    return int(found[1]) * 1024 if found else 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its descendants so far, those it has waited for included.
+
+    In ticks of the kernel, usually 10 ms, whose sum is the scheduler's own exact one.
+    """
+    return sum(map(_ticks, processes(pid))) / os.sysconf("SC_CLK_TCK")
+
+
+def settled(part: Part) -> float:
+    """Waits until a program does nothing any more; its CPU seconds by then. Raises PartFailed."""
+    before, quiet = cpu_seconds(part.pid), 0
+    while quiet < QUIET_LOOKS:
+        time.sleep(QUIET_STEP)
+        part.check()
+        now = cpu_seconds(part.pid)
+        quiet = quiet + 1 if now - before <= IDLE_CPU else 0
+        before = now
+    return before
+
+
+def _ticks(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    # The name, in brackets, may hold anything; utime, stime, cutime and cstime are fields 14 to 17.
+    return sum(map(int, stat.rpartition(")")[2].split()[11:15]))
 
 
 def open_sockets(table: bytes, port: int) -> int:
@@ -236,8 +323,9 @@ def prime_pages(directory: Path, size: int = PRIMED_BYTES) -> None:
     times the price of the write. Done before every round, so that nobody's round pays it.
     """
     chunk = os.urandom(MIB) * 4
-    path = directory / "primer"
-    with path.open("wb", buffering=0) as file:
+    path = directory / f"primer-{time.monotonic_ns()}"  # truncating an old one takes time, too
+    with path.open("xb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
         for _ in range(size // len(chunk)):
             file.write(chunk)
     path.unlink()
@@ -282,6 +370,8 @@ def environment() -> dict[str, str]:
     """What a figure needs beside it to mean anything: machine, versions, date, load before."""
     nginx = _first_line(["nginx", "-v"])
     registry = _first_line(["docker-registry", "--version"])
+    varnish = _first_line(["varnishd", "-V"])
+    containerd = _first_line(["containerd", "--version"]).removeprefix("containerd ")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": f"{os.cpu_count()} {TIMES} {_processor()}",
@@ -292,5 +382,8 @@ def environment() -> dict[str, str]:
         "uvloop": _package("uvloop"),
         "nginx": nginx.rpartition("/")[2],
         "docker-registry": registry.split()[-1],
+        "varnish": varnish.removeprefix("varnishd (varnish-").partition(" ")[0],
+        "containerd": containerd.partition(" ")[2].partition(" ")[0] or "-",
+        "wrk": _first_line(["wrk", "-v"]).removeprefix("wrk ").partition(" ")[0],
         "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
     }

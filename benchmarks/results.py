@@ -1,4 +1,4 @@
-"""The results of the last runs as one JSON document, and as the page that people read.
+"""The results of the last runs as one JSON document, and as the page that people read, with charts.
 
 A run replaces the scenarios that it played and keeps the others, each with the machine, the
 versions and the day of its own run.
@@ -12,21 +12,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.charts import Bar, Chart, draw
 from benchmarks.scenario import Findings
 
-DOCUMENT, PAGE = "results.json", "results.md"
+DOCUMENT, PAGE, CHARTS = "results.json", "results.md", "results"
 
 _HEAD = """\
 # Results
 
 Measured by `python -m benchmarks`, which starts every part itself on one machine, prints these
-tables and writes this page and [results.json](results.json), where every round's figures are.
-`python -m benchmarks SCENARIO… --rounds N` (of {names}) plays some alone and leaves the others.
+tables and writes this page, its charts and [results.json](results.json), where every round's
+figures are. `python -m benchmarks SCENARIO… --rounds N` (of {names}) plays some alone and leaves
+the others.
 
 Counts of what must not happen are from the worst round, times are medians. Clients, rivals,
 upstream and pullpool share the cores of one machine. What else kept it busy is told in the table
 below each scenario (*meanwhile*): with more than a tenth of a core of other work times are slower
-for everybody and mean little; counts hold all the same.
+for everybody and mean little; counts hold all the same. A ratio to a rival is the median of the
+rounds' own ratios, since neighbours in a round share the machine's slow minutes. In a chart the
+thin line leads from the least to the most of the rounds.
 """
 
 
@@ -51,6 +55,20 @@ def write(directory: Path, played: Mapping[str, Any], order: Iterable[str]) -> N
     directory.mkdir(parents=True, exist_ok=True)
     (directory / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
     (directory / PAGE).write_text(render(document))
+    for name, picture in charts(document).items():
+        (directory / CHARTS).mkdir(exist_ok=True)
+        (directory / CHARTS / name).write_text(picture)
+
+
+def charts(document: Mapping[str, Any]) -> dict[str, str]:
+    """The pictures of the page, by the file's name."""
+    found = [read_chart(each) for played in document.values() for each in played.get("charts", ())]
+    return {f"{chart.name}.svg": draw(chart) for chart in found}
+
+
+def read_chart(fields: Mapping[str, Any]) -> Chart:
+    """A chart as the document has it."""
+    return Chart(**{**fields, "bars": tuple(Bar(**bar) for bar in fields["bars"])})
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -59,6 +77,7 @@ def render(document: Mapping[str, Any]) -> str:
     for name, scenario in document.items():
         parts.append(f"## {name}\n\n{scenario['about'].strip()}\n")
         parts += [_sheet(sheet) for sheet in scenario["sheets"]]
+        parts += [_chart(chart) for chart in scenario.get("charts", ())]
         if scenario["promises"]:
             parts.append(_promises(scenario["promises"]))
         parts.append(f"Measured by `{scenario['command']}`:\n")
@@ -71,6 +90,10 @@ def render(document: Mapping[str, Any]) -> str:
 def _sheet(sheet: Mapping[str, Any]) -> str:
     caption = f"\n{sheet['caption']}\n" if sheet["caption"] else ""
     return f"**{sheet['title']}**\n\n{_table(sheet['columns'], sheet['rows'])}{caption}"
+
+
+def _chart(chart: Mapping[str, Any]) -> str:
+    return f"![{_cell(chart['title'])}]({CHARTS}/{chart['name']}.svg)\n"
 
 
 def _promises(promises: Iterable[Mapping[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from benchmarks.parts import (
     prime_pages,
     resident_bytes,
 )
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Place, Subject
 from benchmarks.upstreams import Tally, Upstream
 
 TIMED_LOOKS = 0.25  # seconds between two looks at the kernel's sockets; a look costs 5 ms of a core
@@ -108,7 +108,7 @@ def play(subject: Subject, crowd: Crowd, directory: Path, *, verify: bool, prime
     upstream = crowd.upstream
     with (
         tempfile.TemporaryDirectory(prefix=f"{subject.name}-", dir=directory) as own,
-        subject.start(upstream.port, crowd.cap, Path(own)) as front,
+        subject.start(Place(upstream.port, crowd.cap, Path(own))) as front,
     ):
         upstream.settle()
         upstream.begin()

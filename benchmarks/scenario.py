@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from benchmarks.charts import Chart
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -63,7 +65,8 @@ class Findings:
     """What a scenario found.
 
     `about`: what is measured and how, in Markdown. `configurations`: how each part was set up, as
-    it was started, by the part's name. `figures`: everything in plain JSON types.
+    it was started, by the part's name. `figures`: everything in plain JSON types. `charts`: what
+    the page shows as pictures.
     """
 
     about: str
@@ -71,3 +74,4 @@ class Findings:
     promises: tuple[Promise, ...]
     configurations: Mapping[str, str] = field(default_factory=dict)
     figures: object = None
+    charts: tuple[Chart, ...] = ()

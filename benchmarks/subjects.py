@@ -1,6 +1,7 @@
-"""What stands between the crowd and the registry: nothing, two rivals at their best, pullpool.
+"""What stands between the clients and the registry: nothing, three rivals at their best, pullpool.
 
-Each starts cold in an empty directory and is ready when its block begins.
+Each starts cold in an empty directory and is ready when its block begins. How each is set up is in
+`setups/`.
 """
 
 from __future__ import annotations
@@ -10,35 +11,61 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.nginx import WORKERS, running_nginx
-from benchmarks.parts import LOOPBACK, Part, PartFailed, await_http, free_port, running, shown
-from benchmarks.scenario import Options
+from benchmarks.parts import (
+    LOOPBACK,
+    Certificate,
+    Part,
+    PartFailed,
+    await_http,
+    free_port,
+    running,
+    shown,
+)
+from benchmarks.scenario import Options, Sheet
+from benchmarks.setups import fill
 from benchmarks.upstreams import registry_config
 
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """Where the crowd goes, and the program there (None when it is the upstream itself).
+    """Where the clients go, and the program there (None when it is the upstream itself).
 
-    `configuration` is how the program was set up, in its own words.
+    `configuration` is how the program was set up, in its own words; `admin` the port on which it
+    tells of itself, where it does.
     """
 
     port: int
     part: Part | None
     configuration: str = ""
+    admin: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a subject runs: before which upstream (its port), with how many connections to it
+    where that can be said, and in which directory. With a certificate it speaks TLS."""
+
+    upstream: int
+    cap: int
+    directory: Path
+    certificate: Certificate | None = None
+    access_log: bool = False
+    cache_size: str = "20GiB"
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One row of the table; `start(upstream's port, cap, directory)` runs it."""
+    """One row of the table; `start(place)` runs it."""
 
     name: str
     title: str
     program: str  # what must be installed; "" for nothing
-    start: Callable[[int, int, Path], AbstractContextManager[Front]]
+    start: Callable[[Place], AbstractContextManager[Front]]
+    speaks_tls: bool = True
 
     @property
     def is_installed(self) -> bool:
@@ -46,81 +73,94 @@ class Subject:
 
 
 @contextlib.contextmanager
-def nothing(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+def nothing(place: Place) -> Iterator[Front]:
     """The crowd meets the registry itself."""
-    yield Front(upstream, None)
+    yield Front(place.upstream, None)
 
 
 @contextlib.contextmanager
-def registry_proxy(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
+def registry_proxy(place: Place) -> Iterator[Front]:
     """docker-registry as a pull-through cache; it has no limit to set."""
-    port = free_port()
+    port, directory, files = free_port(), place.directory, place.certificate
     config = directory / "proxy.yml"
-    url = f"http://{LOOPBACK}:{upstream}"
-    text = registry_config(port, directory / "cache", proxied=url)
+    text = registry_config(
+        port,
+        directory / "cache",
+        proxied=f"http://{LOOPBACK}:{place.upstream}",
+        tls=f"  tls:\n    certificate: {files.cert}\n    key: {files.key}" if files else "",
+        access_log=place.access_log,
+    )
     config.write_text(text)
     with running("registry-proxy", ("docker-registry", "serve", str(config)), directory) as part:
-        await_http(part, port, "/v2/", ready=lambda status: status == 200)
+        tls = files is not None
+        await_http(part, port, "/v2/", ready=lambda status: status == 200, tls=tls)
         yield Front(port, part, shown(text, directory))
 
 
 @contextlib.contextmanager
-def nginx_cache(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
-    """nginx as a cache with its lock tuned: one fetch per key, however long it takes.
-
-    Its idle connections stay within the cap (the keepalive pool is per worker). `max_conns` would
-    turn the upstream's 401 into nginx's own 502: the free edition has no queue.
-    """
+def nginx_cache(place: Place) -> Iterator[Front]:
+    """nginx as a cache with its lock tuned."""
     port, status_port = free_port(), free_port()
-    http = f"""
-sendfile on;
-tcp_nopush on;
-access_log off;
-keepalive_requests 100000;
-proxy_cache_path {directory}/cache levels=1:2 keys_zone=blobs:16m max_size=20g inactive=7d
-                 use_temp_path=off;
-upstream registry {{ server {LOOPBACK}:{upstream}; keepalive {max(1, cap // WORKERS)}; }}
-server {{
-    listen {LOOPBACK}:{port} backlog=2048 reuseport;
-    location / {{
-        proxy_pass http://registry;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";
-        proxy_buffer_size 64k;
-        proxy_buffers 8 512k;
-        proxy_busy_buffers_size 1m;
-        proxy_cache blobs;
-        proxy_cache_key $uri;
-        proxy_cache_valid 200 7d;
-        proxy_cache_lock on;
-        proxy_cache_lock_timeout 1h;
-        proxy_cache_lock_age 1h;
-        proxy_read_timeout 1h;
-    }}
-}}
-server {{
-    listen {LOOPBACK}:{status_port};
-    location / {{ stub_status; }}
-}}
-"""
+    directory, files = place.directory, place.certificate
+    certificate = f"ssl_certificate {files.cert}; ssl_certificate_key {files.key};" if files else ""
+    log = f"{directory}/access.log combined buffer=64k flush=1s" if place.access_log else "off"
+    http = fill(
+        "nginx-cache.conf",
+        port=port,
+        status=status_port,
+        upstream=place.upstream,
+        keepalive=max(1, place.cap // WORKERS),
+        directory=directory,
+        access_log=log,
+        tls="ssl" if files else "",
+        certificate=certificate,
+    )
     with running_nginx("nginx-cache", http, directory) as part:
         await_http(part, status_port, "/", ready=lambda status: status == 200)
         yield Front(port, part, shown(http, directory))
 
 
 @contextlib.contextmanager
-def pullpool(upstream: int, cap: int, directory: Path) -> Iterator[Front]:
-    """The product, told the cap and otherwise as it comes."""
-    port, admin = free_port(), free_port()
+def varnish(place: Place) -> Iterator[Front]:
+    """varnish with its cache in memory; it speaks no TLS and has no limit that makes one wait."""
+    port, directory = free_port(), place.directory
+    vcl = directory / "varnish.vcl"
+    text = fill("varnish.vcl", upstream=place.upstream)
+    vcl.write_text(text)
     command = (
-        *(sys.executable, "-m", "proxy", "serve", f"http://{LOOPBACK}:{upstream}"),
-        *("--listen", f"{LOOPBACK}:{port}", "--admin", f"{LOOPBACK}:{admin}"),
-        *("--cache-dir", str(directory / "cache"), "--cache-size", "20GiB"),
-        *("--max-connections", str(cap)),
+        *("varnishd", "-F", "-j", "none", "-n", f"{directory}/varnish", "-f", str(vcl)),
+        *("-a", f"{LOOPBACK}:{port}", "-s", "malloc,4g"),
+        *("-p", "thread_pool_min=100", "-p", "thread_pool_max=2000", "-p", "listen_depth=4096"),
+        *("-p", "fetch_chunksize=1m", "-p", "timeout_idle=3600"),
     )
+    with running("varnish", command, directory) as part:
+        await_http(part, port, "/__ready", ready=lambda status: status == 200)
+        yield Front(port, part, shown(" ".join(command) + "\n\n" + text, directory))
+
+
+@contextlib.contextmanager
+def pullpool(place: Place) -> Iterator[Front]:
+    """The product, told the cap, where to log what, and otherwise as it comes."""
+    port, admin = free_port(), free_port()
+    directory, files = place.directory, place.certificate
+    tls = f'[tls]\ncert_file = "{files.cert}"\nkey_file = "{files.key}"\n' if files else ""
+    text = fill(
+        "pullpool.toml",
+        port=port,
+        admin=admin,
+        log="" if place.access_log else 'log_level = "warning"',
+        tls=tls,
+        directory=directory,
+        size=place.cache_size,
+        upstream=place.upstream,
+        cap=place.cap,
+    )
+    config = directory / "pullpool.toml"
+    config.write_text(text)
+    command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
     with running("pullpool", command, directory) as part:
         await_http(part, admin, "/readyz", ready=lambda status: status == 200)
-        yield Front(port, part, shown(" ".join(command), directory))
+        yield Front(port, part, shown(text, directory), admin)
 
 
 def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:
@@ -138,9 +178,17 @@ def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:
     return installed
 
 
-SUBJECTS = (
-    Subject("nothing", "nothing", "", nothing),
-    Subject("registry", "docker-registry proxy", "docker-registry", registry_proxy),
-    Subject("nginx", "nginx proxy_cache_lock, tuned", "nginx", nginx_cache),
-    Subject("pullpool", "pullpool", "", pullpool),
-)
+def with_absent(sheet: Sheet, subjects: Sequence[Subject], options: Options) -> Sheet:
+    """The same table, which also says who was asked for and is not installed."""
+    asked = [each for each in subjects if not options.only or each.name in options.only]
+    absent = [f"{each.title} is not installed" for each in asked if not each.is_installed]
+    return replace(sheet, caption="; ".join(filter(None, (sheet.caption, *absent))))
+
+
+NOTHING = Subject("nothing", "nothing", "", nothing)
+REGISTRY = Subject("registry", "docker-registry proxy", "docker-registry", registry_proxy)
+NGINX = Subject("nginx", "nginx proxy_cache, tuned", "nginx", nginx_cache)
+VARNISH = Subject("varnish", "varnish", "varnishd", varnish, speaks_tls=False)
+PULLPOOL = Subject("pullpool", "pullpool", "", pullpool)
+CACHES = (REGISTRY, NGINX, VARNISH, PULLPOOL)
+SUBJECTS = (NOTHING, *CACHES)

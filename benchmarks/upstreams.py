@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 from benchmarks.images import MANIFEST_TYPE, Image, digest_of, push
 from benchmarks.load import Want
 from benchmarks.nginx import running_nginx
-from benchmarks.parts import LOOPBACK, Part, await_http, free_port, request, running, shown, until
+from benchmarks.parts import Part, await_http, free_port, request, running, shown, until
+from benchmarks.setups import fill
 
 QUIET_LOOKS = 5
 QUIET_STEP = 0.05  # seconds
@@ -106,7 +107,15 @@ def limited_registry(
             push(backend, image)
         port, status_port = free_port(), free_port()
         log = directory / "access.log"
-        http = _limiting(backend, port, status_port, log, limit=limit, rate=rate)
+        http = fill(
+            "nginx-limit.conf",
+            backend=backend,
+            port=port,
+            status=status_port,
+            directory=directory,
+            limit=limit,
+            rate=rate,
+        )
         with running_nginx("limit", http, directory) as part:
             await_http(part, status_port, "/", ready=lambda status: status == 200)
             yield LimitedRegistry(port, status_port, log, shown(http, directory))
@@ -123,60 +132,16 @@ def _registry(directory: Path) -> Iterator[int]:
         yield port
 
 
-def registry_config(port: int, root: Path, *, proxied: str = "") -> str:
-    """docker-registry's configuration, quiet; with `proxied` (a URL) a pull-through cache."""
-    proxy = f"proxy:\n  remoteurl: {proxied}\n" if proxied else ""
-    return f"""version: 0.1
-log:
-  level: error
-  accesslog:
-    disabled: true
-storage:
-  cache:
-    blobdescriptor: inmemory
-  filesystem:
-    rootdirectory: {root}
-http:
-  addr: {LOOPBACK}:{port}
-{proxy}"""
-
-
-def _limiting(
-    backend: int, port: int, status_port: int, log: Path, *, limit: int, rate: int
+def registry_config(
+    port: int, root: Path, *, proxied: str = "", tls: str = "", access_log: bool = False
 ) -> str:
-    # limit_rate pauses after each write for as long as its bytes should have taken, in whole
-    # milliseconds: with small buffers that is no pause at all.
-    return f"""
-log_format tally '$status $body_bytes_sent';
-sendfile on;
-keepalive_requests 100000;
-limit_conn_zone $server_port zone=all:1m;
-limit_conn_log_level info;
-upstream backend {{ server {LOOPBACK}:{backend}; keepalive 16; }}
-server {{
-    listen {LOOPBACK}:{port} backlog=2048;
-    access_log {log} tally;
-    limit_conn all {limit};
-    limit_conn_status 401;
-    limit_rate {rate};
-    location / {{
-        proxy_pass http://backend;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";
-        proxy_set_header Host $http_host;
-        proxy_buffering on;
-        proxy_buffer_size 64k;
-        proxy_buffers 8 512k;
-        proxy_busy_buffers_size 1m;
-        proxy_max_temp_file_size 0;
-    }}
-}}
-server {{
-    listen {LOOPBACK}:{status_port};
-    access_log off;
-    location / {{ stub_status; }}
-}}
-"""
+    """docker-registry's configuration; with `proxied` (a URL) a pull-through cache.
+
+    `tls` is the part of its http section that names certificate and key.
+    """
+    proxy = f"proxy:\n  remoteurl: {proxied}" if proxied else ""
+    quiet = "false" if access_log else "true"
+    return fill("registry.yml", port=port, root=root, proxy=proxy, tls=tls, quiet=quiet)
 
 
 @dataclass(slots=True)

@@ -14,9 +14,12 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 SCRATCH = bytearray(1 << 20)  # MSG_TRUNC wants a buffer although it writes nothing into it
 READ_SIZE = 1 << 18
+PACE_STEP = 0.02  # seconds between two looks of a client with a rate
+PACE_BURST = 0.05  # seconds' worth of bytes that it may catch up at most
 ACCEPT = ", ".join(
     (
         "application/vnd.oci.image.manifest.v1+json",
@@ -90,15 +93,16 @@ class Received:
 
 
 class Wire:
-    """One connection, one request at a time."""
+    """One connection, one request at a time; with a rate it takes only so many bytes a second."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, rate: int | None = None) -> None:
         self._sock = sock
+        self._rate = rate
         self._loop = asyncio.get_running_loop()
         self._rest = b""
 
     @classmethod
-    async def dial(cls, host: str, port: int, source: str) -> Wire:
+    async def dial(cls, host: str, port: int, source: str, rate: int | None = None) -> Self:
         """Connects from the address `source`. Raises OSError."""
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -108,7 +112,7 @@ class Wire:
         except BaseException:
             sock.close()
             raise
-        return cls(sock)
+        return cls(sock, rate)
 
     def close(self) -> None:
         self._sock.close()
@@ -164,6 +168,9 @@ class Wire:
         early, self._rest = self._rest[:count], self._rest[count:]
         received.feed(early)
         left = count - len(early)
+        if left and self._rate is not None:
+            await self._paced(left, self._rate, received)
+            return
         if left and not received.is_looked_at:
             await self._drop(left, received)
             return
@@ -173,6 +180,29 @@ class Wire:
                 raise ShortAnswer(f"closed {left} bytes early")
             received.feed(data)
             left -= len(data)
+
+    async def _paced(self, count: int, rate: int, received: Received) -> None:
+        """Takes `count` bytes at a rate; what it did not take in time it may not catch up."""
+        flags = 0 if received.is_looked_at else socket.MSG_TRUNC
+        left, allowed, before = count, 0.0, time.monotonic()
+        while left:
+            now = time.monotonic()
+            allowed = min(allowed + (now - before) * rate, rate * PACE_BURST)
+            before = now
+            try:
+                room = min(left, int(allowed), len(SCRATCH))
+                got = self._sock.recv_into(SCRATCH, room, flags) if room else 0
+            except (BlockingIOError, InterruptedError):
+                room = got = 0
+            if room and not got:
+                raise ShortAnswer(f"closed {left} bytes early")
+            if got and flags:
+                received.skip(got)
+            elif got:
+                received.feed(bytes(SCRATCH[:got]))
+            left, allowed = left - got, allowed - got
+            if left:
+                await asyncio.sleep(PACE_STEP)
 
     async def _drop(self, count: int, received: Received) -> None:
         """Has the kernel discard `count` bytes: one callback for each wake-up, no task switch."""

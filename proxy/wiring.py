@@ -245,6 +245,7 @@ class _Parts:
             tls=tls,
             proxy_tls=proxy_tls,
             egress=self._egress,
+            fast_receive=self._settings.fast_receive,
         )
 
     def _authenticator(self, url: str) -> Authenticator:

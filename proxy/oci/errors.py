@@ -315,6 +315,8 @@ class UpstreamUnavailable(UpstreamError):
 class UpstreamUnreachable(UpstreamUnavailable):
     """There was no connection: refused, name not resolved, TLS failure."""
 
+    reason = "upstream_unreachable"
+
 
 class UpstreamDown(UpstreamUnavailable):
     """The upstream is known to be down, so it was not asked. 503: Retry-After belongs to it.

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, SizeMismatch, UpstreamError, UpstreamUnavailable
 from proxy.pull.intake import Intake
 from proxy.pull.progress import Progress
-from proxy.pull.pump import Pump
+from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd, Piece
 from proxy.pull.segments import Segment
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
@@ -47,8 +47,6 @@ from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 WINDOW_BYTES = 16 << 20
 #: The least that a segment brings, and of which a request is worth its while (D9).
 SEGMENT_BYTES = 4 << 20
-#: Bytes that a segment receives ahead of the disk: all of them together as many as the lead.
-SEGMENT_PENDING = 512 << 10
 #: What nobody waits for yet is written in batches of so many bytes, or what comes in a while (in
 #: seconds): each write is a hop to a thread.
 GATHER_BYTES = 256 << 10
@@ -254,7 +252,7 @@ class Fill:
                 on_begun()
                 self.progress.tell()
             await self._spread.begun(source, segment, body, length)
-            whole = await self._carry(segment, body, self.intake.max_pending)
+            whole = await self._carry(segment, body)
             body.learn()
         if whole and self.size is None and self._is_end(source):
             self._settle_size(self.received)
@@ -266,14 +264,12 @@ class Fill:
         return self._spread.first_length(source, segment.at, size)
 
     async def _carry_segment(self, segment: Segment, body: TurnBody) -> bool:
-        return await self._carry(segment, body, SEGMENT_PENDING, leads=False)
+        return await self._carry(segment, body, leads=False)
 
-    async def _carry(
-        self, segment: Segment, body: TurnBody, max_pending: int, *, leads: bool = True
-    ) -> bool:
+    async def _carry(self, segment: Segment, body: TurnBody, *, leads: bool = True) -> bool:
         """Take in the turn's bytes; true when its body came to its end."""
 
-        async def take(chunks: list[bytes]) -> None:
+        async def take(chunks: list[Chunk]) -> None:
             count = sum(map(len, chunks))
             total = segment.at + count
             if self.size is not None and total > self.size:
@@ -291,8 +287,7 @@ class Fill:
             if segment.at > self.received and count < GATHER_BYTES:
                 await asyncio.sleep(self._settings.gather)
 
-        pump = Pump(take, max_pending)
-        return await pump.run(body, lambda: self.intake.is_stuck or body.is_overdue)
+        return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()

@@ -29,8 +29,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from proxy.oci.digest import Digest, Verifier
-from proxy.pull.pump import MAX_PENDING
+from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.pull.reader import Crowd, FileSpan, Piece
 from proxy.pull.window import Window, WindowBudget
 from proxy.store.blobs import FileLease, Staging, StoreFull
@@ -130,7 +129,7 @@ class Intake:
         self._on_full(error)
         self.window = Window(self.received, self._windows.take())
 
-    async def take(self, chunks: Sequence[bytes], *, wait: bool) -> None:
+    async def take(self, chunks: Sequence[Chunk], *, wait: bool) -> None:
         """Take in the next bytes. With ``wait`` the turn had better not be cut, and the readers are
         waited for here; else what they leave no room for is left over. Raises ``StoreFailed``."""
         if self.window is None and self._staging is not None:
@@ -139,15 +138,16 @@ class Intake:
                 return
             except StoreFull as error:
                 self._open_window(error)
-        await asyncio.to_thread(self._hash, chunks)
-        self._backlog.extend(memoryview(chunk) for chunk in chunks)
+        # The chunks are borrowed: the thread is done with them when this ends, and none is kept.
+        await finish(asyncio.get_running_loop().run_in_executor(None, self._hash, chunks))
+        self._backlog.extend(memoryview(bytes(chunk)) for chunk in chunks)
         self._shift()
         while wait and self._backlog and self._crowd.can_go_on():
             if not await self._readers_move(self._patience):
                 return
             self._shift()
 
-    async def put(self, position: int, chunks: Sequence[bytes]) -> None:
+    async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
         """Write bytes into the file, where nobody else does. Raises ``StoreFull`` when they have no
         place there, and ``StoreFailed``."""
         if self.window is not None or self._staging is None:
@@ -167,14 +167,9 @@ class Intake:
         if self._staging is not None:
             self._staging.forget_ahead()
 
-    def _hash(self, chunks: Sequence[bytes]) -> None:
+    def _hash(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             self.verifier.update(chunk)
-
-    @property
-    def max_pending(self) -> int:
-        """Bytes that may come in ahead of being taken: a window has no use for many."""
-        return MAX_PENDING if self.window is None else self.window.capacity // 2
 
     @property
     def is_stuck(self) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import (
     NotFound,
     Overloaded,
@@ -69,6 +69,7 @@ class TurnBody(Protocol):
 
     ``is_part``: it is the range that was asked for, not a whole body that was skipped into.
     ``is_overdue``: somebody waits for the slot, and the next turn can go on where this one is cut.
+    What is borrowed is good until the next call, or the end of the turn; what is read, for ever.
     """
 
     @property
@@ -79,6 +80,8 @@ class TurnBody(Protocol):
 
     @property
     def is_overdue(self) -> bool: ...
+
+    async def borrow(self) -> Chunk: ...
 
     async def read(self) -> bytes: ...
 

@@ -111,6 +111,10 @@ class Upstream(Section):
         default=30.0,
         description="How long an answer may be slower than stall_rate; at least 1s.",
     )
+    fast_receive: bool = Field(
+        default=True,
+        description="Receive large blobs from the socket into reused memory (off: by aiohttp).",
+    )
     proxy: Annotated[EgressUrl | None, Shown("URL", "as the environment says")] = Field(
         default=None,
         description="HTTP proxy on the way to it: 'http://user:password@proxy.example.com:3128'.",

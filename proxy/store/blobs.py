@@ -41,7 +41,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, TypeVar
 
-from proxy.oci.digest import Digest, Verifier
+from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
 from proxy.store.work import finish
 
@@ -253,7 +253,7 @@ class Staging:
         """Whether the file is still this fill's own: neither stored nor dropped."""
         return self._state in (_State.FILLING, _State.BROKEN)
 
-    async def append(self, chunks: Sequence[bytes]) -> None:
+    async def append(self, chunks: Sequence[Chunk]) -> None:
         """Write and hash the next bytes.
 
         Raises StoreFull when they cannot be written; then none of them counts and the mark is
@@ -265,7 +265,7 @@ class Staging:
             await self._shelf.make_room(self, self.mark + count)
             await self._written(lambda: self._write(chunks, count), count)
 
-    async def put(self, position: int, chunks: Sequence[bytes]) -> None:
+    async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
         """Write bytes beyond the mark; they count when `advance` gets there.
 
         Raises StoreFull when they cannot be written. Cancelled, they may be there or not.
@@ -318,7 +318,7 @@ class Staging:
             self._shelf.failed("write", error)
             raise StoreFull(f"cannot write: {error.strerror}") from error
 
-    def _write(self, chunks: Sequence[bytes], count: int) -> None:
+    def _write(self, chunks: Sequence[Chunk], count: int) -> None:
         # In a thread. The hash and the mark move only when every byte is in the file.
         write_at(self._disk.write, self.file.writer, chunks, self.mark)
         for chunk in chunks:
@@ -391,7 +391,7 @@ class Staging:
 def write_at(
     write: Callable[[int, Sequence[memoryview], int], int],
     fd: int,
-    chunks: Sequence[bytes],
+    chunks: Sequence[Chunk],
     offset: int,
 ) -> None:
     """Write all chunks from `offset` on, however little the kernel takes at a time."""

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator
 
 from yarl import URL
 
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
@@ -53,12 +53,13 @@ class Body:
         self._began = reply.origin.clock()
         self._received = 0
 
-    async def read(self) -> bytes:
-        """The next bytes as they come; ``b""`` at the end of the turn's range.
+    async def borrow(self) -> Chunk:
+        """The next bytes as they come; ``b""`` at the end of the turn's range. They are good until
+        the next call, or the end of the turn.
 
         Raises ``UpstreamError``, also when the upstream sends more than it announced.
         """
-        while data := await self._reply.read():
+        while data := await self._reply.borrow():
             self._received += len(data)
             skipped = min(self._skip, len(data))
             self._skip -= skipped
@@ -66,7 +67,11 @@ class Body:
                 return self._counted(data[skipped:])
         return b""
 
-    def _counted(self, data: bytes) -> bytes:
+    async def read(self) -> bytes:
+        """The same, to keep."""
+        return bytes(await self.borrow())
+
+    def _counted(self, data: Chunk) -> Chunk:
         if self._left is not None:
             self._left -= len(data)
             if self._left < 0:

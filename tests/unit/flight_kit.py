@@ -120,6 +120,9 @@ class ScriptedBody:
         self._turn.at_end = True
         return b""
 
+    async def borrow(self) -> bytes:
+        return await self.read()
+
     async def _receive(self) -> bytes:
         breaks = self._act.breaks
         left = self._stop - self._at if breaks is None else breaks - self._turn.sent

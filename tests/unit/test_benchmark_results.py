@@ -17,7 +17,7 @@ from benchmarks.overload import FAST, Round, promises
 from benchmarks.parts import PROJECT, PartFailed, shown
 from benchmarks.results import entry, read_document, render, write
 from benchmarks.scenario import Findings, Options, Promise, Sheet
-from benchmarks.subjects import Subject, chosen, nothing
+from benchmarks.subjects import Subject, chosen, nothing, with_absent
 
 SHEET = Sheet("a crowd", ("in front", "served"), (("nothing", "1 of 2"), ("a|b", "2 of 2")), "note")
 MACHINE = {"date": "today", "meanwhile": "0.0 of 2 cores busy with other work"}
@@ -99,6 +99,20 @@ def test_an_unknown_scenario_is_named() -> None:
     ended = CliRunner().invoke(main, ["nonsense"])
     assert ended.exit_code == 2
     assert "nonsense" in ended.output
+
+
+def test_a_scenario_that_fails_does_not_keep_the_others_from_playing() -> None:
+    ended = CliRunner().invoke(main, ["herd", "overload", "--fast", "--only=nobody"])
+    assert ended.exit_code == 1
+    assert "herd: none of nothing, registry, nginx, varnish, pullpool" in ended.output
+    assert "overload: none of nothing, registry, pullpool" in ended.output
+
+
+def test_a_table_says_who_is_not_installed() -> None:
+    here, missing = Subject("a", "A", "", nothing), Subject("b", "B", "no-such-program", nothing)
+    sheet = with_absent(SHEET, [here, missing], Options())
+    assert sheet.caption == "note; B is not installed"
+    assert with_absent(SHEET, [here, missing], Options(only=frozenset("a"))) == SHEET
 
 
 def test_subjects_are_those_asked_for_and_installed() -> None:

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import UpstreamStalled
-from proxy.pull.pump import Pump
+from proxy.pull.pump import pump
 from proxy.pull.sources import TRIES
 from proxy.testing import FakeClock, FakeRegistry, Fault, Stall
 from proxy.upstream.blob import BlobSource
@@ -115,11 +116,18 @@ async def stand_still(clock: FakeClock, is_over: Callable[[], bool]) -> None:
 # -- a turn ------------------------------------------------------------------------------------
 
 
+both_paths = pytest.mark.parametrize("fast", [True, False], ids=["fast", "aiohttp"])
+
+
 @contextlib.asynccontextmanager
 async def puller(
-    registry: FakeRegistry, clock: FakeClock, *, throttle: Throttle | None = None
+    registry: FakeRegistry,
+    clock: FakeClock,
+    *,
+    throttle: Throttle | None = None,
+    fast: bool = True,
 ) -> AsyncIterator[Puller]:
-    settings = OriginSettings(tls=tls().client, stall=QUICK)
+    settings = OriginSettings(tls=tls().client, stall=QUICK, fast_receive=fast)
     async with Puller(registry, cap=1, settings=settings, clock=clock, throttle=throttle) as one:
         yield one
 
@@ -135,11 +143,17 @@ async def read_all(origin: Origin, url: URL) -> bytes:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_a_stalled_body_ends_its_socket_and_the_slot_goes_on(loop: str, secure: bool) -> None:
+@both_paths
+def test_a_stalled_body_ends_its_socket_and_the_slot_goes_on(
+    loop: str, secure: bool, fast: bool
+) -> None:
     async def main() -> None:
         clock = FakeClock()
         server = tls().server if secure else None
-        async with FakeRegistry(ssl_context=server) as registry, puller(registry, clock) as one:
+        async with (
+            FakeRegistry(ssl_context=server) as registry,
+            puller(registry, clock, fast=fast) as one,
+        ):
             digest = registry.put_blob(NAME, noise(MIB))
             url = URL(registry.url + blob_path(digest))
             registry.script(Fault(Stall(after=300 * KIB)))
@@ -157,7 +171,8 @@ def test_a_stalled_body_ends_its_socket_and_the_slot_goes_on(loop: str, secure: 
     run_on(loop, main())
 
 
-async def test_a_body_is_not_given_up_while_the_clock_says_that_there_is_time() -> None:
+@both_paths
+async def test_a_body_is_not_given_up_while_the_clock_says_that_there_is_time(fast: bool) -> None:
     """The loop's timer fires again and again; the verdict is the injected clock's."""
     clock, looks = FakeClock(), 0
 
@@ -166,10 +181,10 @@ async def test_a_body_is_not_given_up_while_the_clock_says_that_there_is_time() 
         looks += 1
         return clock()
 
-    async with FakeRegistry() as registry, puller(registry, clock) as one:
+    async with FakeRegistry() as registry, puller(registry, clock, fast=fast) as one:
         one.origin.clock = counting
         digest = registry.put_blob(NAME, noise(MIB))
-        registry.script(Fault(Stall(after=10)))
+        registry.script(Fault(Stall(after=300 * KIB)))
         url = URL(registry.url + blob_path(digest))
         reading = asyncio.create_task(read_all(one.origin, url))
         await registry.stalls.arrived()
@@ -179,22 +194,23 @@ async def test_a_body_is_not_given_up_while_the_clock_says_that_there_is_time() 
         assert await reading == noise(MIB)
 
 
-async def test_a_disk_that_is_slow_for_days_is_no_stall() -> None:
+@both_paths
+async def test_a_disk_that_is_slow_for_days_is_no_stall(fast: bool) -> None:
     """The pump stops reading, TCP stops the upstream, and its bytes are there when it reads on."""
     clock, size = FakeClock(), 48 * MIB
     begun, go = asyncio.Event(), asyncio.Event()
     taken = bytearray()
 
-    async def take(chunks: list[bytes]) -> None:
+    async def take(chunks: list[Chunk]) -> None:
         begun.set()
         await go.wait()
         taken.extend(b"".join(chunks))
 
-    async with FakeRegistry() as registry, puller(registry, clock) as one:
+    async with FakeRegistry() as registry, puller(registry, clock, fast=fast) as one:
         digest = registry.put_blob(NAME, noise(size))
         async with one.origin.turn(ticket()) as turn:
             await turn.request("GET", URL(registry.url + blob_path(digest)))
-            pumping = asyncio.create_task(Pump(take).run(turn))
+            pumping = asyncio.create_task(pump(turn, take))
             await begun.wait()
             sent = -1
             while sent < registry.counters.bytes_sent:  # until TCP holds the upstream back
@@ -207,11 +223,15 @@ async def test_a_disk_that_is_slow_for_days_is_no_stall() -> None:
         assert taken == noise(size)
 
 
-async def test_a_cap_on_bytes_is_no_stall() -> None:
+@both_paths
+async def test_a_cap_on_bytes_is_no_stall(fast: bool) -> None:
     """An hour for every piece is slower than the limit, by our own doing."""
     clock = FakeClock()
     throttle = Throttle(4 * MIB, clock=clock)
-    async with FakeRegistry() as registry, puller(registry, clock, throttle=throttle) as one:
+    async with (
+        FakeRegistry() as registry,
+        puller(registry, clock, throttle=throttle, fast=fast) as one,
+    ):
         digest = registry.put_blob(NAME, noise(8 * MIB))
         reading = asyncio.create_task(one.read(BlobSource(one.client, NAME, digest)))
         hours = 0
@@ -236,7 +256,7 @@ async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
-async def ignore(_chunks: list[bytes]) -> None:
+async def ignore(_chunks: list[Chunk]) -> None:
     """Where nobody looks at them."""
 
 
@@ -250,7 +270,7 @@ async def test_a_trickle_is_a_stall() -> None:
         async with origin.turn(ticket()) as turn:
             await turn.request("GET", url)
             with pytest.raises(UpstreamStalled):
-                await Pump(ignore).run(turn)
+                await pump(turn, ignore)
         server.close()
         await server.wait_closed()
 

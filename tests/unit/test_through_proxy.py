@@ -14,7 +14,7 @@ import trustme
 from yarl import URL
 
 from proxy.observe.metrics import Metrics
-from proxy.oci.errors import EgressFailed
+from proxy.oci.errors import EgressFailed, EgressRefused
 from proxy.testing import Cut, Disconnect, FakeClock, FakeRegistry, Fault, Reset
 from proxy.testing.faults import Action
 from proxy.testing.forward import ForwardProxy
@@ -143,7 +143,7 @@ def test_a_proxy_that_refuses_is_named_and_its_password_is_not(loop: str, secure
         ):
             wrong = proxy.url.replace("other", "s3cr3t")
             async with opened(through(proxy, registry.url, url_of_proxy=wrong)) as origin:
-                with pytest.raises(EgressFailed) as caught:
+                with pytest.raises(EgressRefused) as caught:
                     await ask(origin, registry.url)
             text = str(caught.value)
             assert proxy.netloc in text
