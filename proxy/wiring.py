@@ -243,6 +243,7 @@ class _Parts:
             metrics=self._metrics,
             redirect_hosts=settings.redirect_hosts,
             throttle=throttle,
+            segments=settings.segments,
         )
 
     async def _tls(self, *, shows_certificate: bool) -> Tls:

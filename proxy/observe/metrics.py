@@ -258,6 +258,11 @@ class Metrics:
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
+        self.upstream_segments = self._counter(
+            "upstream_segments_total",
+            "Further turns of blobs that had one, by outcome",
+            ("upstream", "outcome"),
+        )
         self.upstream_stalls = self._counter(
             "upstream_stalls_total", "Answers given up because they came too slowly", labels
         )

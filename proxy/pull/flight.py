@@ -50,7 +50,7 @@ from proxy.oci.errors import (
 )
 from proxy.pull.fill import Fill, FlightSettings
 from proxy.pull.intake import Intake
-from proxy.pull.reader import Crowd, Reader
+from proxy.pull.reader import Crowd, Piece, Reader
 from proxy.pull.sources import Key, Source, Sources
 from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
@@ -165,8 +165,7 @@ class Flight:
         if self.size is None and size is not None and size < self.received:
             reader.check_promise(self.received)
         self.readers.add(reader)
-        self.ticket.join(client)
-        self._fill.classify()
+        self._fill.join(client)
         self.reader_moved()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"fill {self.digest}")
@@ -179,7 +178,7 @@ class Flight:
         if reader not in self.readers:
             return
         if self.readers.discard(reader):
-            self.ticket.leave(reader.client)
+            self._fill.leave(reader.client)
         self.reader_moved()
         if self.readers:
             return
@@ -214,9 +213,17 @@ class Flight:
         """A reader came, went on or left: a window that waits for its readers may move on."""
         self.intake.reader_moved()
 
-    async def changed(self) -> None:
-        """Wait for the next step of progress, or the end."""
-        await self._fill.progress.changed()
+    async def changed(self, *, beyond: bool = False) -> None:
+        """Wait for the next step of progress, ``beyond`` the mark as well, or the end."""
+        await self._fill.progress.changed(beyond=beyond)
+
+    def front(self, position: int) -> int:
+        """How far that has come which will bring the byte at ``position``."""
+        return self._fill.front(position)
+
+    def ahead(self, position: int, limit: int) -> Piece | None:
+        """Bytes beyond the mark, at most to ``limit``, if those at ``position`` are there."""
+        return self._fill.ahead(position, limit)
 
     # -- the task --------------------------------------------------------------------------
 
@@ -244,6 +251,7 @@ class Flight:
         verifier = self.intake.verifier
         if not verifier.matches():
             self._metrics.digest_mismatch.labels("upstream").inc()
+            self._fill.distrust()
             raise DigestMismatch(self.digest, verifier.actual())
         self.state = State.VERIFIED
         self._fill.progress.reach(self.received)

@@ -1,5 +1,10 @@
 """Where a fill's bytes go: a staging file, or a window in memory when the disk has no room (D14).
 
+Into the file they may also go out of order, by several turns at once (D9): what is ``put`` beyond
+the bytes ``received`` counts once ``advance`` has hashed it. A window has no place for that, so it
+is opened only by ``take``, which the fill's own turn alone calls: a further one may be cancelled at
+any point, and what a window was given would be lost with it.
+
 The file comes first. When it cannot be made, or stops growing in the middle, the bytes from there
 on go through a ``Window``; what is in the file stays there for the readers until the flight ends,
 but nothing is kept.
@@ -93,6 +98,13 @@ class Intake:
             return self.window.piece(position)[: limit - position]
         return None
 
+    def piece_ahead(self, position: int, limit: int) -> Piece | None:
+        """Bytes that were ``put`` at ``position``, up to ``limit``: not hashed, and to be read only
+        by who knows that they are there."""
+        if self._lease is None or self.window is not None or position >= limit:
+            return None
+        return FileSpan(self._lease, position, limit)
+
     def has_lost(self, position: int) -> bool:
         """Did the window give up the byte at ``position``?"""
         return self.window is not None and self._filed <= position < self.window.start
@@ -134,6 +146,26 @@ class Intake:
             if not await self._readers_move(self._patience):
                 return
             self._shift()
+
+    async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
+        """Write bytes into the file, where nobody else does. Raises ``StoreFull`` when they have no
+        place there, and ``StoreFailed``."""
+        if self.window is not None or self._staging is None:
+            raise StoreFull("there is no file any more")
+        if position == self.received:
+            await self._staging.append(chunks)
+        else:
+            await self._staging.put(position, chunks)
+
+    async def advance(self, upto: int) -> None:
+        """Hash what was ``put`` before ``upto``: all of it is there. Raises ``StoreFailed``."""
+        if self.window is None and self._staging is not None:
+            await self._staging.advance(upto)
+
+    def forget_ahead(self) -> None:
+        """What was ``put`` and not hashed will come again."""
+        if self._staging is not None:
+            self._staging.forget_ahead()
 
     def _hash(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:

@@ -87,7 +87,7 @@ class Shelf:
         """Promise room for `size` bytes, evicting for it. Raises NoRoom, promising nothing."""
         free = await self._free()
         # No await between here and the promise: two fills must not count the same room.
-        unwritten = sum(max(0, fill.reserved - fill.mark) for fill in self.fills)
+        unwritten = sum(max(0, fill.reserved - fill.mark - fill.ahead) for fill in self.fills)
         spare = None if free is None else free - self._min_free - unwritten
         victims = self.ledger.admit(size, spare)
         if victims is None:

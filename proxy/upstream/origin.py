@@ -79,7 +79,7 @@ class Turn:
         self._answered_at: float | None = None
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
-        self._was_full = origin.gate.is_full
+        self._was_full = origin.gate.is_full(slot.turn_class)
         self.was_of_use = False  # there was an answer that was meant
         self._received = 0  # bytes of bodies
 

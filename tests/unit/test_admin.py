@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import Corrupt, Fault
+from proxy.upstream.turns import TurnClass
 from proxy.web.admin import Admin
 from proxy.web.server import AdminRunner
 from proxy.web.watch import LoopWatch
@@ -205,7 +206,7 @@ class TestMetrics:
             assert value("upstream_connections_limit", upstream=gate) == 4
             assert value("upstream_connections", upstream=gate, state="active") == 0
             assert value("upstream_connections", upstream=gate, state="idle") == 1
-            for name in ("metadata", "small", "blob", "abandoned"):
+            for name in TurnClass:
                 assert value("queue_depth", upstream=gate, **{"class": name}) == 0
             assert value("queue_limit", upstream=gate) == 10_000
             assert value("queue_wait_seconds_count", upstream=gate, **{"class": "small"}) == 1
