@@ -13,15 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from aiohttp import web
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
@@ -45,12 +42,13 @@ from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
-from proxy.web.listener import Listener
+from proxy.web.descriptors import Descriptors, current_limit, for_clients, raise_limit
+from proxy.web.listener import Listener, listening
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import AdminRunner, Proxies, RegistryServer
+from proxy.web.server import AdminRunner, Proxies, RegistryRunner, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
@@ -59,6 +57,7 @@ from proxy.wiring import (
     make_clients,
     make_throttles,
     make_waits,
+    upstream_sockets,
     url_states,
     urls_in_use,
 )
@@ -86,6 +85,7 @@ class Surroundings:
     fill_pause: Pause = FlightSettings().pause
     fill_clock: Callable[[], float] = time.monotonic
     budget: Callable[[], RetryBudget] = RetryBudget
+    descriptors: Callable[[], int] = current_limit  # how many may be open
 
 
 class Proxy:
@@ -108,6 +108,7 @@ class Proxy:
         self._is_started = False
         self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
+        self.listener: Listener | None = None
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
 
@@ -173,6 +174,7 @@ class Proxy:
             listen=str(self.address),
             admin=str(self.admin_address),
             upstreams=sorted(clients),
+            max_clients=self.listener.state().limit if self.listener else 0,
             cache=str(settings.cache.dir),
         )
 
@@ -217,7 +219,10 @@ class Proxy:
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CANCEL_PATIENCE,
         )
-        return await _listen(stack, runner, self.settings.admin)
+        # It may have all descriptors that are left: who asks what is wrong must be answered.
+        descriptors = Descriptors(self._around.descriptors())
+        serving = listening(runner, host, self.settings.admin.port, descriptors=descriptors)
+        return HostPort(host, (await stack.enter_async_context(serving)).port)
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
@@ -246,7 +251,7 @@ class Proxy:
             max_field_size=MAX_HEAD,
             auto_decompress=False,  # no body is read, only skipped
         )
-        runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
+        runner = RegistryRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
 
     def _proxies(self) -> Proxies | None:
@@ -273,24 +278,34 @@ class Proxy:
         return Authentication(passwords)
 
     async def _listen_to_clients(
-        self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
+        self, stack: contextlib.AsyncExitStack, runner: RegistryRunner
     ) -> HostPort:
-        files = self.settings.tls.files
-        if files is None:
-            return await _listen(stack, runner, self.settings.listen)
-        tls = await asyncio.to_thread(server_context, files)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        address = self.settings.listen
-        listener = Listener(runner, address.host, address.port, tls)
-        stack.push_async_callback(listener.close)
-        await listener.start()
-        self.certificates = await stack.enter_async_context(self._certificates(files, listener))
+        files, address = self.settings.tls.files, self.settings.listen
+        tls = None if files is None else await asyncio.to_thread(server_context, files)
+        sockets = upstream_sockets(self.settings)
+        serving = listening(
+            runner,
+            address.host,
+            address.port,
+            tls=tls,
+            descriptors=for_clients(self._around.descriptors(), sockets),
+            on_pause=self._accept_paused,
+            on_accept=lambda: self.log.info("accepting_again"),
+        )
+        listener = self.listener = await stack.enter_async_context(serving)
+        self.metrics.observe_listener(listener.state)
+        if files is not None:
+            self.certificates = await stack.enter_async_context(self._certificates(files, listener))
         return HostPort(address.host, listener.port)
+
+    def _accept_paused(self, error: OSError | None) -> None:
+        self.metrics.accept_pauses.inc()
+        cause = "the descriptors left are not for clients" if error is None else error.strerror
+        self.log.warning("accept_paused", cause=cause)
 
     def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
         async def reload() -> None:
-            await listener.replace_tls(await asyncio.to_thread(server_context, files))
+            listener.replace_tls(await asyncio.to_thread(server_context, files))
 
         return Reloader(files.all, reload, log=self.log)
 
@@ -354,6 +369,7 @@ class Proxy:
         gates, store = self.origins.states(), self.store.state()
         return {
             "version": __version__,
+            "connections": asdict(self.listener.state()) if self.listener else None,
             "draining": self.is_draining,
             "upstreams": self.origins.details(),
             "urls": url_states(self.clients),
@@ -372,17 +388,6 @@ class Proxy:
             "cache": {"bytes": store.bytes, "limit": store.limit, "blobs": store.blobs},
             "fleet": None,
         }
-
-
-async def _listen(
-    stack: contextlib.AsyncExitStack, runner: web.BaseRunner, address: HostPort
-) -> HostPort:
-    """Serve on ``address`` until the stack unwinds; the address with the port the system chose."""
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, address.host, address.port, backlog=4096)
-    await site.start()
-    return HostPort(address.host, int(runner.addresses[0][1]))
 
 
 @contextlib.asynccontextmanager
@@ -432,17 +437,9 @@ def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]
     return handler
 
 
-def raise_file_limit() -> None:
-    """As many descriptors as we may have: each client is a socket, and often an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # then the soft limit has to do
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def run(settings: Settings) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
-    raise_file_limit()
+    raise_limit()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(serve(settings))

@@ -38,7 +38,10 @@ def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventL
 
 def _fast_loop() -> asyncio.AbstractEventLoop:
     loop = aiofastnet.loop_factory(uvloop.new_event_loop)()
-    for name in ("create_connection", "create_server"):
+    # Not among the methods that aiofastnet replaces; the listener accepts by itself.
+    accepted = functools.partial(aiofastnet.connect_accepted_socket, loop)
+    loop.connect_accepted_socket = accepted  # type: ignore[method-assign]
+    for name in ("create_connection", "create_server", "connect_accepted_socket"):
         setattr(loop, name, _with_small_buffer(getattr(loop, name)))
     return loop
 

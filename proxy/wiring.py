@@ -45,6 +45,7 @@ __all__ = [
     "make_clients",
     "make_throttles",
     "make_waits",
+    "upstream_sockets",
     "url_states",
     "urls_in_use",
 ]
@@ -67,6 +68,14 @@ async def make_clients(
         parts = _Parts(name, upstream, egress, settings.queue.max_waiting, metrics, log, clock)
         clients[name] = await parts.client(origins)
     return clients
+
+
+def upstream_sockets(settings: Settings) -> int:
+    """How many sockets to upstreams may be open at once, to the hosts of their content too."""
+    return sum(
+        len(upstream.urls) * upstream.max_connections + upstream.max_redirect_connections
+        for upstream in settings.upstreams.values()
+    )
 
 
 def make_waits(

@@ -62,6 +62,16 @@ class StoreState:
     blobs: int
 
 
+@dataclass(frozen=True, slots=True)
+class ListenerState:
+    """The listener for clients at one moment: connections open, how many there are descriptors
+    for, and whether it accepts none for now."""
+
+    open: int
+    limit: int
+    paused: bool
+
+
 class Metrics:
     """Every metric, all with the prefix `pullpool_`.
 
@@ -100,6 +110,10 @@ class Metrics:
         """Read the number of flights with this callback at every scrape."""
         self._live.flights = flights
 
+    def observe_listener(self, listener: Callable[[], ListenerState]) -> None:
+        """Read the listener for clients with this callback at every scrape."""
+        self._live.listener = listener
+
     def render(self) -> bytes:
         """The text exposition; `content_type` is its media type."""
         return generate_latest(self.registry)
@@ -132,6 +146,9 @@ class Metrics:
             "http_response_bytes_total", "Body bytes sent to clients", ("cache",)
         )
         self.http_inflight = self._gauge("http_requests_inflight", "Requests being answered")
+        self.accept_pauses = self._counter(
+            "http_accept_pauses_total", "Times that clients were not accepted for a while"
+        )
 
     def _make_queue(self) -> None:
         labels = ("upstream", "class")
@@ -231,6 +248,7 @@ class _LiveState(Collector):
         self.store: Callable[[], StoreState] | None = None
         self.flights: Callable[[], int] | None = None
         self.urls: Callable[[], Iterable[tuple[str, str, bool]]] | None = None
+        self.listener: Callable[[], ListenerState] | None = None
 
     def collect(self) -> Iterator[Metric]:
         if self.gates is not None:
@@ -244,6 +262,8 @@ class _LiveState(Collector):
             for upstream, url, is_in_use in self.urls():
                 family.add_metric((upstream, url), is_in_use)
             yield family
+        if self.listener is not None:
+            yield from _listener_families(self.listener())
         if self.store is not None:
             yield from _store_families(self.store())
         if self.flights is not None:
@@ -310,6 +330,15 @@ def _origin_families(origins: Iterable[OriginState]) -> Iterator[Metric]:
             remaining.add(origin.quota[1], origin.upstream)
     for sums in (breaker, limit, remaining):
         yield sums.family()
+
+
+def _listener_families(listener: ListenerState) -> Iterator[Metric]:
+    for name, text, value in (
+        ("connections", "Connections of clients", listener.open),
+        ("connections_limit", "Connections that there are descriptors for", listener.limit),
+        ("accept_paused", "1 while no connection is accepted", listener.paused),
+    ):
+        yield GaugeMetricFamily(f"pullpool_http_{name}", text, value=value)
 
 
 def _store_families(store: StoreState) -> Iterator[Metric]:

@@ -60,10 +60,26 @@ class RegistryServer(web.Server):
         self._malformed = malformed
         self._proxies = proxies
         self._options = options
+        self.on_connection_lost: Callable[[], None] | None = None  # told each time
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        super().connection_lost(handler, exc)
+        if self.on_connection_lost is not None:
+            self.on_connection_lost()
 
     def __call__(self) -> web.RequestHandler:
         options = {k: v for k, v in self._options.items() if k not in _OF_THE_SERVER}
         return _Protocol(self, self._malformed, self._proxies, loop=self._loop, **options)
+
+
+class RegistryRunner(web.ServerRunner):
+    """Runs a server of the above."""
+
+    def __init__(self, server: RegistryServer, **options: Any) -> None:
+        super().__init__(server, **options)
+        self.registry_server = server
 
 
 class AdminRunner(web.AppRunner):
@@ -76,12 +92,13 @@ class AdminRunner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()  # has no connections yet: only its parts are wanted
-        return RegistryServer(
+        self.registry_server = RegistryServer(
             plain.request_handler,
             self._malformed,
             request_factory=plain.request_factory,
             **self._kwargs,
         )
+        return self.registry_server
 
 
 class _Protocol(web.RequestHandler):
