@@ -32,6 +32,7 @@ from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
+from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.upstream.budget import RetryBudget
@@ -193,6 +194,7 @@ class Proxy:
             min_free=cache.min_free,
             high_water=cache.high_water,
             low_water=cache.low_water,
+            durability=Durability(cache.durability),
             metrics=self.metrics,
             log=self.log,
             wall=self._around.wall,
