@@ -56,6 +56,7 @@ from proxy.wiring import (
     CannotTrust,
     make_cap_book,
     make_clients,
+    make_prefetch,
     make_throttles,
     make_waits,
     upstream_sockets,
@@ -138,6 +139,7 @@ class Proxy:
         """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
         self.is_draining = True
         self.metrics.draining.set(1)
+        self.puller.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -284,13 +286,12 @@ class Proxy:
     ) -> HostPort:
         files, address = self.settings.tls.files, self.settings.listen
         tls = None if files is None else await asyncio.to_thread(server_context, files)
-        sockets = upstream_sockets(self.settings)
         serving = listening(
             runner,
             address.host,
             address.port,
             tls=tls,
-            descriptors=for_clients(self._around.descriptors(), sockets),
+            descriptors=for_clients(self._around.descriptors(), upstream_sockets(self.settings)),
             on_pause=self._accept_paused,
             on_accept=lambda: self.log.info("accepting_again"),
         )
@@ -302,7 +303,7 @@ class Proxy:
 
     def _accept_paused(self, error: OSError | None) -> None:
         self.metrics.accept_pauses.inc()
-        cause = "the descriptors left are not for clients" if error is None else error.strerror
+        cause = error.strerror if error else "the descriptors left are not for clients"
         self.log.warning("accept_paused", cause=cause)
 
     def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
@@ -313,7 +314,8 @@ class Proxy:
 
     def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
         settings, tags = self.settings, self.settings.tags
-        around = self._around
+        around, clock = self._around, self._around.clock
+        pause, ticks = around.fill_pause, around.fill_clock
         policy = TagPolicy(
             ttl=tags.ttl,
             stale_while_revalidate=tags.stale_while_revalidate,
@@ -328,9 +330,8 @@ class Proxy:
             self.store,
             proofs=Questions(log=self.log, pause=around.short_pause),
             negative_ttl=tags.negative_ttl,
-            clock=around.clock,
+            clock=clock,
         )
-        pause, ticks = around.fill_pause, around.fill_clock
         flights = Flights(
             store=self.store,
             settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
@@ -364,6 +365,7 @@ class Proxy:
             permissions=permissions,
             listings=Questions(log=self.log, pause=around.short_pause),
             waits=waits,
+            prefetch=make_prefetch(settings, self.store, flights, clients, self.metrics, clock),
         )
 
     def status(self) -> Mapping[str, Any]:

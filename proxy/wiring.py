@@ -14,6 +14,8 @@ from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
+from proxy.pull.flight import Flights
+from proxy.pull.prefetch import Prefetch
 from proxy.store.store import Store
 from proxy.upstream.cap import Learned
 from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
@@ -43,6 +45,7 @@ __all__ = [
     "CannotTrust",
     "make_cap_book",
     "make_clients",
+    "make_prefetch",
     "make_throttles",
     "make_waits",
     "upstream_sockets",
@@ -68,6 +71,20 @@ async def make_clients(
         parts = _Parts(name, upstream, egress, settings.queue.max_waiting, metrics, log, clock)
         clients[name] = await parts.client(origins)
     return clients
+
+
+def make_prefetch(
+    settings: Settings,
+    store: Store,
+    flights: Flights,
+    clients: Mapping[str, MirroredClient],
+    metrics: Metrics,
+    clock: Callable[[], float],
+) -> Prefetch | None:
+    """What fetches before anybody asks, if it is wanted."""
+    if settings.cache.prefetch == "off":
+        return None
+    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
 
 
 def upstream_sockets(settings: Settings) -> int:

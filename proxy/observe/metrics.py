@@ -55,11 +55,13 @@ class OriginState:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store at one moment: bytes held, bytes it may hold, blobs held."""
+    """The store at one moment: bytes held, bytes it may hold, blobs held, and bytes that it could
+    promise if it evicted all that nobody uses."""
 
     bytes: int
     limit: int
     blobs: int
+    spare: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,9 @@ class Metrics:
         )
         self.coalesced = self._counter(
             "coalesced_requests_total", "Requests that joined a flight", ("kind",)
+        )
+        self.prefetches = self._counter(
+            "prefetches_total", "Fetches of blobs that nobody had asked for yet"
         )
         self.fill_failures = self._counter(
             "fill_failures_total", "Fills that ended without a stored blob", ("reason",)

@@ -83,6 +83,11 @@ class Cache(Section):
         " name ('full'), its bytes ('file': a power cut may cost the blob), or nothing ('none':"
         " after a power cut, what was stored so is hashed before it is served).",
     )
+    prefetch: Literal["off", "manifest"] = Field(
+        default="off",
+        description="With 'manifest' all blobs of an image begin to be fetched when its manifest is"
+        " pulled, behind what clients have asked for.",
+    )
     manifest_memory: Size = Field(
         default=64 * 2**20, description="Memory for manifests that are often asked for."
     )

@@ -34,7 +34,7 @@ from proxy.store.blobs import (
     hash_file,
     store_file,
 )
-from proxy.store.durability import Durability, settle
+from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
 from proxy.store.work import Threads, finish
@@ -267,6 +267,13 @@ class Shelf:
                 await self.record(self.index.drop_blobs([str(digest)]))
                 return True
             return False
+
+    async def note_proved(self, boot: str | None) -> None:
+        """Nothing is in doubt any more, until the machine starts anew."""
+        try:
+            await self.threads.slow(partial(note_proved, self.layout.boot, boot))
+        except OSError as error:  # then the next start doubts as much as this one
+            self.failed("boot", error)
 
     # Small parts
 

@@ -35,7 +35,7 @@ from proxy.store.blobs import (
     open_blob,
     read_blob,
 )
-from proxy.store.durability import Durability, boot_id, note_proved, was_proved_in
+from proxy.store.durability import Durability, boot_id, was_proved_in
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed, IndexUnusable
 from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable, DirectoryLock
@@ -217,7 +217,8 @@ class Store:
     def state(self) -> StoreState:
         """Bytes and blobs held, and the bytes that may be."""
         blobs = len(self._ledger) - len(self._shelf.unverified)
-        return StoreState(bytes=self._ledger.held, limit=self._ledger.max_size, blobs=blobs)
+        ledger = self._ledger
+        return StoreState(ledger.held, ledger.max_size, blobs, spare=ledger.spare)
 
     # Blobs
 
@@ -426,10 +427,7 @@ class Store:
                 return
             is_settled &= await shelf.adopt(digest)
         if is_settled:
-            try:
-                await self._threads.slow(partial(note_proved, shelf.layout.boot, boot))
-            except OSError as error:  # then the next start doubts them again
-                shelf.failed("boot", error)
+            await shelf.note_proved(boot)
 
     def _require_open(self) -> None:
         if self._shelf.is_closing:
