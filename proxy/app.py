@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
+from proxy.process import begin_collecting, hold_collecting, signals
 from proxy.pull.asking import Pause, Questions, short_pause
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
@@ -394,31 +394,13 @@ class Proxy:
         }
 
 
-@contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second one ends the process at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def asked() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
 async def serve(settings: Settings) -> int:
     """Serve until a signal; drain; the exit code."""
     proxy = Proxy(settings)
     asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
     try:
-        async with _signals() as stop, proxy:
+        async with signals() as stop, proxy:
+            begin_collecting()
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
@@ -444,6 +426,7 @@ def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]
 def run(settings: Settings) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
     raise_limit()
+    hold_collecting()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(serve(settings))

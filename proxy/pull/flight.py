@@ -3,12 +3,11 @@
 Theory of operation
 -------------------
 A *flight* is the one fetch of a digest. The first reader opens it (or prefetch.py, before anybody
-reads), later ones join it at any time
-and start at any byte; a task owned by the ``Flights`` table fills it, so it outlives the client
-that began it. Bytes go socket → staging file and running hash (one thread hop per batch, the next
-batch is received meanwhile); readers follow the growing file at their own pace and are told about
-progress in steps, not per chunk. ``fill.py`` is where the bytes come from, ``intake.py`` where they
-go, ``reader.py`` how they reach a client.
+reads), later ones join it at any time and start at any byte; a task owned by the ``Flights`` table
+fills it, so it outlives the client that began it. Bytes go socket → staging file and running hash
+(one thread hop per batch, the next batch is received meanwhile); readers follow the growing file at
+their own pace and are told about progress in steps, not per chunk. ``fill.py`` is where the bytes
+come from, ``intake.py`` where they go, ``reader.py`` how they reach a client.
 
 States, and who moves them (always the fill task, but for the last row):
 

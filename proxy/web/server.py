@@ -15,7 +15,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -124,6 +124,9 @@ class _Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))
+        if transport.get_extra_info("sslcontext") is not None:
+            # What a slow client has not taken is held once: its next piece is not read before.
+            cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
         if self._proxies is not None and is_trusted(
             parse_address(self._peer()), self._proxies.trusted
         ):

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trustme
@@ -151,6 +153,19 @@ def files(tmp_path: Path) -> TlsFiles:
     issued.cert_chain_pems[0].write_to_path(files.cert)
     issued.private_key_pem.write_to_path(files.key)
     return files
+
+
+async def test_what_a_slow_client_has_not_taken_is_held_once(files: TlsFiles) -> None:
+    tls = await asyncio.to_thread(server_context, files)
+    trust = ssl.create_default_context()
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    async with serving(Descriptors(1 << 20), tls=tls) as listener:
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port, ssl=trust)
+        await until(lambda: bool(listener._server.connections))
+        [connection] = listener._server.connections
+        transport = cast(asyncio.Transport, connection.transport)  # uvloop's are none by class
+        assert transport.get_write_buffer_limits() == (0, 0)
+        writer.transport.abort()
 
 
 async def test_a_handshake_that_fails_gives_its_connection_back(files: TlsFiles) -> None:
