@@ -13,21 +13,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from aiohttp import web
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
+from proxy.process import begin_collecting, hold_collecting, signals
 from proxy.pull.asking import PATIENCE_SHARE, Pause, Questions, short_pause
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
@@ -35,6 +32,7 @@ from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
+from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.upstream.budget import RetryBudget
@@ -45,13 +43,14 @@ from proxy.web.access import AccessLog
 from proxy.web.admin import Admin
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
+from proxy.web.descriptors import Descriptors, current_limit, for_clients, raise_limit
 from proxy.web.hot import HotServer
-from proxy.web.listener import Listener
+from proxy.web.listener import Listener, listening
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import AdminRunner
+from proxy.web.server import AdminRunner, RegistryRunner
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
@@ -59,9 +58,11 @@ from proxy.wiring import (
     make_cap_book,
     make_clients,
     make_hot_path,
+    make_prefetch,
     make_proxies,
     make_throttles,
     make_waits,
+    upstream_sockets,
     url_states,
     urls_in_use,
 )
@@ -89,6 +90,7 @@ class Surroundings:
     fill_pause: Pause = FlightSettings().pause
     fill_clock: Callable[[], float] = time.monotonic
     budget: Callable[[], RetryBudget] = RetryBudget
+    descriptors: Callable[[], int] = current_limit  # how many may be open
 
 
 class Proxy:
@@ -111,6 +113,7 @@ class Proxy:
         self._is_started = False
         self._around = around or Surroundings()
         self._stack = contextlib.AsyncExitStack()
+        self.listener: Listener | None = None
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
 
@@ -139,6 +142,7 @@ class Proxy:
         """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
         self.is_draining = True
         self.metrics.draining.set(1)
+        self.puller.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -176,6 +180,7 @@ class Proxy:
             listen=str(self.address),
             admin=str(self.admin_address),
             upstreams=sorted(clients),
+            max_clients=self.listener.state().limit if self.listener else 0,
             cache=str(settings.cache.dir),
         )
 
@@ -194,6 +199,7 @@ class Proxy:
             min_free=cache.min_free,
             high_water=cache.high_water,
             low_water=cache.low_water,
+            durability=Durability(cache.durability),
             metrics=self.metrics,
             log=self.log,
             wall=self._around.wall,
@@ -220,7 +226,10 @@ class Proxy:
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CANCEL_PATIENCE,
         )
-        return await _listen(stack, runner, self.settings.admin)
+        # It may have all descriptors that are left: who asks what is wrong must be answered.
+        descriptors = Descriptors(self._around.descriptors())
+        serving = listening(runner, host, self.settings.admin.port, descriptors=descriptors)
+        return HostPort(host, (await stack.enter_async_context(serving)).port)
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
@@ -253,7 +262,7 @@ class Proxy:
             max_field_size=MAX_HEAD,
             auto_decompress=False,  # no body is read, only skipped
         )
-        runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
+        runner = RegistryRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
 
     async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
@@ -271,30 +280,40 @@ class Proxy:
         return Authentication(passwords)
 
     async def _listen_to_clients(
-        self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
+        self, stack: contextlib.AsyncExitStack, runner: RegistryRunner
     ) -> HostPort:
-        files = self.settings.tls.files
-        if files is None:
-            return await _listen(stack, runner, self.settings.listen)
-        tls = await asyncio.to_thread(server_context, files)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        address = self.settings.listen
-        listener = Listener(runner, address.host, address.port, tls)
-        stack.push_async_callback(listener.close)
-        await listener.start()
-        self.certificates = await stack.enter_async_context(self._certificates(files, listener))
+        files, address = self.settings.tls.files, self.settings.listen
+        tls = None if files is None else await asyncio.to_thread(server_context, files)
+        serving = listening(
+            runner,
+            address.host,
+            address.port,
+            tls=tls,
+            descriptors=for_clients(self._around.descriptors(), upstream_sockets(self.settings)),
+            on_pause=self._accept_paused,
+            on_accept=lambda: self.log.info("accepting_again"),
+        )
+        listener = self.listener = await stack.enter_async_context(serving)
+        self.metrics.observe_listener(listener.state)
+        if files is not None:
+            self.certificates = await stack.enter_async_context(self._certificates(files, listener))
         return HostPort(address.host, listener.port)
+
+    def _accept_paused(self, error: OSError | None) -> None:
+        self.metrics.accept_pauses.inc()
+        cause = error.strerror if error else "the descriptors left are not for clients"
+        self.log.warning("accept_paused", cause=cause)
 
     def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
         async def reload() -> None:
-            await listener.replace_tls(await asyncio.to_thread(server_context, files))
+            listener.replace_tls(await asyncio.to_thread(server_context, files))
 
         return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
         settings, tags = self.settings, self.settings.tags
-        around = self._around
+        around, clock = self._around, self._around.clock
+        pause, ticks = around.fill_pause, around.fill_clock
         policy = TagPolicy(
             ttl=tags.ttl,
             stale_while_revalidate=tags.stale_while_revalidate,
@@ -311,9 +330,8 @@ class Proxy:
             self.store,
             proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
             negative_ttl=tags.negative_ttl,
-            clock=around.clock,
+            clock=clock,
         )
-        pause, ticks = around.fill_pause, around.fill_clock
         flights = Flights(
             store=self.store,
             settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
@@ -350,6 +368,7 @@ class Proxy:
             listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
             waits=waits,
             store=self.store,
+            prefetch=make_prefetch(settings, self.store, flights, clients, self.metrics, clock),
         )
 
     def status(self) -> Mapping[str, Any]:
@@ -357,6 +376,7 @@ class Proxy:
         gates, store = self.origins.states(), self.store.state()
         return {
             "version": __version__,
+            "connections": asdict(self.listener.state()) if self.listener else None,
             "draining": self.is_draining,
             "upstreams": self.origins.details(),
             "urls": url_states(self.clients),
@@ -377,42 +397,13 @@ class Proxy:
         }
 
 
-async def _listen(
-    stack: contextlib.AsyncExitStack, runner: web.BaseRunner, address: HostPort
-) -> HostPort:
-    """Serve on ``address`` until the stack unwinds; the address with the port the system chose."""
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, address.host, address.port, backlog=4096)
-    await site.start()
-    return HostPort(address.host, int(runner.addresses[0][1]))
-
-
-@contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second one ends the process at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def asked() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
 async def serve(settings: Settings) -> int:
     """Serve until a signal; drain; the exit code."""
     proxy = Proxy(settings)
     asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
     try:
-        async with _signals() as stop, proxy:
+        async with signals() as stop, proxy:
+            begin_collecting()
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
@@ -435,17 +426,10 @@ def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]
     return handler
 
 
-def raise_file_limit() -> None:
-    """As many descriptors as we may have: each client is a socket, and often an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # then the soft limit has to do
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def run(settings: Settings) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
-    raise_file_limit()
+    raise_limit()
+    hold_collecting()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(serve(settings))

@@ -14,6 +14,8 @@ from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.deadlines import Deadlines, Waits
+from proxy.pull.flight import Flights
+from proxy.pull.prefetch import Prefetch
 from proxy.pull.serve import Puller
 from proxy.store.store import Store
 from proxy.upstream.cap import Learned
@@ -49,9 +51,11 @@ __all__ = [
     "make_cap_book",
     "make_clients",
     "make_hot_path",
+    "make_prefetch",
     "make_proxies",
     "make_throttles",
     "make_waits",
+    "upstream_sockets",
     "url_states",
     "urls_in_use",
 ]
@@ -74,6 +78,28 @@ async def make_clients(
         parts = _Parts(name, upstream, egress, settings.queue.max_waiting, metrics, log, clock)
         clients[name] = await parts.client(origins)
     return clients
+
+
+def make_prefetch(
+    settings: Settings,
+    store: Store,
+    flights: Flights,
+    clients: Mapping[str, MirroredClient],
+    metrics: Metrics,
+    clock: Callable[[], float],
+) -> Prefetch | None:
+    """What fetches before anybody asks, if it is wanted."""
+    if settings.cache.prefetch == "off":
+        return None
+    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
+
+
+def upstream_sockets(settings: Settings) -> int:
+    """How many sockets to upstreams may be open at once, to the hosts of their content too."""
+    return sum(
+        len(upstream.urls) * upstream.max_connections + upstream.max_redirect_connections
+        for upstream in settings.upstreams.values()
+    )
 
 
 def make_waits(

@@ -55,11 +55,23 @@ class OriginState:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store at one moment: bytes held, bytes it may hold, blobs held."""
+    """The store at one moment: bytes held, bytes it may hold, blobs held, and bytes that it could
+    promise if it evicted all that nobody uses."""
 
     bytes: int
     limit: int
     blobs: int
+    spare: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerState:
+    """The listener for clients at one moment: connections open, how many there are descriptors
+    for, and whether it accepts none for now."""
+
+    open: int
+    limit: int
+    paused: bool
 
 
 @dataclass(slots=True)
@@ -123,6 +135,10 @@ class Metrics:
     def observe_flights(self, flights: Callable[[], int]) -> None:
         """Read the number of flights with this callback at every scrape."""
         self._live.flights = flights
+
+    def observe_listener(self, listener: Callable[[], ListenerState]) -> None:
+        """Read the listener for clients with this callback at every scrape."""
+        self._live.listener = listener
 
     def render(self) -> bytes:
         """The text exposition; `content_type` is its media type."""
@@ -211,6 +227,9 @@ class Metrics:
                 self.http_bytes.labels("hit").inc(tally.sent)
                 self.http_hot.labels(kind).inc(tally.count)
                 tally.count, tally.seconds, tally.sent = 0, 0.0, 0
+        self.accept_pauses = self._counter(
+            "http_accept_pauses_total", "Times that clients were not accepted for a while"
+        )
 
     def _make_queue(self) -> None:
         labels = ("upstream", "class")
@@ -283,6 +302,9 @@ class Metrics:
         self.coalesced = self._counter(
             "coalesced_requests_total", "Requests that joined a flight", ("kind",)
         )
+        self.prefetches = self._counter(
+            "prefetches_total", "Fetches of blobs that nobody had asked for yet"
+        )
         self.fill_failures = self._counter(
             "fill_failures_total", "Fills that ended without a stored blob", ("reason",)
         )
@@ -316,6 +338,7 @@ class _LiveState(Collector):
         self.flights: Callable[[], int] | None = None
         self.urls: Callable[[], Iterable[tuple[str, str, bool]]] | None = None
         self.before: Callable[[], None] = lambda: None
+        self.listener: Callable[[], ListenerState] | None = None
 
     def collect(self) -> Iterator[Metric]:
         self.before()  # registered first, so the metrics that this moves are read after it
@@ -330,6 +353,8 @@ class _LiveState(Collector):
             for upstream, url, is_in_use in self.urls():
                 family.add_metric((upstream, url), is_in_use)
             yield family
+        if self.listener is not None:
+            yield from _listener_families(self.listener())
         if self.store is not None:
             yield from _store_families(self.store())
         if self.flights is not None:
@@ -396,6 +421,15 @@ def _origin_families(origins: Iterable[OriginState]) -> Iterator[Metric]:
             remaining.add(origin.quota[1], origin.upstream)
     for sums in (breaker, limit, remaining):
         yield sums.family()
+
+
+def _listener_families(listener: ListenerState) -> Iterator[Metric]:
+    for name, text, value in (
+        ("connections", "Connections of clients", listener.open),
+        ("connections_limit", "Connections that there are descriptors for", listener.limit),
+        ("accept_paused", "1 while no connection is accepted", listener.paused),
+    ):
+        yield GaugeMetricFamily(f"pullpool_http_{name}", text, value=value)
 
 
 def _store_families(store: StoreState) -> Iterator[Metric]:

@@ -2,12 +2,12 @@
 
 Theory of operation
 -------------------
-A *flight* is the one fetch of a digest. The first reader opens it, later ones join it at any time
-and start at any byte; a task owned by the ``Flights`` table fills it, so it outlives the client
-that began it. Bytes go socket → staging file and running hash (one thread hop per batch, the next
-batch is received meanwhile); readers follow the growing file at their own pace and are told about
-progress in steps, not per chunk. ``fill.py`` is where the bytes come from, ``intake.py`` where they
-go, ``reader.py`` how they reach a client.
+A *flight* is the one fetch of a digest. The first reader opens it (or prefetch.py, before anybody
+reads), later ones join it at any time and start at any byte; a task owned by the ``Flights`` table
+fills it, so it outlives the client that began it. Bytes go socket → staging file and running hash
+(one thread hop per batch, the next batch is received meanwhile); readers follow the growing file at
+their own pace and are told about progress in steps, not per chunk. ``fill.py`` is where the bytes
+come from, ``intake.py`` where they go, ``reader.py`` how they reach a client.
 
 States, and who moves them (always the fill task, but for the last row):
 
@@ -167,10 +167,25 @@ class Flight:
         self.readers.add(reader)
         self._fill.join(client)
         self.reader_moved()
+        self._start()
+        return reader
+
+    def begin(self, source: Source) -> None:
+        """Fetch it through ``source``, which a manifest names it for, though nobody reads it yet:
+        behind everybody else, until somebody joins."""
+        self.sources.add(source, named=True)
+        self.ticket.move(TurnClass.ABANDONED)
+        self._start()
+
+    def stop_unread(self) -> None:
+        """End a fetch that nobody reads."""
+        if not self.readers and self.state in (State.WAITING, State.FILLING):
+            self._abandon(keep=False)
+
+    def _start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"fill {self.digest}")
             self._task.add_done_callback(self._ended)
-        return reader
 
     def leave(self, reader: Reader, *, for_good: bool = False) -> None:
         """``reader`` is gone; the last one decides what becomes of the fill. One that is gone
@@ -337,21 +352,36 @@ class Flights:
         flight = self._flights.get(source.digest)
         joined = flight is not None
         if flight is None:
-            flight = Flight(
-                source.digest,
-                store=self._store,
-                settings=self._settings,
-                windows=self._windows,
-                metrics=self._metrics,
-                log=self._log,
-                on_gone=self._gone,
-                image=source.key,
-            )
-            self._flights[source.digest] = flight
-            self._running.add(flight)
+            flight = self._open(source)
         else:
             self._metrics.coalesced.labels("blob").inc()
         return flight.join(source, client, size=size, named=named), joined
+
+    def begin(self, source: Source) -> Flight | None:
+        """Open a flight that nobody reads; None if there is one of its digest, or none may start.
+
+        Does not suspend, like ``join``.
+        """
+        if self._is_closing or source.digest in self._flights:
+            return None
+        flight = self._open(source)
+        flight.begin(source)
+        return flight
+
+    def _open(self, source: Source) -> Flight:
+        flight = Flight(
+            source.digest,
+            store=self._store,
+            settings=self._settings,
+            windows=self._windows,
+            metrics=self._metrics,
+            log=self._log,
+            on_gone=self._gone,
+            image=source.key,
+        )
+        self._flights[source.digest] = flight
+        self._running.add(flight)
+        return flight
 
     def _gone(self, flight: Flight) -> None:
         if self._flights.get(flight.digest) is flight:

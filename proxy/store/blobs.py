@@ -17,7 +17,8 @@ the next process. Its life:
 * commit: fsync the file, rename it to blobs/<algorithm>/<2 hex>/<hex>, fsync the directory, enter
   it. The fsync comes before the rename, so nothing carries a final name whose bytes are not on
   the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
-  never tried again (the kernel may have dropped the very pages that failed).
+  never tried again (the kernel may have dropped the very pages that failed). Less durability
+  leaves out the second fsync, or both; then the file carries a mark (durability.py).
 * discard: unlink. A process that dies before it leaves its staging files to the next start,
   which removes them.
 
@@ -43,6 +44,7 @@ from typing import BinaryIO, Protocol, Self, TypeVar
 
 from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
+from proxy.store.durability import Durability, is_marked
 from proxy.store.work import finish
 
 T = TypeVar("T")
@@ -101,6 +103,11 @@ class Layout:
     @property
     def index(self) -> Path:
         return self.root / "index.db"
+
+    @property
+    def boot(self) -> Path:
+        """During which boot all that is marked was written or proved (durability.py)."""
+        return self.root / "BOOT"
 
     @property
     def staging(self) -> Path:
@@ -165,14 +172,14 @@ class StagingFile:
     reader: int
 
     @classmethod
-    def create(cls, path: Path) -> "StagingFile":
+    def create(cls, path: Path, durability: Durability = Durability.FULL) -> "StagingFile":
         """Make the file, which must not exist. Raises OSError and leaves nothing then."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, durability.mode
         try:
-            writer = os.open(path, flags, 0o644)
+            writer = os.open(path, flags, mode)
         except FileNotFoundError:  # somebody has emptied the cache directory under us
             path.parent.mkdir(parents=True, exist_ok=True)
-            writer = os.open(path, flags, 0o644)
+            writer = os.open(path, flags, mode)
         try:
             reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -407,15 +414,21 @@ def write_at(
             left[0] = left[0][taken:]
 
 
-def store_file(disk: Disk, file: StagingFile, target: Path) -> OSError | None:
+def store_file(
+    disk: Disk, file: StagingFile, target: Path, durability: Durability
+) -> OSError | None:
     """The steps that make a staging file a blob. Raises OSError when it is not one afterwards.
 
     Returns the error of the last step, which does no harm: a name that a power cut takes away is
     a blob to be fetched again, never a short one.
     """
-    disk.sync(file.writer)
+    # A file system that keeps no mark (vfat, say) could not tell the next start what to doubt.
+    if durability is not Durability.NONE or not is_marked(os.fstat(file.writer).st_mode):
+        disk.sync(file.writer)
     target.parent.mkdir(parents=True, exist_ok=True)
     disk.rename(file.path, target)
+    if durability is not Durability.FULL:
+        return None
     try:
         disk.sync_directory(target.parent)
     except OSError as error:

@@ -34,6 +34,7 @@ from proxy.store.blobs import (
     hash_file,
     store_file,
 )
+from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
 from proxy.store.marks import Marks
@@ -54,6 +55,7 @@ class Shelf:
         threads: Threads,
         disk: Disk,
         min_free: int,
+        durability: Durability,
         metrics: Metrics,
         log: Logger,
         wall: Callable[[], float],
@@ -69,6 +71,7 @@ class Shelf:
         self.is_closing = False
         self._disk = disk
         self._min_free = min_free
+        self._durability = durability
         self._metrics = metrics
         self._log = log
         self._wall = wall
@@ -127,7 +130,8 @@ class Shelf:
         # Two fills of one digest (or one after a crash) must never share a file.
         path = self.layout.staging / f"{digest.hex[:16]}-{secrets.token_hex(8)}"
         try:
-            file = await self.off_loop(partial(StagingFile.create, path), self._scrap)
+            make = partial(StagingFile.create, path, self._durability)
+            file = await self.off_loop(make, self._scrap)
         except OSError as error:
             self.ledger.release(promised)
             self.failed("create", error)
@@ -149,7 +153,8 @@ class Shelf:
         target = self.layout.blob(digest)
         async with self._hold(digest):
             try:
-                late = await self.threads.slow(partial(store_file, self._disk, fill.file, target))
+                steps = partial(store_file, self._disk, fill.file, target, self._durability)
+                late = await self.threads.slow(steps)
             except OSError as error:
                 self.failed("commit", error)
                 raise StoreFailed("the cache could not store the blob") from error
@@ -235,29 +240,43 @@ class Shelf:
             if await self._unlink_blob(digest):
                 await self.record(self.index.drop_blobs([str(digest)]))
 
-    async def adopt(self, digest: Digest) -> None:
-        """Hash a file that has no row; enter it if it is what its name says, else remove it."""
+    async def adopt(self, digest: Digest) -> bool:
+        """Hash a file that has no row, or may have lost bytes: enter it if it is what its name
+        says, else remove it. Returns whether nothing about it is in doubt any more."""
         path = self.layout.blob(digest)
         check = partial(hash_file, path, digest, lambda: self.is_closing)
         async with self._hold(digest):
             if digest not in self.unverified:
-                return
+                return True
             try:
                 is_right = await self.threads.slow(check)
+                if is_right:
+                    await self.threads.slow(partial(settle, path))
             except OSError as error:
                 self.failed("adopt", error)
-                return
+                return False
             entry = self.ledger.get(digest)
             if is_right is None or entry is None:  # closing, or evicted in the meantime
-                return
+                return entry is None
             self.unverified.discard(digest)
             if is_right:
                 await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
-                return
+                return True
             self._metrics.digest_mismatch.labels("store").inc()
-            self._log.warning("unknown file is not what its name says", digest=str(digest))
+            self._log.warning("file is not what its name says", digest=str(digest))
             self.ledger.remove(digest)
-            await self._unlink_blob(digest)
+            self._forget(digest)
+            if await self._unlink_blob(digest):
+                await self.record(self.index.drop_blobs([str(digest)]))
+                return True
+            return False
+
+    async def note_proved(self, boot: str | None) -> None:
+        """Nothing is in doubt any more, until the machine starts anew."""
+        try:
+            await self.threads.slow(partial(note_proved, self.layout.boot, boot))
+        except OSError as error:  # then the next start doubts as much as this one
+            self.failed("boot", error)
 
     # Small parts
 

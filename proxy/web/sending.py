@@ -33,8 +33,9 @@ from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import FileSpan, Piece
 from proxy.upstream.throttle import Stream
 
-#: Bytes of one read and write where sendfile is not to be had.
-CHUNK = 256 << 10
+#: Bytes of one read and write where sendfile is not to be had. With the buffers of TLS (loop.py) it
+#: is what a slow client costs.
+CHUNK = 192 << 10
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 #: What a disk says when it fails; other errors of a sendfile are the socket's.

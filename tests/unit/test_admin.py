@@ -223,6 +223,9 @@ class TestMetrics:
             assert value("http_request_duration_seconds_count", kind="blob", cache="hit") == 1
             assert value("http_time_to_first_byte_seconds_count", kind="blob", cache="hit") == 1
             assert value("http_requests_inflight") == 0
+            assert value("http_connections") == 1
+            assert value("http_connections_limit") > 1
+            assert value("http_accept_paused") == value("http_accept_pauses_total") == 0
             assert value("store_blobs") == 2
             assert value("store_bytes") > LAYER.size
             assert value("draining") == 0
@@ -245,6 +248,7 @@ class TestMetrics:
                 assert found["pullpool_flights", ()] == 1
                 assert found["pullpool_http_requests_inflight", ()] == 2
                 status = json.loads((await pool.admin("/api/v1/status")).body)
+                assert status["connections"]["open"] == 2
                 assert status["queue"][fake.netloc]["blob"] == 1
                 [flight] = status["flights"]
                 assert flight["digest"] == str(LAYER.digest)
