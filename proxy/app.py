@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
-
-from aiohttp import web
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
+from proxy.process import begin_collecting, ending, hold_collecting
 from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
@@ -33,8 +32,8 @@ from proxy.pull.permissions import Permissions
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
 from proxy.seat import Seat
-from proxy.signals import ending
 from proxy.status import status_of
+from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings as Surroundings
@@ -47,12 +46,14 @@ from proxy.web.access import AccessLog
 from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
-from proxy.web.listener import Listener, listen
+from proxy.web.descriptors import Descriptors, for_clients, raise_limit
+from proxy.web.hot import HotServer
+from proxy.web.listener import Listener, listening
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
-from proxy.web.server import AdminRunner, Proxies, RegistryServer
+from proxy.web.server import AdminRunner, RegistryRunner
 from proxy.web.siblings import Siblings
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
@@ -62,10 +63,14 @@ from proxy.wiring import (
     make_cap_book,
     make_clients,
     make_deadlines,
+    make_hot_path,
+    make_prefetch,
+    make_proxies,
     make_roles,
     make_throttles,
     make_upstreams,
     make_waits,
+    upstream_sockets,
     urls_in_use,
 )
 
@@ -99,6 +104,7 @@ class Proxy:
         self._around = around or Surroundings()
         self._seat = seat
         self._stack = contextlib.AsyncExitStack()
+        self.listener: Listener | None = None
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
 
@@ -127,6 +133,8 @@ class Proxy:
         """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
         self.is_draining = True
         self.metrics.draining.set(1)
+        if self.front.leads:
+            self.puller.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -156,6 +164,7 @@ class Proxy:
             listen=str(self.address),
             admin=str(self.admin_address),
             upstreams=sorted(settings.upstreams),
+            max_clients=self.listener.state().limit if self.listener else 0,
             cache=str(settings.cache.dir),
         )
 
@@ -176,6 +185,8 @@ class Proxy:
         )
         self.puller = self._puller(clients)
         stack.push_async_callback(self.puller.close)
+        if self.is_draining:  # the last leader was done before this process
+            self.puller.drain()
         self._observe()
         self.leader = Leader(
             self.puller,
@@ -205,6 +216,7 @@ class Proxy:
             min_free=cache.min_free,
             high_water=cache.high_water,
             low_water=cache.low_water,
+            durability=Durability(cache.durability),
             metrics=self.metrics,
             log=self.log,
             wall=self._around.wall,
@@ -234,9 +246,15 @@ class Proxy:
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CANCEL_PATIENCE,
         )
-        sockets = () if self._seat is None else self._seat.admin
-        port = await listen(stack, runner, host, self.settings.admin.port, sockets)
-        return HostPort(host, port)
+        # It may have all descriptors that are left: who asks what is wrong must be answered.
+        serving = listening(
+            runner,
+            host,
+            self.settings.admin.port,
+            descriptors=Descriptors(self._around.descriptors()),
+            sockets=() if self._seat is None else self._seat.admin,
+        )
+        return HostPort(host, (await stack.enter_async_context(serving)).port)
 
     async def _siblings(self, stack: contextlib.AsyncExitStack) -> Siblings | None:
         """The other workers of the same supervisor, if there is one."""
@@ -251,24 +269,28 @@ class Proxy:
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
+        access_log = AccessLog(self.log, self.metrics, clock)
+        hot = make_hot_path(self.settings, self.front.at_hand, access_log, lambda: self.is_draining)
         self.registry = Registry(
             puller=self.front,
             routes=routes,
             metrics=self.metrics,
-            access_log=AccessLog(self.log, self.metrics, clock),
+            access_log=access_log,
             clock=clock,
             clients=Clients(self.settings.trusted_proxies),
             authentication=await self._authentication(stack),
             header_deadline=self.settings.queue.header_deadline,
             throttles=make_throttles(self.settings, self.metrics, clock),
             is_draining=lambda: self.is_draining,
+            offer=None if hot is None else hot.offer,
         )
         # After the sockets are closed: cancelled handlers give back what they hold.
         stack.push_async_callback(self.registry.idle)
-        server = RegistryServer(
+        server = HotServer(
             self.registry,
             self.registry.malformed,
-            proxies=self._proxies(),
+            hot=hot,
+            proxies=make_proxies(self.settings, self.log),
             access_log=None,
             keepalive_timeout=KEEPALIVE,
             handler_cancellation=True,
@@ -276,17 +298,8 @@ class Proxy:
             max_field_size=MAX_HEAD,
             auto_decompress=False,  # no body is read, only skipped
         )
-        runner = web.ServerRunner(server, shutdown_timeout=CANCEL_PATIENCE)
+        runner = RegistryRunner(server, shutdown_timeout=CANCEL_PATIENCE)
         return await self._listen_to_clients(stack, runner)
-
-    def _proxies(self) -> Proxies | None:
-        if not self.settings.proxy_protocol:
-            return None
-
-        def refused(client: str, reason: str) -> None:
-            self.log.warning("connection_refused", client=client, error=reason)
-
-        return Proxies(self.settings.trusted_proxies, refused)
 
     async def _authentication(self, stack: contextlib.AsyncExitStack) -> Authentication | None:
         file = self.settings.auth.htpasswd_file
@@ -303,31 +316,41 @@ class Proxy:
         return Authentication(passwords)
 
     async def _listen_to_clients(
-        self, stack: contextlib.AsyncExitStack, runner: web.BaseRunner
+        self, stack: contextlib.AsyncExitStack, runner: RegistryRunner
     ) -> HostPort:
         files, address = self.settings.tls.files, self.settings.listen
-        sockets = () if self._seat is None else self._seat.registry
-        if files is None:
-            port = await listen(stack, runner, address.host, address.port, sockets)
-            return HostPort(address.host, port)
-        tls = await asyncio.to_thread(server_context, files)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        listener = Listener(runner, address.host, address.port, tls, sockets=sockets)
-        stack.push_async_callback(listener.close)
-        await listener.start()
-        self.certificates = await stack.enter_async_context(self._certificates(files, listener))
+        tls = None if files is None else await asyncio.to_thread(server_context, files)
+        serving = listening(
+            runner,
+            address.host,
+            address.port,
+            tls=tls,
+            descriptors=for_clients(self._around.descriptors(), upstream_sockets(self.settings)),
+            sockets=() if self._seat is None else self._seat.registry,
+            on_pause=self._accept_paused,
+            on_accept=lambda: self.log.info("accepting_again"),
+        )
+        listener = self.listener = await stack.enter_async_context(serving)
+        self.metrics.observe_listener(listener.state)
+        if files is not None:
+            self.certificates = await stack.enter_async_context(self._certificates(files, listener))
         return HostPort(address.host, listener.port)
+
+    def _accept_paused(self, error: OSError | None) -> None:
+        self.metrics.accept_pauses.inc()
+        cause = error.strerror if error else "the descriptors left are not for clients"
+        self.log.warning("accept_paused", cause=cause)
 
     def _certificates(self, files: TlsFiles, listener: Listener) -> Reloader:
         async def reload() -> None:
-            await listener.replace_tls(await asyncio.to_thread(server_context, files))
+            listener.replace_tls(await asyncio.to_thread(server_context, files))
 
         return Reloader(files.all, reload, log=self.log)
 
     def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
         settings, tags = self.settings, self.settings.tags
-        around = self._around
+        around, clock = self._around, self._around.clock
+        pause, ticks = around.fill_pause, around.fill_clock
         policy = TagPolicy(
             ttl=tags.ttl,
             stale_while_revalidate=tags.stale_while_revalidate,
@@ -345,9 +368,8 @@ class Proxy:
             self.store,
             proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
             negative_ttl=tags.negative_ttl,
-            clock=around.clock,
+            clock=clock,
         )
-        pause, ticks = around.fill_pause, around.fill_clock
         flights = Flights(
             store=self.store,
             settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
@@ -373,6 +395,7 @@ class Proxy:
             clients=clients,
             permissions=permissions,
             waits=waits,
+            memory=settings.cache.blob_memory,
         )
         return Puller(
             clients=clients,
@@ -382,14 +405,17 @@ class Proxy:
             permissions=permissions,
             listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
             waits=waits,
+            store=self.store,
+            prefetch=make_prefetch(settings, self.store, flights, clients, self.metrics, clock),
         )
 
     async def status(self) -> Mapping[str, Any]:
         """What `/api/v1/status` says, figures by the leader. Raises ``LeaderMissing``."""
+        connections = asdict(self.listener.state()) if self.listener else None
         if self.front.leads:
-            return self._leader_status()
-        figures = await self.roles.status()
-        return {**figures, "draining": self.is_draining, "role": "follower"}
+            return {**self._leader_status(), "connections": connections}
+        own = {"draining": self.is_draining, "role": "follower", "connections": connections}
+        return {**await self.roles.status(), **own}
 
     def _leader_status(self) -> Mapping[str, Any]:
         own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
@@ -404,6 +430,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> int:
     asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
     try:
         async with ending(lifeline) as stop, proxy:
+            begin_collecting()
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
@@ -426,17 +453,10 @@ def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]
     return handler
 
 
-def raise_file_limit() -> None:
-    """As many descriptors as we may have: each client is a socket, and often an open file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # then the soft limit has to do
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def run(settings: Settings, seat: Seat | None = None) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
-    raise_file_limit()
+    raise_limit()
+    hold_collecting()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(serve(settings, seat))

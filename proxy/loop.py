@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import aiofastnet
@@ -29,6 +29,9 @@ _RECORD = (16 << 10) + 256 + 5
 _DELIVERY = 256 << 10
 #: Bytes of ciphertext taken from a socket at once: with a record begun before, less than that.
 INCOMING_BUFFER = _DELIVERY - 2 * _RECORD
+#: The same for clients, who send little, and the bytes of ciphertext that wait for one of them: by
+#: default 257 KiB, which a crowd of slow clients holds all the time.
+CLIENT_BUFFER = 4 * _RECORD
 
 
 def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -38,18 +41,27 @@ def loop_factory(*, fast_transport: bool) -> Callable[[], asyncio.AbstractEventL
 
 def _fast_loop() -> asyncio.AbstractEventLoop:
     loop = aiofastnet.loop_factory(uvloop.new_event_loop)()
-    for name in ("create_connection", "create_server"):
-        setattr(loop, name, _with_small_buffer(getattr(loop, name)))
+    # Not among the methods that aiofastnet replaces; the listener accepts by itself.
+    accepted = functools.partial(aiofastnet.connect_accepted_socket, loop)
+    loop.connect_accepted_socket = accepted  # type: ignore[method-assign]
+    both = {"ssl_incoming_bio_size": CLIENT_BUFFER, "ssl_outgoing_bio_size": CLIENT_BUFFER}
+    incoming = {"ssl_incoming_bio_size": INCOMING_BUFFER}
+    for name, sizes in (
+        ("create_connection", incoming),
+        ("create_server", incoming),
+        ("connect_accepted_socket", both),
+    ):
+        setattr(loop, name, _with_buffers(getattr(loop, name), sizes))
     return loop
 
 
-def _with_small_buffer(open_: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """``open_``, with a buffer for TLS from which nothing stays behind."""
+def _with_buffers(
+    open_: Callable[..., Awaitable[T]], sizes: Mapping[str, int]
+) -> Callable[..., Awaitable[T]]:
+    """``open_``, with buffers of these sizes for TLS unless it is told others."""
 
     @functools.wraps(open_)
     def opened(*args: Any, ssl: Any = None, **kwargs: Any) -> Awaitable[T]:
-        if ssl:
-            kwargs.setdefault("ssl_incoming_bio_size", INCOMING_BUFFER)
-        return open_(*args, ssl=ssl, **kwargs)
+        return open_(*args, ssl=ssl, **({**sizes, **kwargs} if ssl else kwargs))
 
     return opened

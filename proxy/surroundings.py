@@ -12,6 +12,7 @@ from proxy.pull.flight import FlightSettings
 from proxy.team.channel import BEAT
 from proxy.team.roles import START
 from proxy.upstream.budget import RetryBudget
+from proxy.web.descriptors import current_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,5 +31,6 @@ class Surroundings:
     fill_pause: Pause = FlightSettings().pause
     fill_clock: Callable[[], float] = time.monotonic
     budget: Callable[[], RetryBudget] = RetryBudget
+    descriptors: Callable[[], int] = current_limit  # how many may be open
     beat: float = BEAT
     role_patience: float = START

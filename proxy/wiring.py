@@ -12,9 +12,12 @@ from yarl import URL
 
 from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
-from proxy.observe.logs import Logger
+from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
+from proxy.pull.at_hand import Finder
 from proxy.pull.deadlines import Deadlines, Waits
+from proxy.pull.flight import Flights
+from proxy.pull.prefetch import Prefetch
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.team.front import Front
@@ -41,7 +44,11 @@ from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
+from proxy.web.access import AccessLog
+from proxy.web.hot import HotPath
 from proxy.web.registry import ClientThrottles
+from proxy.web.rows import Rows
+from proxy.web.server import Proxies
 
 __all__ = [
     "CannotTrust",
@@ -49,10 +56,14 @@ __all__ = [
     "make_cap_book",
     "make_clients",
     "make_deadlines",
+    "make_hot_path",
+    "make_prefetch",
+    "make_proxies",
     "make_roles",
     "make_throttles",
     "make_upstreams",
     "make_waits",
+    "upstream_sockets",
     "url_states",
     "urls_in_use",
 ]
@@ -75,6 +86,28 @@ async def make_clients(
         parts = _Parts(name, upstream, egress, settings.queue.max_waiting, metrics, log, clock)
         clients[name] = await parts.client(origins)
     return clients
+
+
+def make_prefetch(
+    settings: Settings,
+    store: Store,
+    flights: Flights,
+    clients: Mapping[str, MirroredClient],
+    metrics: Metrics,
+    clock: Callable[[], float],
+) -> Prefetch | None:
+    """What fetches before anybody asks, if it is wanted."""
+    if settings.cache.prefetch == "off":
+        return None
+    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
+
+
+def upstream_sockets(settings: Settings) -> int:
+    """How many sockets to upstreams may be open at once, to the hosts of their content too."""
+    return sum(
+        len(upstream.urls) * upstream.max_connections + upstream.max_redirect_connections
+        for upstream in settings.upstreams.values()
+    )
 
 
 def make_waits(
@@ -147,6 +180,38 @@ def make_throttles(
     if rate >= MANIFEST_RATE:
         return ClientThrottles(bulk, bulk)  # one account: bulk pays for manifests
     return ClientThrottles(bulk, Throttles(MANIFEST_RATE, clock=clock, on_wait=waited))
+
+
+def make_hot_path(
+    settings: Settings,
+    at_hand: Finder,
+    access_log: AccessLog,
+    is_draining: Callable[[], bool],
+) -> HotPath | None:
+    """The way around the full handler, where there may be one."""
+    lines = Lines.of(access_log.log)
+    is_open = settings.auth.htpasswd_file is None and settings.client_rate is None
+    if not settings.hot_path or not is_open or lines is None:
+        return None
+    return HotPath(
+        at_hand=at_hand,
+        access_log=access_log,
+        rows=Rows(access_log.log, lines),
+        memory=settings.cache.manifest_memory + settings.cache.blob_memory,
+        trusted_proxies=settings.trusted_proxies,
+        is_draining=is_draining,
+    )
+
+
+def make_proxies(settings: Settings, log: Logger) -> Proxies | None:
+    """The peers that speak the PROXY protocol, if any do."""
+    if not settings.proxy_protocol:
+        return None
+
+    def refused(client: str, reason: str) -> None:
+        log.warning("connection_refused", client=client, error=reason)
+
+    return Proxies(settings.trusted_proxies, refused)
 
 
 async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:
@@ -245,6 +310,7 @@ class _Parts:
             metrics=self._metrics,
             redirect_hosts=settings.redirect_hosts,
             throttle=throttle,
+            segments=settings.segments,
         )
 
     async def _tls(self, *, shows_certificate: bool) -> Tls:
@@ -285,6 +351,7 @@ class _Parts:
             tls=tls,
             proxy_tls=proxy_tls,
             egress=self._egress,
+            fast_receive=self._settings.fast_receive,
         )
 
     def _authenticator(self, url: str) -> Authenticator:

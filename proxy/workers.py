@@ -42,6 +42,7 @@ from proxy import app
 from proxy.config import HostPort, Settings
 from proxy.observe.logs import Logger, make_logger
 from proxy.seat import Seat
+from proxy.web.descriptors import raise_limit
 from proxy.web.listener import BACKLOG, bound_sockets
 
 #: Seconds after which a worker that died is made anew: at first, and at most.
@@ -79,7 +80,7 @@ def run(settings: Settings) -> int:
     if settings.workers == 1:
         return app.run(settings)
     log = make_logger(settings.log_format, sys.stderr, settings.log_level)
-    app.raise_file_limit()
+    raise_limit()
     with ExitStack() as stack:
         try:
             seats = _seats(settings, stack)

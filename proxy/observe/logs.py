@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TextIO
 
 import structlog
@@ -85,7 +86,7 @@ def make_logger(log_format: LogFormat, stream: TextIO, level: str = "info") -> L
     # Everything is given here, so nothing is taken from structlog's global configuration; `bind`
     # makes the logger now and not at its first use.
     logger: Logger = structlog.wrap_logger(
-        _LineSink(stream),
+        _LineSink(stream, processors),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(number),
         context_class=dict,
@@ -151,10 +152,87 @@ def _escape_controls(_logger: WrappedLogger, _method: str, event: EventDict) -> 
     }
 
 
+class Lines:
+    """The lines of a logger by another way, for those who write very many of a kind.
+
+    What a logger does to each event takes tens of microseconds. Here it is done once, to an event
+    with *holes* in the place of what differs; a line is then what came out, with the holes filled.
+    So it is the line that the logger would have written, secrets taken out and all. Only the log's
+    own processors are asked, nothing is known here of what they do.
+    """
+
+    def __init__(self, sink: _LineSink) -> None:
+        self._sink = sink
+
+    @classmethod
+    def of(cls, log: Logger) -> Lines | None:
+        """Those of a logger; None for one that ``make_logger`` has not made."""
+        sink = getattr(log, "_logger", None)  # structlog has no public name for it
+        return cls(sink) if isinstance(sink, _LineSink) else None
+
+    def around(
+        self,
+        event: str,
+        fields: Mapping[str, object],
+        *,
+        texts: Sequence[str],
+        values: Sequence[str],
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The pieces of a line at level "info" around its holes, and which field belongs in each.
+
+        The holes are the fields named: ``texts``, which need no escaping, and ``values``, which are
+        to be filled in as ``value`` gives them. One more is ``timestamp``, for the time as
+        ``isoformat`` writes it.
+        """
+        marks = {name: _hole() for name in (*texts, *values, "timestamp")}
+        holes = {name: marks[name] for name in (*texts, *values)}
+        line = self._render(event, {**fields, **holes}, marks["timestamp"])
+        for name in values:  # text has quotes where the log is JSON
+            line = line.replace(f'"{marks[name]}"', marks[name])
+        either = "|".join(marks.values())
+        names = {mark: name for name, mark in marks.items()}
+        order = tuple(names[mark] for mark in re.findall(either, line))
+        return tuple(re.split(either, line)), order
+
+    def value(self, name: str, value: object) -> str:
+        """How a field's value stands in a line, with its quotes if it has any."""
+        hole = _hole()
+        before, _, after = self._render("", {name: hole}, "").partition(hole)
+        if before.endswith('"') and after.startswith('"'):
+            before, after = before[:-1], after[1:]
+        line = self._render("", {name: value}, "")
+        return line[len(before) : len(line) - len(after)]
+
+    def _render(self, event: str, fields: Mapping[str, object], timestamp: str) -> str:
+        line: object = {**fields, "event": event}
+        for processor in self._sink.processors:
+            if isinstance(processor, structlog.processors.TimeStamper):
+                line = {**_mapping(line), "timestamp": timestamp}
+            else:
+                line = processor(self._sink, "info", _mapping(line))
+        return str(line)
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Write whole lines, at once."""
+        self._sink.msg("\n".join(lines))
+
+
+def _hole() -> str:
+    """Text that no other field holds, and that no processor changes."""
+    return f"hole{secrets.token_hex(8)}"
+
+
+def _mapping(event: object) -> dict[str, object]:
+    if not isinstance(event, dict):
+        raise TypeError(f"a processor has made no event but {event!r}")
+    return event
+
+
 class _LineSink:
     """Writes whole lines to a stream, one at a time: fills log from worker threads too."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, processors: Sequence[Processor]) -> None:
+        self.processors = processors
         self._stream = stream
         self._lock = threading.Lock()
 

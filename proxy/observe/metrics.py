@@ -55,11 +55,45 @@ class OriginState:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store at one moment: bytes held, bytes it may hold, blobs held."""
+    """The store at one moment: bytes held, bytes it may hold, blobs held, and bytes that it could
+    promise if it evicted all that nobody uses."""
 
     bytes: int
     limit: int
     blobs: int
+    spare: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerState:
+    """The listener for clients at one moment: connections open, how many there are descriptors
+    for, and whether it accepts none for now."""
+
+    open: int
+    limit: int
+    paused: bool
+
+
+@dataclass(slots=True)
+class Tally:
+    """Hits of one kind, method and status that were answered hot since the last scrape, none of
+    which took longer than the first bucket of the durations."""
+
+    kind: str
+    method: str
+    code: str
+    count: int = 0
+    seconds: float = 0.0
+    sent: int = 0
+
+
+class Durations(Histogram):
+    """A histogram that takes many observations of the first bucket at once."""
+
+    def observe_quick(self, count: int, total: float) -> None:
+        """``count`` observations, ``total`` in all, none beyond the first bucket's bound."""
+        self._sum.inc(total)
+        self._buckets[0].inc(count)
 
 
 class Metrics:
@@ -75,6 +109,8 @@ class Metrics:
         self._live = _LiveState()
         self.registry.register(self._live)
         self._make_http()
+        self._tallies: dict[tuple[str, str, str], Tally] = {}
+        self._live.before = self._fold
         self._make_queue()
         self._make_upstream()
         self._make_flow()
@@ -100,6 +136,10 @@ class Metrics:
         """Read the number of flights with this callback at every scrape."""
         self._live.flights = flights
 
+    def observe_listener(self, listener: Callable[[], ListenerState]) -> None:
+        """Read the listener for clients with this callback at every scrape."""
+        self._live.listener = listener
+
     def render(self) -> bytes:
         """The text exposition; `content_type` is its media type."""
         return generate_latest(self.registry)
@@ -109,8 +149,8 @@ class Metrics:
 
     def _histogram(
         self, name: str, text: str, labels: Iterable[str], buckets: tuple[float, ...]
-    ) -> Histogram:
-        return Histogram(
+    ) -> Durations:
+        return Durations(
             f"pullpool_{name}", text, tuple(labels), registry=self.registry, buckets=buckets
         )
 
@@ -132,6 +172,64 @@ class Metrics:
             "http_response_bytes_total", "Body bytes sent to clients", ("cache",)
         )
         self.http_inflight = self._gauge("http_requests_inflight", "Requests being answered")
+        self.http_hot = self._counter(
+            "http_hot_requests_total", "Requests answered from prepared bytes", ("kind",)
+        )
+
+    def count_request(
+        self,
+        kind: str,
+        method: str,
+        code: str,
+        cache: str,
+        *,
+        seconds: float,
+        first_byte: float | None,
+        sent: int,
+    ) -> None:
+        """A request was answered; ``seconds`` to the last byte, ``first_byte`` to the headers."""
+        self.http_requests.labels(kind, method, code, cache).inc()
+        self.http_duration.labels(kind, cache).observe(seconds)
+        if first_byte is not None:
+            self.http_first_byte.labels(kind, cache).observe(first_byte)
+        self.http_bytes.labels(cache).inc(sent)
+
+    def tally(self, kind: str, method: str, code: str) -> Tally:
+        """Where hits of this kind are counted that are answered hot: plain numbers, which become
+        metrics at the next scrape."""
+        return self._tallies.setdefault((kind, method, code), Tally(kind, method, code))
+
+    def count_hot(self, tally: Tally, seconds: float, sent: int) -> None:
+        """One more of these, answered in so many seconds with a body of ``sent`` bytes."""
+        if seconds <= _DURATION[0]:
+            tally.count += 1
+            tally.seconds += seconds
+            tally.sent += sent
+            return
+        self.http_hot.labels(tally.kind).inc()
+        self.count_request(
+            tally.kind,
+            tally.method,
+            tally.code,
+            "hit",
+            seconds=seconds,
+            first_byte=seconds,
+            sent=sent,
+        )
+
+    def _fold(self) -> None:
+        for tally in self._tallies.values():
+            if tally.count:
+                kind = tally.kind
+                self.http_requests.labels(kind, tally.method, tally.code, "hit").inc(tally.count)
+                self.http_duration.labels(kind, "hit").observe_quick(tally.count, tally.seconds)
+                self.http_first_byte.labels(kind, "hit").observe_quick(tally.count, tally.seconds)
+                self.http_bytes.labels("hit").inc(tally.sent)
+                self.http_hot.labels(kind).inc(tally.count)
+                tally.count, tally.seconds, tally.sent = 0, 0.0, 0
+        self.accept_pauses = self._counter(
+            "http_accept_pauses_total", "Times that clients were not accepted for a while"
+        )
 
     def _make_queue(self) -> None:
         labels = ("upstream", "class")
@@ -179,6 +277,11 @@ class Metrics:
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
+        self.upstream_segments = self._counter(
+            "upstream_segments_total",
+            "Further turns of blobs that had one, by outcome",
+            ("upstream", "outcome"),
+        )
         self.upstream_stalls = self._counter(
             "upstream_stalls_total", "Answers given up because they came too slowly", labels
         )
@@ -198,6 +301,9 @@ class Metrics:
         )
         self.coalesced = self._counter(
             "coalesced_requests_total", "Requests that joined a flight", ("kind",)
+        )
+        self.prefetches = self._counter(
+            "prefetches_total", "Fetches of blobs that nobody had asked for yet"
         )
         self.fill_failures = self._counter(
             "fill_failures_total", "Fills that ended without a stored blob", ("reason",)
@@ -231,8 +337,11 @@ class _LiveState(Collector):
         self.store: Callable[[], StoreState] | None = None
         self.flights: Callable[[], int] | None = None
         self.urls: Callable[[], Iterable[tuple[str, str, bool]]] | None = None
+        self.before: Callable[[], None] = lambda: None
+        self.listener: Callable[[], ListenerState] | None = None
 
     def collect(self) -> Iterator[Metric]:
+        self.before()  # registered first, so the metrics that this moves are read after it
         if self.gates is not None:
             yield from _gate_families(self.gates())
         if self.origins is not None:
@@ -244,6 +353,8 @@ class _LiveState(Collector):
             for upstream, url, is_in_use in self.urls():
                 family.add_metric((upstream, url), is_in_use)
             yield family
+        if self.listener is not None:
+            yield from _listener_families(self.listener())
         if self.store is not None:
             yield from _store_families(self.store())
         if self.flights is not None:
@@ -310,6 +421,15 @@ def _origin_families(origins: Iterable[OriginState]) -> Iterator[Metric]:
             remaining.add(origin.quota[1], origin.upstream)
     for sums in (breaker, limit, remaining):
         yield sums.family()
+
+
+def _listener_families(listener: ListenerState) -> Iterator[Metric]:
+    for name, text, value in (
+        ("connections", "Connections of clients", listener.open),
+        ("connections_limit", "Connections that there are descriptors for", listener.limit),
+        ("accept_paused", "1 while no connection is accepted", listener.paused),
+    ):
+        yield GaugeMetricFamily(f"pullpool_http_{name}", text, value=value)
 
 
 def _store_families(store: StoreState) -> Iterator[Metric]:

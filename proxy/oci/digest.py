@@ -13,6 +13,9 @@ from typing import Self
 
 from proxy.oci.errors import DigestInvalid
 
+#: Bytes as they come: ones of their own, or a view of where they lie.
+Chunk = bytes | memoryview
+
 # image-spec, "Digests": encoded is lower-case hex, and its length belongs to the algorithm.
 _HEX = {
     "sha256": re.compile(r"[0-9a-f]{64}"),
@@ -71,7 +74,7 @@ class Verifier:
         self.count = 0  # bytes hashed
         self._hash = hashlib.new(expected.algorithm)
 
-    def update(self, data: bytes | bytearray | memoryview) -> None:
+    def update(self, data: Chunk | bytearray) -> None:
         """Hash the next bytes."""
         self._hash.update(data)
         self.count += data.nbytes if isinstance(data, memoryview) else len(data)

@@ -12,6 +12,10 @@ podman 4.3 and skopeo 1.9 give the pull up. For those who come back the place in
 for ``KEEP_PLACE``: they join the same flight, whose ticket stands where it stood, and have lost
 nothing by the deadline. The others have no clock of their own that would have to be met, so for
 them there is no deadline: they wait until their turn comes.
+
+Stored blobs of at most ``SMALL`` bytes (the configurations of images, most of all) are answered out
+of memory, where as many as ``memory`` bytes of them are kept: to open a file and hand it to the
+kernel costs more than they are worth.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+
+from cachetools import LRUCache
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError
@@ -37,6 +43,8 @@ from proxy.upstream.mirrored import MirroredClient
 #: Seconds that a place is kept for a client whose body was let go without a byte: dockerd comes
 #: back after 25 s at the latest.
 KEEP_PLACE = 30.0
+#: Bytes of a blob that is kept in memory, at most.
+SMALL = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +65,17 @@ class Blobs:
         clients: Mapping[str, MirroredClient],
         permissions: Permissions,
         waits: Waits,
+        memory: int = 0,
     ) -> None:
+        """``memory`` is how many bytes of small blobs are kept in memory."""
         self._store = store
         self._flights = flights
         self._clients = clients
         self._permissions = permissions
         self._waits = waits
         self._places: set[asyncio.Task[None]] = set()
+        # Behind the store: what it does not hold is not answered from here.
+        self._memory: LRUCache[Digest, bytes] = LRUCache(memory, getsizeof=len)
 
     async def answer(self, ask: Ask, digest: Digest, wanted: ByteRange | None) -> BlobAnswer:
         """A GET. Raises ``PullError``; else the caller owns the answer and must close it."""
@@ -83,6 +95,9 @@ class Blobs:
             if link is None and self._needs_proof(ask, digest):
                 link = await self._prove(ask, digest)
                 word = CacheWord.REVALIDATED
+            if link is not None and (data := await self._small(digest)) is not None:
+                self._store.touch(digest)
+                return _in_memory(digest, data, wanted, word)
             if link is not None and self._store.size_of(digest) is not None:
                 lease = await self._store.lease(digest)
                 if lease is not None:
@@ -90,6 +105,20 @@ class Blobs:
                     return stored(digest, lease, wanted, word)
             if link is not None or not self._needs_proof(ask, digest):
                 return _Missing(link)
+
+    async def _small(self, digest: Digest) -> bytes | None:
+        """A small blob that is held, from memory or store; None for all others."""
+        size = self._store.size_of(digest)
+        if size is None or size > min(SMALL, self._memory.maxsize):
+            return None
+        data = self._memory.get(digest)
+        if data is None and (data := await self._store.read(digest)) is not None:
+            self._memory[digest] = data
+        return data
+
+    def in_memory(self, digest: Digest) -> bytes | None:
+        """A small blob, if it needs no look into the store."""
+        return self._memory.get(digest)
 
     async def head(self, ask: Ask, digest: Digest) -> BlobAnswer:
         """A HEAD: from what is known, else from the upstream."""
@@ -271,6 +300,19 @@ def stored(
     part = span or Span(0, lease.size, lease.size)
     pieces = _spans(FileSpan(lease, part.start, part.stop))
     return BlobAnswer(digest, lease.size, span, word, pieces, lease.close)
+
+
+def _in_memory(
+    digest: Digest, data: bytes, wanted: ByteRange | None, word: CacheWord
+) -> BlobAnswer:
+    span = wanted.resolve(len(data)) if wanted is not None else None
+    part = data if span is None else data[span.start : span.stop]
+    return BlobAnswer(digest, len(data), span, word, _bytes(part), lambda: None)
+
+
+async def _bytes(data: bytes) -> AsyncGenerator[Piece, None]:
+    if data:
+        yield data
 
 
 async def _spans(span: FileSpan) -> AsyncGenerator[Piece, None]:

@@ -13,6 +13,10 @@ upstream that names no size is read to its end.
 An upstream without Range gives the whole body in every turn, and what is already held is skipped.
 Such a turn is not cut for others, because its successor would start all over; it is cut only when
 it stands still.
+
+All this is the business of one task, the *lead*. Of a large blob it may have further turns bring
+other parts meanwhile (``spread.py``); what it brings itself is then not what follows the bytes
+received, but the first part that nobody brings yet.
 """
 
 from __future__ import annotations
@@ -25,19 +29,28 @@ from dataclasses import dataclass
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, SizeMismatch, UpstreamError, UpstreamUnavailable
 from proxy.pull.intake import Intake
 from proxy.pull.progress import Progress
-from proxy.pull.pump import Pump
-from proxy.pull.reader import Crowd
+from proxy.pull.pump import pump
+from proxy.pull.reader import Crowd, Piece
+from proxy.pull.segments import Segment
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
+from proxy.pull.spread import Spread
 from proxy.pull.window import WindowBudget
+from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
 from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 
 #: Bytes of a window (D14): half of it is one turn, the other half lets readers differ.
 WINDOW_BYTES = 16 << 20
+#: The least that a segment brings, and of which a request is worth its while (D9).
+SEGMENT_BYTES = 4 << 20
+#: What nobody waits for yet is written in batches of so many bytes, or what comes in a while (in
+#: seconds): each write is a hop to a thread.
+GATHER_BYTES = 256 << 10
+GATHER = 0.01
 #: A reader this far ahead of the mark takes turns of its own.
 FAR = 16 << 20
 #: How long, in seconds, a turn without Range is held for readers that do not move (D14).
@@ -49,7 +62,8 @@ MAX_PAUSE = 30.0
 @dataclass(frozen=True, slots=True)
 class FlightSettings:
     """What a flight may do: sizes in bytes; ``patience`` in seconds; ``pause`` gives the seconds to
-    wait before try ``n`` (1, 2, …); ``clock`` is monotonic."""
+    wait before try ``n`` (1, 2, …); ``clock`` is monotonic; ``gather``: seconds in which bytes that
+    nobody waits for yet may come together."""
 
     on_abandon: str = "finish"
     window_bytes: int = WINDOW_BYTES
@@ -57,6 +71,8 @@ class FlightSettings:
     patience: float = PATIENCE
     pause: Callable[[int], float] = lambda n: random.uniform(0, min(5.0, 0.1 * 2 ** min(n, 16)))
     clock: Callable[[], float] = time.monotonic
+    segment_bytes: int = SEGMENT_BYTES
+    gather: float = GATHER
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""
@@ -93,6 +109,17 @@ class Fill:
             progress=self._publish,
             on_full=self._disk_full,
         )
+        self._spread = Spread(
+            str(digest),
+            intake=self.intake,
+            least=settings.segment_bytes,
+            carry=self._carry_segment,
+            publish=self._publish,
+            pause_after=settings.pause_after,
+            count=self._count_segment,
+            moved=self.progress.went_ahead,
+            delay=settings.gather,
+        )
         self._crowd = crowd
         self._settings = settings
         self._metrics = metrics
@@ -109,23 +136,18 @@ class Fill:
 
         Raises ``PullError`` when no source is left that is worth another try.
         """
-        await self._go_on(store, on_begun)
-        while not self._is_complete:
-            before, source = self.received, self.sources.next()
-            try:
-                await self._turn(source, store, on_begun)
-                if self.received == before and not self._is_complete:
-                    raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
-                self.sources.went_on()
-                self.ticket.urgent = False
-                self.ticket.retry = ""
-            except UpstreamError as error:
-                if self.received > before:
-                    self.sources.went_on()
-                await self._failed(source, error)
+        await self._take_over(store, on_begun)
+        try:
+            while not self._is_complete:
+                source = self.sources.next()
+                segment = await self._spread.lead(source)
+                if segment is not None:
+                    await self._go_on(source, segment, store, on_begun)
+        finally:
+            await self._spread.close()
         await self.intake.drain()
 
-    async def _go_on(self, store: Store, on_begun: Callable[[], None]) -> None:
+    async def _take_over(self, store: Store, on_begun: Callable[[], None]) -> None:
         """Begin where the process before us was, if it has left something (DESIGN D15)."""
         size = await self.intake.go_on(store)
         if not self.intake.has_place:
@@ -142,6 +164,58 @@ class Fill:
         on_begun()
         self._publish(now=True)
         self.progress.tell()
+
+    async def _go_on(
+        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
+    ) -> None:
+        """One turn for a segment. What it does not bring is not lost: a later one will."""
+        try:
+            try:
+                await self._turn(source, segment, store, on_begun)
+            finally:
+                self._spread.ended(segment)
+            if segment.at == segment.start and not self._is_complete:
+                raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
+            self.sources.went_on()
+            self.ticket.urgent = False
+            self.ticket.retry = ""
+        except StoreFull:
+            self._spread.disk_full()
+        except UpstreamError as error:
+            if segment.at > segment.start:
+                self.sources.went_on()
+            await self._failed(source, error)
+
+    def distrust(self) -> None:
+        """What came is not the blob: ranges may be to blame."""
+        self._spread.distrust()
+
+    def front(self, position: int) -> int:
+        """How far that has come which will bring the byte at ``position``."""
+        plan = self._spread.plan
+        if plan is None or self.intake.window is not None:
+            return self.progress.mark
+        return max(plan.front(position), self.progress.mark)
+
+    def ahead(self, position: int, limit: int) -> Piece | None:
+        """Bytes beyond the mark, at most to ``limit``, if those at ``position`` are there."""
+        plan = self._spread.plan
+        if plan is None:
+            return None
+        return self.intake.piece_ahead(position, min(limit, plan.done_after(position)))
+
+    # -- whose it is -----------------------------------------------------------------------
+
+    def join(self, client: str) -> None:
+        """``client`` waits for it, too."""
+        self.ticket.join(client)
+        self._spread.join(client)
+        self.classify()
+
+    def leave(self, client: str) -> None:
+        """``client`` does not wait any more."""
+        self.ticket.leave(client)
+        self._spread.leave(client)
 
     @property
     def has_begun(self) -> bool:
@@ -161,6 +235,7 @@ class Fill:
                 return
             case Verdict.REFUSED:
                 self.sources.drop(source)
+                self._spread.drop(source)
                 self._crowd.refuse(source, error)
                 self.intake.reader_moved()
                 self.progress.tell()
@@ -183,9 +258,11 @@ class Fill:
 
     # -- one turn --------------------------------------------------------------------------
 
-    async def _turn(self, source: Source, store: Store, on_begun: Callable[[], None]) -> None:
-        length = await self.intake.room() or source.turn_bytes
-        async with source.open(self.received, length, self.ticket) as body:
+    async def _turn(
+        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
+    ) -> None:
+        length = await self.intake.room() or self._length(source, segment)
+        async with source.open(segment.at, length, self.ticket) as body:
             if body.total is not None:
                 self._settle_size(body.total)
             self.sources.prove(source)
@@ -193,26 +270,46 @@ class Fill:
                 await self.intake.open(store, self.size)
                 on_begun()
                 self.progress.tell()
-            whole = await self._pump(source, body)
+            await self._spread.begun(source, segment, body, length)
+            whole = await self._carry(segment, body)
             body.learn()
         if whole and self.size is None and self._is_end(source):
             self._settle_size(self.received)
 
-    async def _pump(self, source: Source, body: TurnBody) -> bool:
-        """Take in the turn's bytes; true when its body came to its end."""
-        wait = not source.ranged
+    def _length(self, source: Source, segment: Segment) -> int:
+        if segment.stop is not None:
+            return segment.stop - segment.at
+        size = self._crowd.promise if self.size is None else self.size
+        return self._spread.first_length(source, segment.at, size)
 
-        async def take(chunks: list[bytes]) -> None:
-            total = self.received + sum(map(len, chunks))
+    async def _carry_segment(self, segment: Segment, body: TurnBody) -> bool:
+        return await self._carry(segment, body, leads=False)
+
+    async def _carry(self, segment: Segment, body: TurnBody, *, leads: bool = True) -> bool:
+        """Take in the turn's bytes; true when its body came to its end."""
+
+        async def take(chunks: list[Chunk]) -> None:
+            count = sum(map(len, chunks))
+            total = segment.at + count
             if self.size is not None and total > self.size:
                 raise SizeMismatch(self.size, total)
             if self.size is None:
                 self._crowd.expect(total)
-            await self.intake.take(chunks, wait=wait)
+            if leads and segment.at == self.received:
+                await self.intake.take(chunks, wait=not body.is_part)
+            else:
+                await self.intake.put(segment.at, chunks)
+            self._spread.wrote(segment, count)
+            await self._spread.catch_up()
             self._publish(now=False)
+            self.progress.went_ahead()
+            if segment.at > self.received and count < GATHER_BYTES:
+                await asyncio.sleep(self._settings.gather)
 
-        pump = Pump(take, self.intake.max_pending)
-        return await pump.run(body, lambda: self.intake.is_stuck or body.is_overdue)
+        return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+
+    def _count_segment(self, source: Source, outcome: str) -> None:
+        self._metrics.upstream_segments.labels(source.key[0], outcome).inc()
 
     def _is_end(self, source: Source) -> bool:
         """Nobody named the size, and a turn's body has ended: is that the end of the blob?"""
@@ -243,6 +340,7 @@ class Fill:
 
     def _disk_full(self, error: Exception) -> None:
         self._log.warning("fill_without_disk", digest=str(self.digest), cause=str(error))
+        self._spread.disk_full()
         self._on_full()
 
     def __repr__(self) -> str:

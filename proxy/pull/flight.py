@@ -2,12 +2,12 @@
 
 Theory of operation
 -------------------
-A *flight* is the one fetch of a digest. The first reader opens it, later ones join it at any time
-and start at any byte; a task owned by the ``Flights`` table fills it, so it outlives the client
-that began it. Bytes go socket → staging file and running hash (one thread hop per batch, the next
-batch is received meanwhile); readers follow the growing file at their own pace and are told about
-progress in steps, not per chunk. ``fill.py`` is where the bytes come from, ``intake.py`` where they
-go, ``reader.py`` how they reach a client.
+A *flight* is the one fetch of a digest. The first reader opens it (or prefetch.py, before anybody
+reads), later ones join it at any time and start at any byte; a task owned by the ``Flights`` table
+fills it, so it outlives the client that began it. Bytes go socket → staging file and running hash
+(one thread hop per batch, the next batch is received meanwhile); readers follow the growing file at
+their own pace and are told about progress in steps, not per chunk. ``fill.py`` is where the bytes
+come from, ``intake.py`` where they go, ``reader.py`` how they reach a client.
 
 States, and who moves them (always the fill task, but for the last row):
 
@@ -50,7 +50,7 @@ from proxy.oci.errors import (
 )
 from proxy.pull.fill import Fill, FlightSettings
 from proxy.pull.intake import Intake
-from proxy.pull.reader import Crowd, Reader
+from proxy.pull.reader import Crowd, Piece, Reader
 from proxy.pull.sources import Key, Source, Sources
 from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
@@ -165,13 +165,27 @@ class Flight:
         if self.size is None and size is not None and size < self.received:
             reader.check_promise(self.received)
         self.readers.add(reader)
-        self.ticket.join(client)
-        self._fill.classify()
+        self._fill.join(client)
         self.reader_moved()
+        self._start()
+        return reader
+
+    def begin(self, source: Source) -> None:
+        """Fetch it through ``source``, which a manifest names it for, though nobody reads it yet:
+        behind everybody else, until somebody joins."""
+        self.sources.add(source, named=True)
+        self.ticket.move(TurnClass.ABANDONED)
+        self._start()
+
+    def stop_unread(self) -> None:
+        """End a fetch that nobody reads."""
+        if not self.readers and self.state in (State.WAITING, State.FILLING):
+            self._abandon(keep=False)
+
+    def _start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"fill {self.digest}")
             self._task.add_done_callback(self._ended)
-        return reader
 
     def leave(self, reader: Reader, *, for_good: bool = False) -> None:
         """``reader`` is gone; the last one decides what becomes of the fill. One that is gone
@@ -179,7 +193,7 @@ class Flight:
         if reader not in self.readers:
             return
         if self.readers.discard(reader):
-            self.ticket.leave(reader.client)
+            self._fill.leave(reader.client)
         self.reader_moved()
         if self.readers:
             return
@@ -214,9 +228,17 @@ class Flight:
         """A reader came, went on or left: a window that waits for its readers may move on."""
         self.intake.reader_moved()
 
-    async def changed(self) -> None:
-        """Wait for the next step of progress, or the end."""
-        await self._fill.progress.changed()
+    async def changed(self, *, beyond: bool = False) -> None:
+        """Wait for the next step of progress, ``beyond`` the mark as well, or the end."""
+        await self._fill.progress.changed(beyond=beyond)
+
+    def front(self, position: int) -> int:
+        """How far that has come which will bring the byte at ``position``."""
+        return self._fill.front(position)
+
+    def ahead(self, position: int, limit: int) -> Piece | None:
+        """Bytes beyond the mark, at most to ``limit``, if those at ``position`` are there."""
+        return self._fill.ahead(position, limit)
 
     # -- the task --------------------------------------------------------------------------
 
@@ -244,6 +266,7 @@ class Flight:
         verifier = self.intake.verifier
         if not verifier.matches():
             self._metrics.digest_mismatch.labels("upstream").inc()
+            self._fill.distrust()
             raise DigestMismatch(self.digest, verifier.actual())
         self.state = State.VERIFIED
         self._fill.progress.reach(self.received)
@@ -329,21 +352,36 @@ class Flights:
         flight = self._flights.get(source.digest)
         joined = flight is not None
         if flight is None:
-            flight = Flight(
-                source.digest,
-                store=self._store,
-                settings=self._settings,
-                windows=self._windows,
-                metrics=self._metrics,
-                log=self._log,
-                on_gone=self._gone,
-                image=source.key,
-            )
-            self._flights[source.digest] = flight
-            self._running.add(flight)
+            flight = self._open(source)
         else:
             self._metrics.coalesced.labels("blob").inc()
         return flight.join(source, client, size=size, named=named), joined
+
+    def begin(self, source: Source) -> Flight | None:
+        """Open a flight that nobody reads; None if there is one of its digest, or none may start.
+
+        Does not suspend, like ``join``.
+        """
+        if self._is_closing or source.digest in self._flights:
+            return None
+        flight = self._open(source)
+        flight.begin(source)
+        return flight
+
+    def _open(self, source: Source) -> Flight:
+        flight = Flight(
+            source.digest,
+            store=self._store,
+            settings=self._settings,
+            windows=self._windows,
+            metrics=self._metrics,
+            log=self._log,
+            on_gone=self._gone,
+            image=source.key,
+        )
+        self._flights[source.digest] = flight
+        self._running.add(flight)
+        return flight
 
     def _gone(self, flight: Flight) -> None:
         if self._flights.get(flight.digest) is flight:

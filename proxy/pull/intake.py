@@ -1,5 +1,10 @@
 """Where a fill's bytes go: a staging file, or a window in memory when the disk has no room (D14).
 
+Into the file they may also go out of order, by several turns at once (D9): what is ``put`` beyond
+the bytes ``received`` counts once ``advance`` has hashed it. A window has no place for that, so it
+is opened only by ``take``, which the fill's own turn alone calls: a further one may be cancelled at
+any point, and what a window was given would be lost with it.
+
 The file comes first. When it cannot be made, or stops growing in the middle, the bytes from there
 on go through a ``Window``; what is in the file stays there for the readers until the flight ends,
 but nothing is kept.
@@ -24,8 +29,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from proxy.oci.digest import Digest, Verifier
-from proxy.pull.pump import MAX_PENDING
+from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.pull.reader import Crowd, FileSpan, Piece
 from proxy.pull.window import Window, WindowBudget
 from proxy.store.blobs import FileLease, Staging, StoreFull
@@ -94,6 +98,13 @@ class Intake:
             return self.window.piece(position)[: limit - position]
         return None
 
+    def piece_ahead(self, position: int, limit: int) -> Piece | None:
+        """Bytes that were ``put`` at ``position``, up to ``limit``: not hashed, and to be read only
+        by who knows that they are there."""
+        if self._lease is None or self.window is not None or position >= limit:
+            return None
+        return FileSpan(self._lease, position, limit)
+
     def has_lost(self, position: int) -> bool:
         """Did the window give up the byte at ``position``?"""
         return self.window is not None and self._filed <= position < self.window.start
@@ -139,7 +150,7 @@ class Intake:
         self._on_full(error)
         self.window = Window(self.received, self._windows.take())
 
-    async def take(self, chunks: Sequence[bytes], *, wait: bool) -> None:
+    async def take(self, chunks: Sequence[Chunk], *, wait: bool) -> None:
         """Take in the next bytes. With ``wait`` the turn had better not be cut, and the readers are
         waited for here; else what they leave no room for is left over. Raises ``StoreFailed``."""
         if self.window is None and self._staging is not None:
@@ -148,22 +159,38 @@ class Intake:
                 return
             except StoreFull as error:
                 self._open_window(error)
-        await asyncio.to_thread(self._hash, chunks)
-        self._backlog.extend(memoryview(chunk) for chunk in chunks)
+        # The chunks are borrowed: the thread is done with them when this ends, and none is kept.
+        await finish(asyncio.get_running_loop().run_in_executor(None, self._hash, chunks))
+        self._backlog.extend(memoryview(bytes(chunk)) for chunk in chunks)
         self._shift()
         while wait and self._backlog and self._crowd.can_go_on():
             if not await self._readers_move(self._patience):
                 return
             self._shift()
 
-    def _hash(self, chunks: Sequence[bytes]) -> None:
+    async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
+        """Write bytes into the file, where nobody else does. Raises ``StoreFull`` when they have no
+        place there, and ``StoreFailed``."""
+        if self.window is not None or self._staging is None:
+            raise StoreFull("there is no file any more")
+        if position == self.received:
+            await self._staging.append(chunks)
+        else:
+            await self._staging.put(position, chunks)
+
+    async def advance(self, upto: int) -> None:
+        """Hash what was ``put`` before ``upto``: all of it is there. Raises ``StoreFailed``."""
+        if self.window is None and self._staging is not None:
+            await self._staging.advance(upto)
+
+    def forget_ahead(self) -> None:
+        """What was ``put`` and not hashed will come again."""
+        if self._staging is not None:
+            self._staging.forget_ahead()
+
+    def _hash(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             self.verifier.update(chunk)
-
-    @property
-    def max_pending(self) -> int:
-        """Bytes that may come in ahead of being taken: a window has no use for many."""
-        return MAX_PENDING if self.window is None else self.window.capacity // 2
 
     @property
     def is_stuck(self) -> bool:

@@ -35,6 +35,7 @@ from proxy.pull.asking import PATIENCE, Key, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
 from proxy.pull.permissions import Permissions
 from proxy.pull.tags import (
+    Fresh,
     Standing,
     TagBook,
     TagEntry,
@@ -322,6 +323,17 @@ class Manifests:
         manifest = await _read(raw, media_type, digest)
         self._keep(manifest)
         return manifest
+
+    def fresh(self, upstream: str, repository: str, reference: Reference) -> Fresh | None:
+        """Which manifest a reference names, if that needs no question and no look into the store;
+        the client's own words for it are enough when it is a digest."""
+        if not isinstance(reference, Tag):
+            return Fresh(reference)
+        return self._book.fresh((upstream, repository, str(reference)), self._policy)
+
+    def in_memory(self, digest: Digest) -> Manifest | None:
+        """The manifest, if it needs no look into the store."""
+        return self._memory.get(digest)
 
     def _keep(self, manifest: Manifest) -> None:
         if len(manifest.raw) <= self._memory.maxsize:

@@ -64,10 +64,22 @@ class Progress:
         self._told = 0
         self._told_at = 0.0
         self._due: asyncio.TimerHandle | None = None
+        self._beyond = 0  # of those who wait
 
-    async def changed(self) -> None:
-        """Wait for the next step, or whatever else ``tell`` is called for."""
-        await self._bell.wait()
+    async def changed(self, *, beyond: bool = False) -> None:
+        """Wait for the next step, or whatever else ``tell`` is called for; ``beyond`` the mark also
+        for bytes there."""
+        self._beyond += beyond
+        try:
+            await self._bell.wait()
+        finally:
+            self._beyond -= beyond
+
+    def went_ahead(self) -> None:
+        """There is more beyond the mark: tell those who wait there, if any do, in a step's time."""
+        if self._beyond and self._due is None:
+            due = self._told_at + STEP_SECONDS
+            self._due = asyncio.get_running_loop().call_at(due, self.tell)
 
     def reach(self, mark: int, *, now: bool = False) -> None:
         """Let readers have the bytes before ``mark``; tell them in a step's time, or ``now``."""

@@ -3,15 +3,18 @@
 It hands out *pieces*: spans of the staging file, for sendfile, or bytes of a window or of a turn of
 its own. What it does next depends on where it stands:
 
-* bytes are at hand (before the mark, in the file or in the window): it hands them out
-* it is ``far`` ahead of the mark, or has fallen out of the window: it takes a turn of its own
+* bytes are at hand (before the mark, in the file or in the window; or beyond it, where a segment of
+  the flight has brought them already): it hands them out
+* it is ``far`` ahead of the mark and of any segment that holds its place, or has fallen out of the
+  window: it takes a turn of its own
 * else it waits for the flight's next step
 
 A turn of its own is read into memory before the client gets a byte of it, so that a slow client
 holds no slot; its size follows the client's pace. Only at an upstream without Range the turn lasts
-as long as the client takes. Such bytes are not verified and not kept. A reader that began at byte 0
-never gets past the flight's mark by them, so the last byte of a whole blob is always a verified one
-(D10); a range far ahead is its client's to verify.
+as long as the client takes. Such bytes are not verified and not kept, and those of a segment beyond
+the mark not yet. A reader that began at byte 0 never gets past the flight's mark by them, so the
+last byte of a whole blob is always a verified one (D10); a range far ahead is its client's to
+verify.
 """
 
 from __future__ import annotations
@@ -128,7 +131,7 @@ class Reader:
                         yield data
                         self._went_on(len(data))
             else:
-                await self.flight.changed()
+                await self.flight.changed(beyond=self.position > self.flight.mark)
 
     def _went_on(self, length: int) -> None:
         """What was yielded has been sent: only now may a window give it up."""
@@ -139,9 +142,12 @@ class Reader:
         """The next bytes that need no waiting."""
         mark = self.flight.mark
         limit = mark if self.stop is None else min(self.stop, mark)
-        if self.position >= limit:
-            return None
-        return self.flight.intake.piece(self.position, limit)
+        if self.position < limit:
+            return self.flight.intake.piece(self.position, limit)
+        end = self._end
+        if end is None or self.position <= mark:
+            return None  # also of what has come but is not hashed: it may be the last (D10)
+        return self.flight.ahead(self.position, end)
 
     def _has_all(self) -> bool:
         """Is the blob verified and this its end? Raises ``SizeMismatch`` if more was promised."""
@@ -155,11 +161,11 @@ class Reader:
 
     @property
     def is_far(self) -> bool:
-        """Is it so far ahead of the mark that it does not wait for the flight?"""
+        """Is it so far ahead of what will bring its bytes that it does not wait for the flight?"""
         end, flight = self._end, self.flight
         if end is None or self.position >= end:
             return False
-        return self.position - flight.mark > flight.settings.far
+        return self.position - flight.front(self.position) > flight.settings.far
 
     @property
     def _end(self) -> int | None:

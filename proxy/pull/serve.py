@@ -11,12 +11,15 @@ from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asking import Questions
-from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
+from proxy.pull.asks import Ask, BlobAnswer, CacheWord, ManifestAnswer
+from proxy.pull.at_hand import AtHand
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Waits
 from proxy.pull.flight import Flights
 from proxy.pull.manifests import Checked, Manifests
 from proxy.pull.permissions import Permissions
+from proxy.pull.prefetch import Prefetch
+from proxy.store.store import Store
 from proxy.upstream.client import Page
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
@@ -51,7 +54,10 @@ class Puller:
         permissions: Permissions,
         listings: Questions[Page],
         waits: Waits,
+        store: Store,
+        prefetch: Prefetch | None = None,
     ) -> None:
+        self._prefetch = prefetch
         self._clients = clients
         self._manifests = manifests
         self._blobs = blobs
@@ -59,11 +65,17 @@ class Puller:
         self._listings = listings
         self._waits = waits
         self.flights = flights
+        self.at_hand = AtHand(store, manifests, blobs)
 
     async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
         work = self._manifests.answer(ask, reference, head=head)
-        return await self._waits.short(ask, work)
+        answer = await self._waits.short(ask, work)
+        # A stale answer says that the upstream is in no state to be asked for more.
+        is_useful = not head and answer.cache is not CacheWord.STALE
+        if self._prefetch is not None and is_useful and answer.manifest is not None:
+            self._prefetch.begin(ask, answer.manifest)
+        return answer
 
     def fresh_for(self, ask: Ask, tag: Tag, digest: Digest) -> float:
         """Seconds for which ``tag`` is ``digest`` without a question."""
@@ -99,6 +111,11 @@ class Puller:
     def questions(self) -> int:
         """Requests that wait for a short answer of an upstream: a manifest, a HEAD, a listing."""
         return self._manifests.waiting + self._permissions.waiting + self._listings.waiting
+
+    def drain(self) -> None:
+        """End what nobody waits for."""
+        if self._prefetch is not None:
+            self._prefetch.drain()
 
     async def close(self) -> None:
         """Stop everything under way; nothing is left running."""

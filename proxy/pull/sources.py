@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import (
     NotFound,
     Overloaded,
@@ -67,14 +67,21 @@ PASSING: tuple[type[PullError], ...] = (
 class TurnBody(Protocol):
     """The bytes of one turn; ``total`` is the whole blob's size if the source said it.
 
+    ``is_part``: it is the range that was asked for, not a whole body that was skipped into.
     ``is_overdue``: somebody waits for the slot, and the next turn can go on where this one is cut.
+    What is borrowed is good until the next call, or the end of the turn; what is read, for ever.
     """
 
     @property
     def total(self) -> int | None: ...
 
     @property
+    def is_part(self) -> bool: ...
+
+    @property
     def is_overdue(self) -> bool: ...
+
+    async def borrow(self) -> Chunk: ...
 
     async def read(self) -> bytes: ...
 
@@ -83,7 +90,8 @@ class TurnBody(Protocol):
 
 class Source(Protocol):
     """One digest through one repository; ``BlobSource`` is one. ``ranged`` turns false when it is
-    seen to ignore Range."""
+    seen to ignore Range. ``segments``: the most turns at once, ``spare``: how many more of them
+    could begin now. ``distrust``: its ranges were wrong."""
 
     @property
     def key(self) -> Key: ...
@@ -98,7 +106,15 @@ class Source(Protocol):
     def turn_bytes(self) -> int: ...
 
     @property
+    def segments(self) -> int: ...
+
+    @property
+    def spare(self) -> int: ...
+
+    @property
     def ahead(self) -> int: ...
+
+    def distrust(self) -> None: ...
 
     def open(
         self, start: int, length: int | None, ticket: Ticket

@@ -15,6 +15,7 @@ had: podman takes the mirror that answers its manifest, and goes nowhere else fo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from cachetools import LRUCache
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Overloaded, PullError, UpstreamError
 from proxy.pull.asking import PASSING
+from proxy.store.marks import Mark, Marks
 from proxy.store.store import Store
 
 TagKey = tuple[str, str, str]  # upstream, repository, tag
@@ -103,6 +105,21 @@ def fresh_for(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -
     return 0.0 if entry.checked is None else max(0.0, entry.checked + policy.ttl - now)
 
 
+#: The mark of a name that never changes: a digest's.
+_ALWAYS = Mark()
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What a reference is without asking anybody, while ``mark`` holds and, by the monotonic
+    clock, ``now - checked < ttl``."""
+
+    digest: Digest
+    mark: Mark = _ALWAYS
+    checked: float = 0.0
+    ttl: float = math.inf
+
+
 def may_be_stale(entry: TagEntry, wall: float, policy: TagPolicy) -> bool:
     """May the entry still stand in for an upstream that fails? By wall clock: it outlives us."""
     return wall - entry.checked_wall <= policy.stale_if_error
@@ -142,12 +159,27 @@ class TagBook:
         self._wall = wall
         self._memory: LRUCache[TagKey, TagEntry] = LRUCache(MAX_TAGS)
         self._refused: LRUCache[TagKey, float] = LRUCache(MAX_TAGS)  # when that was asked
+        self._marks: Marks[TagKey] = Marks()
         #: Told of every tag that is not what it was, or may not be: others may believe it still.
         self.on_doubt: Callable[[TagKey], None] = lambda _: None
 
     def known(self, key: TagKey) -> TagEntry | None:
         """What is in memory."""
         return self._memory.get(key)
+
+    def fresh(self, key: TagKey, policy: TagPolicy) -> Fresh | None:
+        """What the tag is if that is known from memory alone, and fresh."""
+        entry = self._memory.get(key)
+        if entry is None or judge(entry, key[2], self._clock(), policy) is not Verdict.FRESH:
+            return None
+        mark = self._marks.of(key)
+        if entry.checked is None or policy.is_immutable(key[2]):
+            return Fresh(entry.digest, mark)
+        return Fresh(entry.digest, mark, entry.checked, policy.ttl)
+
+    def _keep(self, key: TagKey, entry: TagEntry) -> None:
+        self._memory[key] = entry
+        self._marks.withdraw(key)
 
     async def get(self, key: TagKey) -> TagEntry | None:
         entry = self._memory.get(key)
@@ -172,22 +204,21 @@ class TagBook:
         self._refused.pop(key, None)
         if known is not None and known.digest != digest:
             self.on_doubt(key)
-        self._memory[key] = TagEntry(digest, wall, checked=now, asked=asked)
+        self._keep(key, TagEntry(digest, wall, checked=now, asked=asked))
         await self._store.put_tag(*key, digest, wall)
 
     def failed(self, key: TagKey, failure: PullError) -> None:
         """The upstream could not be asked: do not ask again for a while."""
         entry = self._memory.get(key)
         if entry is not None:
-            failed = replace(entry, failed=self._clock(), failure=failure.bare())
-            self._memory[key] = failed
+            self._keep(key, replace(entry, failed=self._clock(), failure=failure.bare()))
 
     def doubt(self, key: TagKey) -> None:
         """Ask the upstream before this tag is believed again."""
         self.on_doubt(key)
         entry = self._memory.get(key)
         if entry is not None:
-            self._memory[key] = replace(entry, checked=None, failed=None, failure=None)
+            self._keep(key, replace(entry, checked=None, failed=None, failure=None))
 
     async def refuse(self, key: TagKey, *, asked: float) -> bool:
         """The upstream denies the tag, or does not have it (any more), ``asked`` at that monotonic
@@ -197,6 +228,7 @@ class TagBook:
             return False
         self._refused[key] = max(asked, self._refused.get(key, asked))
         self._memory.pop(key, None)
+        self._marks.withdraw(key)
         self.on_doubt(key)
         await self._store.drop_tag(*key)
         return True

@@ -77,8 +77,22 @@ class Cache(Section):
     on_abandon: Literal["finish", "cancel"] = Field(
         default="finish", description="What becomes of a fill that nobody waits for any more."
     )
+    durability: Literal["none", "file", "full"] = Field(
+        default="full",
+        description="What is synced to the disk before a blob counts as stored: its bytes and its"
+        " name ('full'), its bytes ('file': a power cut may cost the blob), or nothing ('none':"
+        " after a power cut, what was stored so is hashed before it is served).",
+    )
+    prefetch: Literal["off", "manifest"] = Field(
+        default="off",
+        description="With 'manifest' all blobs of an image begin to be fetched when its manifest is"
+        " pulled, behind what clients have asked for.",
+    )
     manifest_memory: Size = Field(
         default=64 * 2**20, description="Memory for manifests that are often asked for."
+    )
+    blob_memory: Size = Field(
+        default=32 * 2**20, description="Memory for blobs up to 64KiB that are often asked for."
     )
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -208,6 +222,10 @@ class Settings(BaseSettings):
     )
     fast_transport: bool = Field(
         default=True, description="Send files by aiofastnet's transports (off: uvloop's own)."
+    )
+    hot_path: bool = Field(
+        default=True,
+        description="Answer plain hits from prepared bytes (off: all by the full handler).",
     )
     shutdown_grace: Duration = Field(
         default=30.0, description="How long running pulls may go on after SIGTERM."

@@ -91,6 +91,11 @@ class Upstream(Section):
         description="Most bytes in a time from this registry and where it redirects to, such as"
         " 50MiB/s.",
     )
+    segments: Limit = Field(
+        default=8,
+        description="Most connections that one large blob is fetched over while nobody else waits"
+        " for them; 1: no more than one.",
+    )
     connect_timeout: Duration = Field(
         default=10.0, gt=0, description="Longest time for a connection to be made."
     )
@@ -105,6 +110,10 @@ class Upstream(Section):
     stall_time: StallTime = Field(
         default=30.0,
         description="How long an answer may be slower than stall_rate; at least 1s.",
+    )
+    fast_receive: bool = Field(
+        default=True,
+        description="Receive large blobs from the socket into reused memory (off: by aiohttp).",
     )
     proxy: Annotated[EgressUrl | None, Shown("URL", "as the environment says")] = Field(
         default=None,

@@ -9,16 +9,21 @@ Theory of operation. A fill writes into a staging file of its own, which is neve
 * append: pwrite at the mark, then hash, then move the mark, in one hop to a thread. A write that
   fails leaves mark and hash where they were; what it wrote beyond the mark is overwritten by the
   next one, so nothing is hashed twice.
+* put: pwrite beyond the mark, where another part of the blob came first (D9). It counts for nothing
+  until `advance` has read it back, hashed it and moved the mark over it. Between mark and put the
+  file has holes, which read as zeros: that is why nobody may read beyond the mark who was not told
+  that a put is there.
 * commit: fsync the file, rename it to blobs/<algorithm>/<2 hex>/<hex>, fsync the directory, enter
   it. The fsync comes before the rename, so nothing carries a final name whose bytes are not on
   the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
-  never tried again (the kernel may have dropped the very pages that failed).
+  never tried again (the kernel may have dropped the very pages that failed). Less durability
+  leaves out the second fsync, or both; then the file carries a mark (durability.py).
 * discard: unlink. A process that dies before it leaves its staging files to the next start,
   which removes them, or goes on with them (recovery.py).
 
-Append, commit and discard of one fill exclude one another. Cancelled, each one first ends the step
-that a thread is doing, so that the mark always says what is written and hashed, and a commit that
-has begun goes to its end.
+Append, put, advance, commit and discard of one fill exclude one another. Cancelled, each one first
+ends the step that a thread is doing, so that the mark always says what is written and hashed, and a
+commit that has begun goes to its end.
 
 Readers lease: an open descriptor with a pin against eviction. It stays readable whatever happens to
 the name.
@@ -31,12 +36,14 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, TypeVar
 
-from proxy.oci.digest import Digest, Verifier
+from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
+from proxy.store.durability import Durability, is_marked
 from proxy.store.work import finish
 
 T = TypeVar("T")
@@ -95,6 +102,11 @@ class Layout:
     @property
     def index(self) -> Path:
         return self.root / "index.db"
+
+    @property
+    def boot(self) -> Path:
+        """During which boot all that is marked was written or proved (durability.py)."""
+        return self.root / "BOOT"
 
     @property
     def staging(self) -> Path:
@@ -159,14 +171,14 @@ class StagingFile:
     reader: int
 
     @classmethod
-    def create(cls, path: Path) -> "StagingFile":
+    def create(cls, path: Path, durability: Durability = Durability.FULL) -> "StagingFile":
         """Make the file, which must not exist. Raises OSError and leaves nothing then."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, durability.mode
         try:
-            writer = os.open(path, flags, 0o644)
+            writer = os.open(path, flags, mode)
         except FileNotFoundError:  # somebody has emptied the cache directory under us
             path.parent.mkdir(parents=True, exist_ok=True)
-            writer = os.open(path, flags, 0o644)
+            writer = os.open(path, flags, mode)
         return cls.beside(path, writer)
 
     @classmethod
@@ -224,7 +236,8 @@ class Staging:
     """One fill: a file that grows, the hash of what is in it, and the room it was promised.
 
     `size` is the expected size in bytes or None; `mark` counts the bytes that are written and
-    hashed, and only ever grows; `reserved` is the room the store has promised so far.
+    hashed, and only ever grows; `ahead` counts those that are written beyond it; `reserved` is the
+    room the store has promised so far.
     """
 
     def __init__(
@@ -233,6 +246,7 @@ class Staging:
         self.digest = digest
         self.size = size
         self.mark = 0
+        self.ahead = 0
         self.reserved = size or 0
         self.verifier: Verifier = digest.verifier()
         self.file = file
@@ -250,7 +264,7 @@ class Staging:
         """Whether the file is still this fill's own: neither stored nor dropped."""
         return self._state in (_State.FILLING, _State.BROKEN)
 
-    async def append(self, chunks: Sequence[bytes]) -> None:
+    async def append(self, chunks: Sequence[Chunk]) -> None:
         """Write and hash the next bytes.
 
         Raises StoreFull when they cannot be written; then none of them counts and the mark is
@@ -260,24 +274,62 @@ class Staging:
             self._require(_State.FILLING)
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, self.mark + count)
-            try:
-                await self._shelf.off_loop(lambda: self._write(chunks, count))
-            except OSError as error:
-                self._shelf.failed("write", error)
-                # Others share the disk, so it can be full while the ledger sees room.
-                is_full = error.errno in DISK_FULL
-                if not (is_full and await self._shelf.reclaim(count)):
-                    raise StoreFull(f"cannot write: {error.strerror}") from error
-                await self._write_again(chunks, count)
+            await self._written(lambda: self._write(chunks, count), count)
 
-    async def _write_again(self, chunks: Sequence[bytes], count: int) -> None:
+    async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
+        """Write bytes beyond the mark; they count when `advance` gets there.
+
+        Raises StoreFull when they cannot be written. Cancelled, they may be there or not.
+        """
+        async with self._turn:
+            self._require(_State.FILLING)
+            if position < self.mark:  # would change what was hashed
+                raise ValueError(f"{self!r} was given byte {position} again")
+            count = sum(map(len, chunks))
+            await self._shelf.make_room(self, position + count)
+            call = partial(write_at, self._disk.write, self.file.writer, chunks, position)
+            await self._written(call, count)
+            self.ahead += count
+
+    async def advance(self, upto: int) -> None:
+        """Hash what was put between the mark and `upto`, all of it, and move the mark there.
+
+        Raises StoreFailed when the disk does not give it back. Cancelled, the mark tells.
+        """
+        async with self._turn:
+            self._require(_State.FILLING)
+            before = self.mark
+            try:
+                await self._shelf.off_loop(lambda: self._hash(upto))
+            except OSError as error:
+                self._shelf.failed("read", error)
+                raise StoreFailed("the cache could not read what it wrote") from error
+            finally:
+                self.ahead = max(0, self.ahead - (self.mark - before))
+
+    def forget_ahead(self) -> None:
+        """What was put beyond the mark will be written again."""
+        self.ahead = 0
+
+    async def _written(self, write: Callable[[], None], count: int) -> None:
         try:
-            await self._shelf.off_loop(lambda: self._write(chunks, count))
+            await self._shelf.off_loop(write)
+        except OSError as error:
+            self._shelf.failed("write", error)
+            # Others share the disk, so it can be full while the ledger sees room.
+            is_full = error.errno in DISK_FULL
+            if not (is_full and await self._shelf.reclaim(count)):
+                raise StoreFull(f"cannot write: {error.strerror}") from error
+            await self._written_again(write)
+
+    async def _written_again(self, write: Callable[[], None]) -> None:
+        try:
+            await self._shelf.off_loop(write)
         except OSError as error:
             self._shelf.failed("write", error)
             raise StoreFull(f"cannot write: {error.strerror}") from error
 
-    def _write(self, chunks: Sequence[bytes], count: int) -> None:
+    def _write(self, chunks: Sequence[Chunk], count: int) -> None:
         # In a thread. The hash and the mark move only when every byte is in the file.
         write_at(self._disk.write, self.file.writer, chunks, self.mark)
         for chunk in chunks:
@@ -299,6 +351,16 @@ class Staging:
             position += len(data)
         self.verifier, self.mark = verifier, position
         return position == length
+
+    def _hash(self, upto: int) -> None:
+        # In a thread; the mark moves with the hash.
+        buffer = memoryview(bytearray(min(_HASH_STEP, max(0, upto - self.mark))))
+        while (left := upto - self.mark) > 0:
+            count = os.preadv(self.file.reader, [buffer[:left]], self.mark)
+            if count <= 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
+            self.verifier.update(buffer[:count])
+            self.mark += count
 
     def lease(self) -> FileLease:
         """Open the growing file for one more reader, who must not read beyond the mark.
@@ -356,7 +418,7 @@ class Staging:
 def write_at(
     write: Callable[[int, Sequence[memoryview], int], int],
     fd: int,
-    chunks: Sequence[bytes],
+    chunks: Sequence[Chunk],
     offset: int,
 ) -> None:
     """Write all chunks from `offset` on, however little the kernel takes at a time."""
@@ -372,15 +434,21 @@ def write_at(
             left[0] = left[0][taken:]
 
 
-def store_file(disk: Disk, file: StagingFile, target: Path) -> OSError | None:
+def store_file(
+    disk: Disk, file: StagingFile, target: Path, durability: Durability
+) -> OSError | None:
     """The steps that make a staging file a blob. Raises OSError when it is not one afterwards.
 
     Returns the error of the last step, which does no harm: a name that a power cut takes away is
     a blob to be fetched again, never a short one.
     """
-    disk.sync(file.writer)
+    # A file system that keeps no mark (vfat, say) could not tell the next start what to doubt.
+    if durability is not Durability.NONE or not is_marked(os.fstat(file.writer).st_mode):
+        disk.sync(file.writer)
     target.parent.mkdir(parents=True, exist_ok=True)
     disk.rename(file.path, target)
+    if durability is not Durability.FULL:
+        return None
     try:
         disk.sync_directory(target.parent)
     except OSError as error:

@@ -167,6 +167,11 @@ class Ledger:
 
     # Room
 
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody uses and nobody was promised."""
+        return max(0, self.max_size - self._pinned - self.reserved)
+
     def admit(self, size: int, spare: int | None = None) -> tuple[Digest, ...] | None:
         """Promise `size` bytes to a fill; returns what has to be removed from the disk for it.
 

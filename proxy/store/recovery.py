@@ -1,6 +1,6 @@
 """What a start finds in the cache directory, and what to do about it.
 
-The files are right and the index is a memory of them. There are five cases:
+The files are right and the index is a memory of them. There are six cases:
 
 1. A staging file: its fill died with its process. Removed, for nobody ever saw it under a name;
    unless the store may *resume*: then a fill of the same digest goes on in it, from the bytes that
@@ -14,6 +14,8 @@ The files are right and the index is a memory of them. There are five cases:
 4. A row whose file has another size (somebody else's work): both are dropped.
 5. A file without a row (killed between rename and row, or the index was lost): counted at once,
    so that it can be evicted, and served when its hash has been found right.
+6. A file whose bytes were not synced before it got its name, and the machine has started anew since
+   (durability.py): like one without a row, whatever its row says.
 
 Anything whose name is not a digest in its place is not ours and is left alone.
 """
@@ -27,11 +29,13 @@ from pathlib import Path
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.store.blobs import Layout, StagingFile
+from proxy.store.durability import is_marked
 from proxy.store.index import Contents
 from proxy.store.remains import Remains, length_without_hole, read_staging_name
 
-# By the name that a digest would have; size in bytes, modification in microseconds since the epoch.
-Found = dict[str, tuple[int, int]]
+# By the name that a digest would have; size in bytes, modification in microseconds since the epoch,
+# and whether it was not synced.
+Found = dict[str, tuple[int, int, bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Plan:
     """What to do with what was found."""
 
     entries: Sequence[tuple[Digest, int, int]]  # digest, size, last use; the oldest first
-    unverified: Sequence[Digest]  # those entries that have no row; the youngest first
+    unverified: Sequence[Digest]  # entries without a row, or in doubt; the youngest first
     wrong: Sequence[Digest]  # file and row contradict one another
     missing: Sequence[str]  # rows to be dropped
     manifests: Mapping[Digest, tuple[str, tuple[Digest, ...]]]  # media type, children
@@ -111,7 +115,8 @@ def scan(layout: Layout) -> Found:
                     if file.name.startswith(prefix.name) and file.is_file(follow_symlinks=False):
                         status = file.stat(follow_symlinks=False)
                         when = status.st_mtime_ns // 1000
-                        found[f"{algorithm.name}:{file.name}"] = (status.st_size, when)
+                        marked = is_marked(status.st_mode)
+                        found[f"{algorithm.name}:{file.name}"] = (status.st_size, when, marked)
     return found
 
 
@@ -120,12 +125,16 @@ def _directories(parent: Path) -> Iterator["os.DirEntry[str]"]:
         yield from [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
-def reconcile(contents: Contents, found: Found) -> Plan:
-    """Compare rows with files (cases 2 to 5 above). Takes out of `found` what has a row."""
+def reconcile(contents: Contents, found: Found, *, doubts: bool) -> Plan:
+    """Compare rows with files (cases 2 to 6 above). Takes out of `found` what has a row.
+
+    With `doubts` files that were not synced may have lost bytes.
+    """
     known: dict[str, Digest] = {}
     entries: list[tuple[Digest, int, int]] = []
     wrong: list[Digest] = []
     missing: list[str] = []
+    doubtful: list[Digest] = []
     for name, size, used in contents.blobs:
         file = found.pop(name, None)
         digest = None if file is None else _digest(name)
@@ -137,9 +146,11 @@ def reconcile(contents: Contents, found: Found) -> Plan:
         else:
             known[name] = digest
             entries.append((digest, size, used))
+            if doubts and file[2]:
+                doubtful.append(digest)
     orphans = [
         (digest, size, when)
-        for name, (size, when) in found.items()
+        for name, (size, when, _) in found.items()
         if (digest := _digest(name)) is not None
     ]
     orphans.sort(key=_when)
@@ -147,7 +158,7 @@ def reconcile(contents: Contents, found: Found) -> Plan:
         entries = sorted([*entries, *orphans], key=_when)
     return Plan(
         entries=entries,
-        unverified=[digest for digest, _, _ in reversed(orphans)],
+        unverified=[*reversed(doubtful), *(digest for digest, _, _ in reversed(orphans))],
         wrong=wrong,
         missing=missing,
         manifests=_manifests(contents, known),

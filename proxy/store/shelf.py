@@ -35,8 +35,10 @@ from proxy.store.blobs import (
     hash_file,
     store_file,
 )
+from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
+from proxy.store.marks import Marks
 from proxy.store.remains import Remains, reopen, staging_name
 from proxy.store.work import Threads, finish
 
@@ -58,6 +60,7 @@ class Shelf:
         threads: Threads,
         disk: Disk,
         min_free: int,
+        durability: Durability,
         metrics: Metrics,
         log: Logger,
         wall: Callable[[], float],
@@ -69,12 +72,14 @@ class Shelf:
         self.fills: set[Staging] = set()
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
+        self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
         self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
         self._sweeping: asyncio.TimerHandle | None = None
         self.is_closing = False
         self.hands_over = False  # another process goes on with the fills that are under way
         self._disk = disk
         self._min_free = min_free
+        self._durability = durability
         self._metrics = metrics
         self._log = log
         self._wall = wall
@@ -93,7 +98,7 @@ class Shelf:
         """Promise room for `size` bytes, evicting for it. Raises NoRoom, promising nothing."""
         free = await self._free()
         # No await between here and the promise: two fills must not count the same room.
-        unwritten = sum(max(0, fill.reserved - fill.mark) for fill in self.fills)
+        unwritten = sum(max(0, fill.reserved - fill.mark - fill.ahead) for fill in self.fills)
         spare = None if free is None else free - self._min_free - unwritten
         victims = self.ledger.admit(size, spare)
         if victims is None:
@@ -131,7 +136,8 @@ class Shelf:
         promised = size or 0
         await self.reserve(promised)
         path = self.layout.staging / staging_name(digest, size)
-        return await self._fill(digest, size, promised, partial(StagingFile.create, path))
+        make = partial(StagingFile.create, path, self._durability)
+        return await self._fill(digest, size, promised, make)
 
     async def _fill(
         self, digest: Digest, size: int | None, promised: int, make: Callable[[], StagingFile]
@@ -206,7 +212,8 @@ class Shelf:
         target = self.layout.blob(digest)
         async with self._hold(digest):
             try:
-                late = await self.threads.slow(partial(store_file, self._disk, fill.file, target))
+                steps = partial(store_file, self._disk, fill.file, target, self._durability)
+                late = await self.threads.slow(steps)
             except OSError as error:
                 self.failed("commit", error)
                 raise StoreFailed("the cache could not store the blob") from error
@@ -271,6 +278,7 @@ class Shelf:
     def _forget(self, digest: Digest) -> None:
         self.types.pop(digest, None)
         self.unverified.discard(digest)
+        self.held.withdraw(digest)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
         """Look again at a blob that somebody could not use, and drop it if it really is bad.
@@ -293,29 +301,43 @@ class Shelf:
             if await self._unlink_blob(digest):
                 await self.record(self.index.drop_blobs([str(digest)]))
 
-    async def adopt(self, digest: Digest) -> None:
-        """Hash a file that has no row; enter it if it is what its name says, else remove it."""
+    async def adopt(self, digest: Digest) -> bool:
+        """Hash a file that has no row, or may have lost bytes: enter it if it is what its name
+        says, else remove it. Returns whether nothing about it is in doubt any more."""
         path = self.layout.blob(digest)
         check = partial(hash_file, path, digest, lambda: self.is_closing)
         async with self._hold(digest):
             if digest not in self.unverified:
-                return
+                return True
             try:
                 is_right = await self.threads.slow(check)
+                if is_right:
+                    await self.threads.slow(partial(settle, path))
             except OSError as error:
                 self.failed("adopt", error)
-                return
+                return False
             entry = self.ledger.get(digest)
             if is_right is None or entry is None:  # closing, or evicted in the meantime
-                return
+                return entry is None
             self.unverified.discard(digest)
             if is_right:
                 await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
-                return
+                return True
             self._metrics.digest_mismatch.labels("store").inc()
-            self._log.warning("unknown file is not what its name says", digest=str(digest))
+            self._log.warning("file is not what its name says", digest=str(digest))
             self.ledger.remove(digest)
-            await self._unlink_blob(digest)
+            self._forget(digest)
+            if await self._unlink_blob(digest):
+                await self.record(self.index.drop_blobs([str(digest)]))
+                return True
+            return False
+
+    async def note_proved(self, boot: str | None) -> None:
+        """Nothing is in doubt any more, until the machine starts anew."""
+        try:
+            await self.threads.slow(partial(note_proved, self.layout.boot, boot))
+        except OSError as error:  # then the next start doubts as much as this one
+            self.failed("boot", error)
 
     # Small parts
 

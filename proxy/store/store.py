@@ -35,9 +35,11 @@ from proxy.store.blobs import (
     open_blob,
     read_blob,
 )
+from proxy.store.durability import Durability, boot_id, was_proved_in
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed, IndexUnusable
 from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable, DirectoryLock
+from proxy.store.marks import Mark, Marks
 from proxy.store.recovery import Plan, make_directories, prepare, reconcile, scan
 from proxy.store.shelf import Shelf
 from proxy.store.work import Threads, finish
@@ -93,7 +95,9 @@ class CapRow:
 class Store:
     """All bytes and all that is known of them. Belongs to one event loop and one directory."""
 
-    def __init__(self, shelf: Shelf, plan: Plan, resources: AsyncExitStack) -> None:
+    def __init__(
+        self, shelf: Shelf, plan: Plan, boot: str | None, resources: AsyncExitStack
+    ) -> None:
         """For `open`, which is the way to get one."""
         self._shelf = shelf
         self._ledger = shelf.ledger
@@ -103,10 +107,11 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._links: LRUCache[tuple[str, str, Digest], Link] = LRUCache(_LINKS_IN_MEMORY)
         self._unlinks = 0
+        self._linked: Marks[tuple[str, str, Digest]] = Marks()
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._recovery = asyncio.create_task(self._recover(plan), name="store recovery")
+        self._recovery = asyncio.create_task(self._recover(plan, boot), name="store recovery")
 
     @classmethod
     async def open(
@@ -117,6 +122,8 @@ class Store:
         min_free: int = 0,
         high_water: float = 0.95,
         low_water: float = 0.85,
+        durability: Durability = Durability.FULL,
+        boot: Callable[[], str | None] = boot_id,
         metrics: Metrics,
         log: Logger,
         wall: Callable[[], float] = time.time,
@@ -128,8 +135,8 @@ class Store:
         `max_size` and `min_free` are bytes, the water marks parts of `max_size`. With `resume`
         unfinished fills of the process before can be gone on with. Raises
         CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be written
-        or belongs to a newer version. Files that the index does not know are hashed afterwards,
-        in the background.
+        or belongs to a newer version. Files that the index does not know, or that may have lost
+        bytes, are hashed afterwards, in the background; `boot` says which boot this is.
         """
         layout = Layout(directory)
         ledger = Ledger(max_size=max_size, high_water=high_water, low_water=low_water)
@@ -146,7 +153,11 @@ class Store:
                 index = await Index.open(layout.index)
                 undo.push_async_callback(index.close)
                 contents = await index.load()
-                plan = await threads.slow(lambda: reconcile(contents, scan(layout)))
+                running = await threads.slow(boot)
+                proved = await threads.slow(partial(was_proved_in, layout.boot, running))
+                plan = await threads.slow(
+                    lambda: reconcile(contents, scan(layout), doubts=not proved)
+                )
                 shelf = Shelf(
                     layout=layout,
                     ledger=ledger,
@@ -154,13 +165,14 @@ class Store:
                     threads=threads,
                     disk=disk or Disk(),
                     min_free=min_free,
+                    durability=durability,
                     metrics=metrics,
                     log=log,
                     wall=wall,
                 )
                 await threads.slow(partial(_fill_ledger, shelf, plan))
                 shelf.expect(remains)
-                store = cls(shelf, plan, undo.pop_all())
+                store = cls(shelf, plan, running, undo.pop_all())
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise CacheDirUnusable(directory, f"{error.strerror}{where}") from error
@@ -174,6 +186,7 @@ class Store:
             directory=str(directory),
             blobs=len(ledger),
             bytes=ledger.held,
+            durability=durability.value,
             unfinished=unfinished,
             resumable=len(remains),
             unverified=len(plan.unverified),
@@ -210,7 +223,8 @@ class Store:
     def state(self) -> StoreState:
         """Bytes and blobs held, and the bytes that may be."""
         blobs = len(self._ledger) - len(self._shelf.unverified)
-        return StoreState(bytes=self._ledger.held, limit=self._ledger.max_size, blobs=blobs)
+        ledger = self._ledger
+        return StoreState(ledger.held, ledger.max_size, blobs, spare=ledger.spare)
 
     # Blobs
 
@@ -220,6 +234,10 @@ class Store:
         if entry is None or digest in self._shelf.unverified:
             return None
         return entry.size
+
+    def held(self, digest: Digest) -> Mark | None:
+        """A mark that holds for as long as the blob is held; None when it is not."""
+        return None if self.size_of(digest) is None else self._shelf.held.of(digest)
 
     async def lease(self, digest: Digest) -> FileLease | None:
         """Open a blob and keep it from eviction; None when it is not held.
@@ -372,10 +390,17 @@ class Store:
             self._links.setdefault(key, link)
         return link
 
+    def known_link(self, upstream: str, repository: str, digest: Digest) -> Mark | None:
+        """A mark that holds for as long as this repository is known to have it; None when that
+        is not known from memory alone."""
+        key = (upstream, repository, digest)
+        return None if self._links.get(key) is None else self._linked.of(key)
+
     async def unlink(self, upstream: str, repository: str, digest: Digest) -> None:
         """Forget that this repository has it: the upstream says no."""
         self._unlinks += 1
         self._links.pop((upstream, repository, digest), None)
+        self._linked.withdraw((upstream, repository, digest))
         await self._shelf.record(self._index.unlink(upstream, repository, str(digest)))
 
     # Tags
@@ -415,7 +440,7 @@ class Store:
 
     # The start
 
-    async def _recover(self, plan: Plan) -> None:
+    async def _recover(self, plan: Plan, boot: str | None) -> None:
         """Carry out what the comparison of files and rows has found; see recovery.py."""
         shelf = self._shelf
         await shelf.record(self._index.drop_blobs(plan.missing))
@@ -423,10 +448,13 @@ class Store:
         await shelf.evict(wrong, "wrong_size")
         await shelf.evict(self._ledger.shrink(), "room")
         await shelf.record(self._index.prune_links(shelf.now() / 1_000_000 - _LINK_LIFE))
+        is_settled = True
         for digest in plan.unverified:
             if shelf.is_closing:
                 return
-            await shelf.adopt(digest)
+            is_settled &= await shelf.adopt(digest)
+        if is_settled:
+            await shelf.note_proved(boot)
 
     def _require_open(self) -> None:
         if self._shelf.is_closing:

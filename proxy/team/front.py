@@ -23,6 +23,7 @@ from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asks import Ask, BlobAnswer, ManifestAnswer
+from proxy.pull.at_hand import Finder, Hit
 from proxy.pull.deadlines import Deadlines
 from proxy.pull.manifests import Checked
 from proxy.pull.reader import FileSpan, Piece
@@ -49,13 +50,16 @@ class Front:
         self._own: Answerer | None = None  # while this process leads
         self._remote: Remote | None = None  # while it follows
         self._hits: Hits | None = None
+        self.found_by: Finder | None = None  # what is at hand, while somebody leads
         self._changed = asyncio.Event()
+        self.at_hand: Finder = _AtHand(self)
 
     # -- whom to ask -----------------------------------------------------------------------
 
-    def lead(self, own: Answerer) -> None:
-        """This process leads."""
+    def lead(self, own: Answerer, at_hand: Finder) -> None:
+        """This process leads; ``at_hand`` finds what ``own`` would answer out of memory."""
         self._own, self._remote, self._hits = own, None, None
+        self.found_by = at_hand
         self._changed.set()
 
     def follow(self, remote: Remote, hits: Hits) -> None:
@@ -141,6 +145,21 @@ class Front:
 
     def __repr__(self) -> str:
         return f"<Front of {self._own or self._remote or 'nobody'}>"
+
+
+class _AtHand:
+    """What is at hand, whoever leads. What it has found is withdrawn when that changes."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    def manifest(self, upstream: str, repository: str, reference: Reference) -> Hit | None:
+        finder = self._front.found_by
+        return None if finder is None else finder.manifest(upstream, repository, reference)
+
+    def blob(self, upstream: str, repository: str, digest: Digest, *, head: bool) -> Hit | None:
+        finder = self._front.found_by
+        return None if finder is None else finder.blob(upstream, repository, digest, head=head)
 
 
 class _Body:

@@ -3,8 +3,12 @@
 ``BlobSource.open`` is one turn: it yields a ``Body`` for a bounded range. The source remembers
 where the registry redirected to, so that the turns of one blob do not each ask the registry again;
 after any failure there, or when the signed URL has expired, the registry is asked anew (fault 21 of
-``reliability.md``). It also remembers that the upstream ignores Range: then every turn is for the
-whole body, what is already held is skipped, no turn is cut, and a metric says so.
+``reliability.md``). It also remembers that the upstream ignores Range, or answers with another one
+than was asked for: then every turn is for the whole body, what is already held is skipped, no turn
+is cut, and a metric says so.
+
+Several turns of one source may be open at once (D9). What it remembers is no more than a hint of
+how to ask next, so it does not matter which of them wrote it last.
 
 Whether a repository may be read is for its registry to say: a refusal by the storage behind a
 redirect is a failure that may pass, not a denial.
@@ -17,7 +21,7 @@ from collections.abc import AsyncIterator
 
 from yarl import URL
 
-from proxy.oci.digest import Digest
+from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
@@ -28,7 +32,7 @@ from proxy.upstream.hurry import Leisure
 from proxy.upstream.origin import Origin
 from proxy.upstream.reach import Reach
 from proxy.upstream.reply import Reply, drain
-from proxy.upstream.turns import Ticket
+from proxy.upstream.turns import Ticket, TurnClass
 
 #: What a CDN answers when a signed URL has expired.
 _EXPIRED_URL = frozenset({400, 401, 403, 404, 410})
@@ -49,12 +53,13 @@ class Body:
         self._began = reply.origin.clock()
         self._received = 0
 
-    async def read(self) -> bytes:
-        """The next bytes as they come; ``b""`` at the end of the turn's range.
+    async def borrow(self) -> Chunk:
+        """The next bytes as they come; ``b""`` at the end of the turn's range. They are good until
+        the next call, or the end of the turn.
 
         Raises ``UpstreamError``, also when the upstream sends more than it announced.
         """
-        while data := await self._reply.read():
+        while data := await self._reply.borrow():
             self._received += len(data)
             skipped = min(self._skip, len(data))
             self._skip -= skipped
@@ -62,7 +67,11 @@ class Body:
                 return self._counted(data[skipped:])
         return b""
 
-    def _counted(self, data: bytes) -> bytes:
+    async def read(self) -> bytes:
+        """The same, to keep."""
+        return bytes(await self.borrow())
+
+    def _counted(self, data: Chunk) -> Chunk:
         if self._left is not None:
             self._left -= len(data)
             if self._left < 0:
@@ -71,9 +80,14 @@ class Body:
         return data
 
     @property
+    def is_part(self) -> bool:
+        """Is it the range that was asked for, rather than the whole body?"""
+        return self._reply.status == 206
+
+    @property
     def is_overdue(self) -> bool:
         """Should the turn be cut for somebody who waits? Only if the next one can go on here."""
-        return self._reply.status == 206 and self._reply.turn.is_overdue
+        return self.is_part and self._reply.turn.is_overdue
 
     def learn(self) -> None:
         """Tell the origin how fast this turn was."""
@@ -93,6 +107,7 @@ class BlobSource:
         self._reach: Reach | None = None  # of the reply that led there
         self._origin: Origin = client.origin  # where the bytes came from last
         self.ranged = True
+        self.was_used = False  # there was a body
 
     @property
     def key(self) -> tuple[str, str]:
@@ -105,9 +120,25 @@ class BlobSource:
         return self._origin.turn_bytes
 
     @property
+    def segments(self) -> int:
+        """How many turns it may be fetched by at once."""
+        return self._client.segments if self.ranged and self._origin.conduct.trusts_ranges else 1
+
+    @property
+    def spare(self) -> int:
+        """How many more turns could begin at once where its bytes come from."""
+        return self._origin.slots.spare
+
+    def distrust(self) -> None:
+        """Its ranges did not make up the blob: ask for whole bodies, and no segments of others."""
+        self.ranged = False
+        self._origin.conduct.distrust_ranges()
+
+    @property
     def ahead(self) -> int:
-        """Turns waiting at this source's gate."""
-        return sum(self._client.origin.state().depth.values())
+        """Turns waiting at this source's gate, but for those that wait for everybody else."""
+        depth = self._client.origin.state().depth
+        return sum(count for name, count in depth.items() if name != TurnClass.SEGMENT)
 
     @contextlib.asynccontextmanager
     async def open(
@@ -124,7 +155,8 @@ class BlobSource:
                 url = location or self._url
                 async with self._at(client, url, start, length, ticket) as reply:
                     if location is not None and reply.status in _EXPIRED_URL:
-                        self._location = None
+                        if self._location is location:  # else another turn knows a newer one
+                            self._location = None
                     elif reply.status == 416 and start == 0 and self.ranged:
                         # Nothing satisfies a range of an empty blob (RFC 9110 §15.5.17).
                         self.ranged = False
@@ -152,6 +184,7 @@ class BlobSource:
             self._location = reply.url if is_elsewhere else None
             self._reach = reply.reach
             self._origin = reply.origin
+            self.was_used = True
             if reply.status == 206:
                 return self._part(reply, start, length)
             return self._whole(reply, start)
@@ -166,6 +199,7 @@ class BlobSource:
         text = reply.headers.get("Content-Range", "")
         span = parse_content_range(text)
         if span is None or span.start != start or (length and span.stop > start + length):
+            self._without_range(reply)
             raise UpstreamUnavailable(
                 f"{self._client.name}: asked for bytes from {start}, got {text[:80]!r}"
             )
@@ -173,10 +207,13 @@ class BlobSource:
 
     def _whole(self, reply: Reply, start: int) -> Body:
         if "Range" in reply.response.request_info.headers:
-            self.ranged = False
-            self._client.metrics.upstream_without_range.labels(reply.origin.key.label).inc()
+            self._without_range(reply)
         total = reply.response.content_length
         return Body(reply, start=start, skip=start, length=None, total=total)
+
+    def _without_range(self, reply: Reply) -> None:
+        self.ranged = False
+        self._client.metrics.upstream_without_range.labels(reply.origin.key.label).inc()
 
     def __repr__(self) -> str:
         return f"<BlobSource {self.digest} through {self._client.name}/{self.repository}>"

@@ -83,7 +83,8 @@ class Page:
 class UpstreamClient:
     """Asks one upstream at one URL. Shared by all requests to it.
 
-    ``redirect_hosts`` may be led to whatever their address is.
+    ``redirect_hosts`` may be led to whatever their address is. ``segments``: how many turns
+    a blob may take at once.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class UpstreamClient:
         metrics: Metrics,
         throttle: Throttle | None = None,
         redirect_hosts: Sequence[HostPattern] = (),
+        segments: int = 1,
     ) -> None:
         self.upstream = upstream
+        self.segments = segments
         self.origin = origin
         self.metrics = metrics
         self._origins = origins

@@ -54,6 +54,9 @@ from proxy.upstream.turns import Ticket, TurnClass
 #: The longest pause that an upstream gets by asking, in seconds.
 MAX_PAUSE = 300.0
 
+#: Seconds for which blobs are not fetched in segments from an origin whose ranges were wrong.
+DISTRUST = 600.0
+
 #: Seconds after an overload in which what looks like a denial may be one more sign of it.
 STRESSED = 10.0
 
@@ -100,6 +103,7 @@ class Conduct:
             _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
         )
         self._overloaded_at = float("-inf")
+        self._distrusted_until = float("-inf")
         self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
         gate.limit = cap.limit
 
@@ -214,6 +218,17 @@ class Conduct:
                 seconds=round(longer, 1),
                 classes=sorted(classes),
             )
+
+    # -- ranges ----------------------------------------------------------------------------
+
+    @property
+    def trusts_ranges(self) -> bool:
+        """Were its ranges right, as far as is known of late?"""
+        return self._clock() >= self._distrusted_until
+
+    def distrust_ranges(self) -> None:
+        """Ranges of one blob did not make up that blob."""
+        self._distrusted_until = self._clock() + DISTRUST
 
     # -- the cap ---------------------------------------------------------------------------
 

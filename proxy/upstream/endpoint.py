@@ -46,6 +46,7 @@ class OriginSettings:
     tls: Tls = None
     proxy_tls: Tls = None  # for an egress proxy that speaks TLS
     egress: Egress = DIRECT
+    fast_receive: bool = True  # large bodies past aiohttp
 
     @property
     def shows_certificate(self) -> bool:

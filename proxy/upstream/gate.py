@@ -69,6 +69,11 @@ class Slots(Protocol):
     @property
     def limit(self) -> int: ...
 
+    @property
+    def spare(self) -> int:
+        """How many more turns of blobs could begin now, as nobody waits."""
+        ...
+
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for the ticket's turn. Raises ``QueueFull``; cancelling it leaves no trace."""
         ...
@@ -145,9 +150,19 @@ class Gate:
         self._grant()
 
     @property
-    def is_full(self) -> bool:
-        """Are as many slots granted as may be?"""
-        return len(self._granted) >= self._limit
+    def spare(self) -> int:
+        return 0 if len(self._queue) else max(0, self._open_to(TurnClass.BLOB))
+
+    def is_full(self, turn_class: TurnClass) -> bool:
+        """Are as many slots granted as may be to this class?"""
+        return self._open_to(turn_class) <= 0
+
+    def _open_to(self, turn_class: TurnClass) -> int:
+        """Slots that may still be granted to this class, which does not get the kept one."""
+        free = self._limit - len(self._granted)
+        if turn_class is TurnClass.METADATA or self._limit < RESERVE_FROM:
+            return free
+        return min(free, self._limit - 1 - self._bulk)
 
     # -- pauses ----------------------------------------------------------------------------
 
@@ -209,7 +224,8 @@ class Gate:
         self._waiters[ticket] = (future, self._clock())
         self._grant()
         # Only now: a slot may have been free for this ticket though others wait (the kept one).
-        if len(self._queue) > self.max_waiting:
+        # Further turns of flights wait for everybody else, and so they take nobody's place.
+        if len(self._queue) - self._queue.depth(TurnClass.SEGMENT) > self.max_waiting:
             self._withdraw(ticket, future)
             raise QueueFull(
                 QUEUE_FULL_RETRY,

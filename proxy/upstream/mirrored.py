@@ -311,6 +311,22 @@ class MirroredBlob:
         return self._current.turn_bytes
 
     @property
+    def segments(self) -> int:
+        """How many turns it may be fetched by at once."""
+        return self._current.segments
+
+    @property
+    def spare(self) -> int:
+        """How many more turns could begin at once where its bytes come from."""
+        return self._current.spare
+
+    def distrust(self) -> None:
+        """As ``BlobSource.distrust``, of every URL that gave bytes: one of them was wrong."""
+        for source in self._sources:
+            if source.was_used:
+                source.distrust()
+
+    @property
     def ahead(self) -> int:
         """Turns waiting at the gate of the URL that would be asked."""
         return self._sources[self._client.best(TurnClass.BLOB)].ahead

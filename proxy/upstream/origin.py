@@ -29,6 +29,7 @@ from yarl import URL
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import (
     EgressFailed,
     EgressRefused,
@@ -44,10 +45,12 @@ from proxy.upstream.egress import EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import egress_failure, egress_refusal
 from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
+from proxy.upstream.incoming import Incoming
 from proxy.upstream.lane import Lane
 from proxy.upstream.learned import CapBook
 from proxy.upstream.reach import ANYWHERE, Reach
-from proxy.upstream.stall import StallMeter
+from proxy.upstream.ring import Rings
+from proxy.upstream.stall import StallLimit
 from proxy.upstream.turns import Ticket
 
 E = TypeVar("E", bound=PullError)
@@ -72,11 +75,11 @@ class Turn:
         self.patience: float | None = None  # for the head of an answer; None: read_timeout
         self.stall = origin.settings.stall
         self._response: aiohttp.ClientResponse | None = None
-        self._meter = StallMeter(self.stall)
+        self._incoming: Incoming | None = None
         self._answered_at: float | None = None
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
-        self._was_full = origin.gate.is_full
+        self._was_full = origin.gate.is_full(slot.turn_class)
         self.was_of_use = False  # there was an answer that was meant
         self._received = 0  # bytes of bodies
 
@@ -106,7 +109,7 @@ class Turn:
             self.origin.abort(self.slot)
             raise
         self._answered_at = self.origin.clock()
-        self._meter = StallMeter(self.stall)
+        self._incoming = Incoming(self._response, self.stall, self.origin)
         return self._response
 
     def _patience(self) -> float | None:
@@ -114,29 +117,20 @@ class Turn:
         known = [self.patience, self.origin.conduct.health.patience(self.slot.number)]
         return min((one for one in known if one is not None), default=None)
 
-    async def read(self, most: int = -1) -> bytes:
-        """The next bytes of the answer's body, up to ``most`` (-1: all there are); ``b""`` at its
-        end. Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
+    async def borrow(self, most: int = -1) -> Chunk:
+        """The next bytes of the body, up to ``most`` (-1: as many as there are); ``b""`` at its
+        end. They are good until the next call, or the end of the turn.
+        Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
         """
-        if self._response is None:
+        if self._incoming is None:
             raise ValueError(f"{self!r} has no answer to read")
-        content, clock, meter = self._response.content, self.origin.clock, self._meter
-        while True:
-            began, limit = clock(), asyncio.timeout(meter.patience)
-            try:
-                async with limit:
-                    data = await (content.readany() if most < 0 else content.read(most))
-            except TimeoutError:
-                if not limit.expired():  # aiohttp's own, on silence
-                    raise
-            else:
-                meter.received(len(data), clock() - began)
-                self._received += len(data)
-                return data
-            meter.received(0, clock() - began)
-            if meter.patience <= 0:
-                self.origin.note_stall()
-                raise UpstreamStalled(f"{self.origin.key.label}: {self.stall}")
+        data = await self._incoming.borrow(most)
+        self._received += len(data)
+        return data
+
+    async def read(self, most: int = -1) -> bytes:
+        """The same, to keep."""
+        return bytes(await self.borrow(most))
 
     @property
     def peer(self) -> str:
@@ -146,6 +140,9 @@ class Turn:
     def finish(self) -> None:
         """End the response: nothing to do if it was read to its end, else abort its socket."""
         response, self._response = self._response, None
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            incoming.end()
         if response is None:
             return
         if response.connection is not None:
@@ -205,11 +202,13 @@ class Origin:
         log: Logger | None = None,
         caps: CapBook | None = None,
         budget: RetryBudget | None = None,
+        rings: Rings | None = None,
     ) -> None:
         """``caps``: where the cap is remembered; without, nothing of it is."""
         self.key = key
         self.settings = settings
         self.clock = clock
+        self.rings = (rings or Rings()) if settings.fast_receive else None
         self.gate = Gate(
             key.label,
             capacity=settings.max_connections,
@@ -396,8 +395,10 @@ class Origin:
             if number not in self._busy:
                 await lane.shut()
 
-    def note_stall(self) -> None:
+    def stalled(self, limit: StallLimit) -> UpstreamStalled:
+        """The error of a body that was slower than this, counted."""
         self._metrics.upstream_stalls.labels(self.key.label).inc()
+        return UpstreamStalled(f"{self.key.label}: {limit}")
 
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""

@@ -18,6 +18,7 @@ from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.gate import RateLimit
 from proxy.upstream.learned import CapBook
 from proxy.upstream.origin import Origin
+from proxy.upstream.ring import Rings
 
 
 class Origins:
@@ -42,6 +43,7 @@ class Origins:
         self._log = log
         self._caps = caps
         self._budget = budget
+        self._rings = Rings()
         self._own: dict[OriginKey, Origin] = {}
         self._foreign: OrderedDict[OriginKey, Origin] = OrderedDict()
 
@@ -59,6 +61,7 @@ class Origins:
                 log=self._log,
                 caps=self._caps,
                 budget=self._budget(),
+                rings=self._rings,
             )
         return self._own[key]
 
@@ -80,6 +83,7 @@ class Origins:
                 clock=self._clock,
                 log=self._log,
                 budget=self._budget(),
+                rings=self._rings,
             )
             self._foreign[key] = known
         elif key in self._foreign:

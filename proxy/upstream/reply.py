@@ -14,6 +14,7 @@ import aiohttp
 from yarl import URL
 
 from proxy.observe.metrics import Metrics
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import RedirectRefused, TooLarge
 from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import translated
@@ -38,15 +39,22 @@ class Reply:
     reach: Reach = ANYWHERE  # how near the upstream may lead from here
     stream: Stream | None = None  # through the cap on the upstream's bytes, if there is one
 
-    async def read(self) -> bytes:
-        """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``."""
+    async def borrow(self) -> Chunk:
+        """The next bytes of the body, counted; ``b""`` at its end. Raises ``UpstreamError``.
+
+        They are good until the next call, or the end of the turn.
+        """
         most = -1 if self.stream is None else self.stream.piece
         with translated(self.origin.key.label, self.metrics):
-            data = await self.turn.read(most)
+            data = await self.turn.borrow(most)
         self.origin.count_bytes(len(data))
         if self.stream is not None and data:
             await self.stream.take(len(data))
         return data
+
+    async def read(self) -> bytes:
+        """The same, to keep."""
+        return bytes(await self.borrow())
 
     @property
     def status(self) -> int:

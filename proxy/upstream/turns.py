@@ -5,20 +5,21 @@ Pure bookkeeping, no clock and no loop, so that fairness can be tested by callin
 Theory of operation
 -------------------
 A *ticket* asks for one turn on behalf of one or more *clients*: a flight belongs to everybody who
-waits on it. Tickets stand in four classes:
+waits on it. Tickets stand in five classes:
 
 1. ``metadata``   manifests, tokens, HEADs: short, and everything else waits on them
 2. ``small``      blobs of at most 1 MiB
 3. ``blob``       the rest
-4. ``abandoned``  flights that nobody waits for any more
+4. ``segment``    further turns of flights that have one already (D9)
+5. ``abandoned``  flights that nobody waits for any more
 
 Between classes the better one goes first, but after a *row* of grants while a lower one waits it
-lets a lower one pass; ``abandoned`` goes only when nobody else does. A row is three grants, times
-how much longer a turn of the lower class lasts: what has to be shared is the slots' time, and if a
-turn of 64 MiB counted like a manifest, fifty small blobs would wait for a dozen of those. The gate
-measures how long turns last (``TurnTimes``). The gate may allow some classes only (the slot kept
-for metadata): such a grant counts in the row like any other, but is not given up, since nobody else
-could use it.
+lets a lower one pass; ``segment`` and ``abandoned`` go only when nobody above them does. A row is
+three grants, times how much longer a turn of the lower class lasts: what has to be shared is the
+slots' time, and if a turn of 64 MiB counted like a manifest, fifty small blobs would wait for a
+dozen of those. The gate measures how long turns last (``TurnTimes``). The gate may allow some
+classes only (the slot kept for metadata): such a grant counts in the row like any other, but is not
+given up, since nobody else could use it.
 
 Inside a class it is round robin over clients, inside a client round robin over *images* (the
 repository a ticket is for), and first come, first served inside an image: per class a ring of
@@ -54,6 +55,7 @@ class TurnClass(StrEnum):
     METADATA = "metadata"
     SMALL = "small"
     BLOB = "blob"
+    SEGMENT = "segment"
     ABANDONED = "abandoned"
 
 
@@ -72,8 +74,11 @@ USUAL = {
     TurnClass.METADATA: 0.1,
     TurnClass.SMALL: 0.2,
     TurnClass.BLOB: 2.0,
+    TurnClass.SEGMENT: 2.0,
     TurnClass.ABANDONED: 2.0,
 }
+#: Classes that nobody lets pass: they take what is left over.
+_SPARE = frozenset({TurnClass.SEGMENT, TurnClass.ABANDONED})
 #: What a turn counts that lasted no time at all, in seconds.
 SHORTEST = 0.001
 
@@ -112,6 +117,7 @@ class Ticket:
     __slots__ = (
         "_clients",
         "_queue",
+        "grants",
         "image",
         "is_held",
         "retry",
@@ -129,6 +135,7 @@ class Ticket:
         self.urgent = False  # looked at when it begins to wait
         self.waited = 0.0  # seconds in queues so far
         self.is_held = False
+        self.grants = 0  # turns so far
         self.retry = ""  # why its next turn is another try (an error's reason); "": a first one
         self._clients = dict.fromkeys(clients)  # ordered: one run is like the next
         self._queue: TurnQueue | None = None
@@ -237,7 +244,7 @@ class _Ring:
 
 def _yields_to(turn_class: TurnClass, lower: TurnClass) -> bool:
     """Must ``turn_class`` let ``lower`` pass now and then?"""
-    return _RANK[turn_class] < _RANK[lower] and lower is not TurnClass.ABANDONED
+    return _RANK[turn_class] < _RANK[lower] and lower not in _SPARE
 
 
 class TurnQueue:
@@ -283,9 +290,12 @@ class TurnQueue:
     def has_rival(self, turn_class: TurnClass, paused: Collection[TurnClass] = frozenset()) -> bool:
         """Does anybody wait whom a holder of ``turn_class`` should let pass?
 
-        Those of a ``paused`` class could not use the slot.
+        Those of a ``paused`` class could not use the slot. A segment lets no other one pass: at its
+        end they take turns.
         """
         for other, ring in self._rings.items():
+            if other is turn_class is TurnClass.SEGMENT:
+                return False
             if ring.count and other not in paused:
                 return True
             if other is turn_class:
@@ -321,6 +331,7 @@ class TurnQueue:
         if chosen is None:
             return None
         ticket = self._rings[chosen].first()
+        ticket.grants += 1
         self.discard(ticket)
         return ticket
 

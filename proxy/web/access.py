@@ -116,32 +116,36 @@ class AccessLog:
     """Writes visits to the log and to the metrics."""
 
     def __init__(self, log: Logger, metrics: Metrics, clock: Callable[[], float]) -> None:
-        self._log = log
-        self._metrics = metrics
-        self._clock = clock
+        self.log = log
+        self.metrics = metrics
+        self.clock = clock
 
     def write(self, visit: Visit) -> None:
-        seconds = self._clock() - visit.arrived
+        seconds = self.clock() - visit.arrived
         self._count(visit, seconds)
-        fields = self._fields(visit, seconds)
+        fields = self.fields(visit, seconds)
         if visit.defect is not None:
-            self._log.error("request", **fields, exc_info=visit.defect)
+            self.log.error("request", **fields, exc_info=visit.defect)
         elif visit.error is not None and visit.error.status >= 500:
-            self._log.warning("request", **fields)
+            self.log.warning("request", **fields)
         else:
-            self._log.info("request", **fields)
+            self.log.info("request", **fields)
 
     def _count(self, visit: Visit, seconds: float) -> None:
-        metrics, cache = self._metrics, visit.cache.value
         kind = visit.kind.value if visit.kind is not None else "none"
         method = visit.request.method if visit.request.method in _METHODS else "other"
-        metrics.http_requests.labels(kind, method, str(visit.code), cache).inc()
-        metrics.http_duration.labels(kind, cache).observe(seconds)
-        if visit.first_byte is not None:
-            metrics.http_first_byte.labels(kind, cache).observe(visit.first_byte - visit.arrived)
-        metrics.http_bytes.labels(cache).inc(visit.sent)
+        self.metrics.count_request(
+            kind,
+            method,
+            str(visit.code),
+            visit.cache.value,
+            seconds=seconds,
+            first_byte=None if visit.first_byte is None else visit.first_byte - visit.arrived,
+            sent=visit.sent,
+        )
 
-    def _fields(self, visit: Visit, seconds: float) -> dict[str, object]:
+    def fields(self, visit: Visit, seconds: float) -> dict[str, object]:
+        """What the line about a visit of so many seconds says."""
         request = visit.request
         fields: dict[str, object] = {
             "request_id": visit.request_id,

@@ -47,7 +47,7 @@ from proxy.oci.reference import Reference
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.deadlines import COME_AGAIN
 from proxy.pull.serve import Answerer
-from proxy.upstream.routing import Routes
+from proxy.upstream.routing import Route, Routes
 from proxy.upstream.throttle import Stream, Throttles
 from proxy.web.access import AccessLog, Visit
 from proxy.web.auth import Authentication
@@ -55,6 +55,8 @@ from proxy.web.clients import Clients, certified
 from proxy.web.sending import BodyResponse, Sender, break_off
 
 COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
+#: Is told a request that was answered, and what it was for.
+Offer = Callable[[web.BaseRequest, Route, Target], None]
 #: Query parameters of a request, at most.
 MAX_PARAMETERS = 32
 #: Characters of the parser's words about a malformed request that are said back.
@@ -95,8 +97,10 @@ class Registry:
         header_deadline: float = 20.0,
         throttles: ClientThrottles | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        offer: Offer | None = None,
     ) -> None:
-        """``header_deadline`` in seconds: what a client's password may take of it, at most."""
+        """``header_deadline`` in seconds: what a client's password may take of it, at most.
+        ``offer`` is told each request that content was sent for."""
         self._puller = puller
         self._routes = routes
         self._metrics = metrics
@@ -107,6 +111,7 @@ class Registry:
         self._header_deadline = header_deadline
         self._throttles = throttles
         self._is_draining = is_draining
+        self._offer = offer
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -192,7 +197,10 @@ class Registry:
             Kind.TAGS: self._listing,
             Kind.REFERRERS: self._listing,
         }
-        return await handlers[parsed.target.kind](request, visit, visit.ask, parsed)
+        response = await handlers[parsed.target.kind](request, visit, visit.ask, parsed)
+        if self._offer is not None and visit.status in (200, 304) and visit.error is None:
+            self._offer(request, route, parsed.target)
+        return response
 
     async def _name(
         self, authentication: Authentication, request: web.BaseRequest, visit: Visit
@@ -220,7 +228,7 @@ class Registry:
         visit.cache = answer.cache
         if not acceptable(answer.media_type, request.headers.getall("Accept", [])):
             raise NotAcceptable(detail={"media_type": answer.media_type})
-        headers = _content_headers(answer.digest, answer.media_type, answer.warning)
+        headers = content_headers(answer.digest, answer.media_type, answer.warning)
         if etag_matches(request.headers.get("If-None-Match"), answer.digest):
             return await self._send_bytes(request, visit, 304, headers, b"")
         body = answer.manifest.raw if answer.manifest is not None and not head else b""
@@ -247,8 +255,7 @@ class Registry:
     async def _send_blob(
         self, request: web.BaseRequest, visit: Visit, answer: BlobAnswer, *, unchanged: bool
     ) -> web.StreamResponse:
-        headers = _content_headers(answer.digest, "application/octet-stream", answer.warning)
-        headers["Accept-Ranges"] = "bytes"
+        headers = content_headers(answer.digest, None, answer.warning)
         if unchanged:
             return await self._send_bytes(request, visit, 304, headers, b"")
         if answer.pieces is None:
@@ -295,12 +302,7 @@ class Registry:
     # -- answers ---------------------------------------------------------------------------
 
     def _headers(self, visit: Visit, headers: Mapping[str, str]) -> dict[str, str]:
-        return {
-            **COMMON,
-            "X-Request-Id": visit.request_id,
-            **visit.contract_headers(),
-            **headers,
-        }
+        return contract_headers(visit, headers)
 
     async def _send_bytes(
         self,
@@ -361,6 +363,16 @@ class Registry:
         return await self._send_bytes(request, visit, status, headers, body, close=close)
 
 
+def contract_headers(visit: Visit, headers: Mapping[str, str]) -> dict[str, str]:
+    """``headers`` behind those that every answer has."""
+    return {
+        **COMMON,
+        "X-Request-Id": visit.request_id,
+        **visit.contract_headers(),
+        **headers,
+    }
+
+
 def parse_request(request: web.BaseRequest) -> Parsed:
     """Validate path and query before anything else happens. Raises ``ClientError``."""
     path, _, query = origin_form(request.raw_path).partition("?")
@@ -396,12 +408,15 @@ def _range(request: web.BaseRequest, digest: Digest) -> ByteRange | None:
     return ByteRange.parse(request.headers.get("Range"))
 
 
-def _content_headers(digest: Digest, media_type: str, warned: str | None) -> dict[str, str]:
+def content_headers(digest: Digest, media_type: str | None, warned: str | None) -> dict[str, str]:
+    """What is said of content; ``media_type`` None: a blob's."""
     headers = {
-        "Content-Type": media_type,
+        "Content-Type": media_type or "application/octet-stream",
         "Docker-Content-Digest": str(digest),
         "ETag": etag(digest),
     }
     if warned is not None:
         headers["Warning"] = warning(warned)
+    if media_type is None:
+        headers["Accept-Ranges"] = "bytes"
     return headers

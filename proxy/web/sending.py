@@ -8,6 +8,8 @@ without a word where the file does):
 * no sendfile reaches past what the flight has published: spans come clamped from the reader;
 * a body without a length is chunked, which sendfile knows nothing of: it is copied.
 
+What is copied comes from the kernel's memory without a thread, as long as it is there.
+
 Where clients have a byte rate, a piece goes in parts, each when the client's throttle lets it. To
 the flight such a client is a slow one: what it was given counts as sent when all of it is.
 
@@ -26,12 +28,14 @@ from collections.abc import AsyncGenerator, Iterator
 
 from aiohttp import web
 
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import FileSpan, Piece
 from proxy.upstream.throttle import Stream
 
-#: Bytes of one read and write where sendfile is not to be had.
-CHUNK = 256 << 10
+#: Bytes of one read and write where sendfile is not to be had. With the buffers of TLS (loop.py) it
+#: is what a slow client costs.
+CHUNK = 192 << 10
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 #: What a disk says when it fails; other errors of a sendfile are the socket's.
@@ -118,20 +122,39 @@ class Sender:
             raise
 
     async def _copy_span(self, span: FileSpan) -> None:
-        loop, position = asyncio.get_running_loop(), span.start
+        position = span.start
         while position < span.stop:
-            length = min(CHUNK, span.stop - position)
-            try:
-                data = await loop.run_in_executor(
-                    None, os.pread, span.lease.fileno(), length, position
-                )
-            except OSError as error:
-                raise StoreFailed(f"a cached file cannot be read: {error.strerror}") from error
+            data = await read_at(span.lease.fileno(), min(CHUNK, span.stop - position), position)
             if not data:
                 raise StoreFailed("a cached file has become shorter than it was")
             await self._response.write(data)
             position += len(data)
             self.sent += len(data)
+
+
+async def read_at(fd: int, length: int, position: int) -> Chunk:
+    """Up to ``length`` bytes, ``b""`` at the end of the file; from memory without a thread, whose
+    way there and back costs as much as encrypting them. Raises ``StoreFailed``."""
+    data = read_cached(fd, length, position)
+    if data is not None:
+        # A client that takes all at once never makes its sender wait: others need the loop too.
+        await asyncio.sleep(0)
+        return data
+    loop = asyncio.get_running_loop()
+    try:
+        return await loop.run_in_executor(None, os.pread, fd, length, position)
+    except OSError as error:
+        raise StoreFailed(f"a cached file cannot be read: {error.strerror}") from error
+
+
+def read_cached(fd: int, length: int, position: int) -> memoryview | None:
+    """What the kernel has in memory, in a buffer of its own; None if a disk has to be asked."""
+    data = bytearray(length)
+    try:
+        count = os.preadv(fd, [data], position, os.RWF_NOWAIT)
+    except OSError:  # not in memory, or a file system that cannot say: a thread finds out
+        return None
+    return memoryview(data)[:count]
 
 
 def parts(piece: Piece, most: int) -> Iterator[Piece]:

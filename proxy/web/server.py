@@ -15,7 +15,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -60,10 +60,29 @@ class RegistryServer(web.Server):
         self._malformed = malformed
         self._proxies = proxies
         self._options = options
+        self.on_connection_lost: Callable[[], None] | None = None  # told each time
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        super().connection_lost(handler, exc)
+        if self.on_connection_lost is not None:
+            self.on_connection_lost()
 
     def __call__(self) -> web.RequestHandler:
+        return self._made(ClientProtocol)
+
+    def _made(self, make: Callable[..., web.RequestHandler]) -> web.RequestHandler:
         options = {k: v for k, v in self._options.items() if k not in _OF_THE_SERVER}
-        return _Protocol(self, self._malformed, self._proxies, loop=self._loop, **options)
+        return make(self, self._malformed, self._proxies, loop=self._loop, **options)
+
+
+class RegistryRunner(web.ServerRunner):
+    """Runs a server of the above."""
+
+    def __init__(self, server: RegistryServer, **options: Any) -> None:
+        super().__init__(server, **options)
+        self.registry_server = server
 
 
 class AdminRunner(web.AppRunner):
@@ -76,15 +95,18 @@ class AdminRunner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()  # has no connections yet: only its parts are wanted
-        return RegistryServer(
+        self.registry_server = RegistryServer(
             plain.request_handler,
             self._malformed,
             request_factory=plain.request_factory,
             **self._kwargs,
         )
+        return self.registry_server
 
 
-class _Protocol(web.RequestHandler):
+class ClientProtocol(web.RequestHandler):
+    """One connection of a client."""
+
     __slots__ = ("_client", "_header", "_malformed", "_proxies")
 
     def __init__(
@@ -107,6 +129,9 @@ class _Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))
+        if transport.get_extra_info("sslcontext") is not None:
+            # What a slow client has not taken is held once: its next piece is not read before.
+            cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
         if self._proxies is not None and is_trusted(
             parse_address(self._peer()), self._proxies.trusted
         ):
@@ -127,7 +152,7 @@ class _Protocol(web.RequestHandler):
             rest, self._header = self._header[header.length :], None
             self._client = header.address
             if rest:
-                super().data_received(rest)
+                self.data_received(rest)
 
     def _peer(self) -> str:
         peer = self.peername

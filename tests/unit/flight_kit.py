@@ -92,6 +92,7 @@ class ScriptedBody:
         self._source = source
         self._turn = turn
         self._act = act
+        self._is_part = source.ranged
         self._at = 0 if not source.ranged else turn.start
         self._stop = stop if act.ends is None else min(stop, self._at + act.ends)
         self.learned = False
@@ -101,6 +102,10 @@ class ScriptedBody:
         if not self._source.says_size:
             return None
         return len(self._source.data) if self._act.total is None else self._act.total
+
+    @property
+    def is_part(self) -> bool:
+        return self._is_part
 
     @property
     def is_overdue(self) -> bool:
@@ -114,6 +119,9 @@ class ScriptedBody:
                 return data[max(0, self._turn.start - before) :]
         self._turn.at_end = True
         return b""
+
+    async def borrow(self) -> bytes:
+        return await self.read()
 
     async def _receive(self) -> bytes:
         breaks = self._act.breaks
@@ -151,6 +159,7 @@ class ScriptedSource:
         says_size: bool = True,
         acts: list[Act] | None = None,
         slots: asyncio.Semaphore | None = None,
+        segments: int = 1,
     ) -> None:
         self.data = data
         self.digest = digest or Digest.of(data)
@@ -159,6 +168,9 @@ class ScriptedSource:
         self.turn_bytes = turn_bytes
         self.ranged = True
         self.ahead = 0
+        self.segments = segments
+        self.spare = segments
+        self.is_distrusted = False
         self.serves_ranges = serves_ranges
         self.says_size = says_size
         self.acts = deque(acts or [])
@@ -174,6 +186,10 @@ class ScriptedSource:
     def sent(self) -> int:
         return sum(turn.sent for turn in self.turns)
 
+    def distrust(self) -> None:
+        self.is_distrusted = True
+        self.ranged = self.serves_ranges = False
+
     @property
     def active(self) -> int:
         return sum(turn.is_open for turn in self.turns)
@@ -186,6 +202,7 @@ class ScriptedSource:
         try:
             await self.queue.wait()
             await self.slots.acquire()
+            ticket.grants += 1
         finally:
             self.waiting -= 1
         clients = frozenset(ticket.clients)
@@ -261,11 +278,14 @@ async def flying(
     pause: Callable[[int], float] | None = None,
     max_size: int = 64 << 20,
     disk: Disk | None = None,
+    segment_bytes: int = 20 * KIB,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
     metrics, clock = Metrics(), Pauses()
     async with opened(directory, max_size=max_size, disk=disk, metrics=metrics) as store:
-        settings = FlightSettings(on_abandon, window, far, patience, pause or clock.pause, clock)
+        settings = FlightSettings(
+            on_abandon, window, far, patience, pause or clock.pause, clock, segment_bytes, 0.0
+        )
         flights = Flights(store=store, settings=settings, metrics=metrics, log=silent())
         rig = Rig(directory, store, flights, metrics)
         try:

@@ -264,6 +264,10 @@ class RawClient:
         """Send no more: FIN."""
         self._sock.shutdown(socket.SHUT_WR)
 
+    def close(self) -> None:
+        """Leave."""
+        self._sock.close()
+
     async def more(self) -> bytes:
         """The next bytes; b"" at FIN. Raises ConnectionResetError at RST."""
         data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)

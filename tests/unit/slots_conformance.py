@@ -18,7 +18,7 @@ from proxy.oci.errors import QueueFull
 from proxy.upstream.gate import RESERVE_FROM, Slot, Slots
 from proxy.upstream.turns import Ticket, TurnClass
 
-METADATA, SMALL, BLOB, ABANDONED = TurnClass
+METADATA, SMALL, BLOB, SEGMENT, ABANDONED = TurnClass
 
 
 def waiting(slots: Slots) -> int:
@@ -174,7 +174,13 @@ class SlotsConformance(ABC):
             tickets["one"].move(ABANDONED)
             tickets["three"].move(METADATA)
             tickets["two"].join("b")
-            assert slots.state().depth == {"metadata": 1, "small": 0, "blob": 1, "abandoned": 1}
+            assert slots.state().depth == {
+                "metadata": 1,
+                "small": 0,
+                "blob": 1,
+                "segment": 0,
+                "abandoned": 1,
+            }
             assert await people.serve(4) == ["holder", "three", "two", "one"]
 
     @pytest.mark.parametrize("limit", range(1, RESERVE_FROM + 3))
@@ -206,6 +212,38 @@ class SlotsConformance(ABC):
             assert waiting(slots) == 1
             await people.ask("manifest", Ticket(METADATA))
             assert "manifest" in people.held
+
+    @pytest.mark.parametrize(("limit", "spare"), [(1, 1), (3, 3), (RESERVE_FROM, 3), (8, 7)])
+    async def test_spare_is_what_blobs_could_have_while_nobody_waits(
+        self, limit: int, spare: int
+    ) -> None:
+        async with self.make(limit) as slots, crowd(slots) as people:
+            for number in range(spare):
+                assert slots.spare == spare - number
+                await people.ask(f"blob {number}", Ticket(SEGMENT))
+            assert slots.spare == 0
+            await people.ask("waits", Ticket(SEGMENT))
+            people.release("blob 0")
+            assert slots.spare == 0
+            await people.granted(spare + 1)
+            people.release("waits")
+            assert slots.spare == 1
+
+    async def test_a_waiter_of_any_class_leaves_nothing_spare(self) -> None:
+        async with self.make(RESERVE_FROM) as slots, crowd(slots) as people:
+            for number in range(RESERVE_FROM):
+                await people.ask(f"blob {number}", Ticket(BLOB))
+            assert waiting(slots) == 1
+            assert slots.spare == 0
+
+    async def test_further_turns_of_flights_take_nobodys_place_in_the_queue(self) -> None:
+        async with self.make(1, max_waiting=1) as slots, crowd(slots) as people:
+            await people.ask("holder", Ticket(BLOB))
+            for number in range(5):
+                await people.ask(f"segment {number}", Ticket(SEGMENT))
+            await people.ask("one", Ticket(BLOB))
+            with pytest.raises(QueueFull):
+                await slots.acquire(Ticket(BLOB))
 
     async def test_a_full_queue_refuses_at_once_and_keeps_who_waits(self) -> None:
         async with self.make(1, max_waiting=2) as slots, crowd(slots) as people:

@@ -12,6 +12,7 @@ from pathlib import Path
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
+from proxy.store.durability import Durability
 from proxy.store.store import Disk, Store
 
 MIB = 1 << 20
@@ -40,6 +41,8 @@ async def opened(
     disk: Disk | None = None,
     metrics: Metrics | None = None,
     wall: Callable[[], float] = lambda: 1_000_000.0,
+    durability: Durability = Durability.FULL,
+    boot: Callable[[], str | None] = lambda: "this boot",
 ) -> AsyncIterator[Store]:
     """A store that is closed at the end, on a disk with endless room unless told otherwise."""
     store = await Store.open(
@@ -49,6 +52,8 @@ async def opened(
         metrics=metrics or Metrics(),
         log=silent(),
         wall=wall,
+        durability=durability,
+        boot=boot,
         disk=disk or roomy(),
     )
     try:

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.observe.logs import make_logger
 from proxy.observe.metrics import Metrics
 from proxy.testing import Corrupt, Fault
+from proxy.upstream.turns import TurnClass
 from proxy.web.admin import Admin
 from proxy.web.server import AdminRunner
 from proxy.web.watch import LoopWatch
@@ -209,7 +210,7 @@ class TestMetrics:
             assert value("upstream_connections_limit", upstream=gate) == 4
             assert value("upstream_connections", upstream=gate, state="active") == 0
             assert value("upstream_connections", upstream=gate, state="idle") == 1
-            for name in ("metadata", "small", "blob", "abandoned"):
+            for name in TurnClass:
                 assert value("queue_depth", upstream=gate, **{"class": name}) == 0
             assert value("queue_limit", upstream=gate) == 10_000
             assert value("queue_wait_seconds_count", upstream=gate, **{"class": "small"}) == 1
@@ -226,6 +227,9 @@ class TestMetrics:
             assert value("http_request_duration_seconds_count", kind="blob", cache="hit") == 1
             assert value("http_time_to_first_byte_seconds_count", kind="blob", cache="hit") == 1
             assert value("http_requests_inflight") == 0
+            assert value("http_connections") == 1
+            assert value("http_connections_limit") > 1
+            assert value("http_accept_paused") == value("http_accept_pauses_total") == 0
             assert value("store_blobs") == 2
             assert value("store_bytes") > LAYER.size
             assert value("draining") == 0
@@ -248,6 +252,7 @@ class TestMetrics:
                 assert found["pullpool_flights", ()] == 1
                 assert found["pullpool_http_requests_inflight", ()] == 2
                 status = json.loads((await pool.admin("/api/v1/status")).body)
+                assert status["connections"]["open"] == 2
                 assert status["queue"][fake.netloc]["blob"] == 1
                 [flight] = status["flights"]
                 assert flight["digest"] == str(LAYER.digest)

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,13 @@ class Process:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def serving(cls, directory: Path, url: str, **variables: str) -> AsyncIterator["Process"]:
+    async def serving(
+        cls, directory: Path, url: str, *, files: int | None = None, **variables: str
+    ) -> AsyncIterator["Process"]:
+        """`files`: how many it may have open."""
+        limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "serve", url, f"--cache-dir={directory}"),
+            *(*limited, sys.executable, "-m", "proxy", "serve", url, f"--cache-dir={directory}"),
             *("--listen=127.0.0.1:0", "--admin=127.0.0.1:0", "--log-format=json"),
             env={**os.environ, **variables},
             stderr=asyncio.subprocess.PIPE,
@@ -219,6 +223,88 @@ async def test_a_served_process_may_open_as_many_files_as_it_may_have(tmp_path: 
             text = await answer.text()
         [line] = [line for line in text.splitlines() if line.startswith("process_max_fds ")]
         assert float(line.split()[1]) == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+class Crowd:
+    """Clients of a process, as many as are wanted."""
+
+    def __init__(self, started: Mapping[str, Any], stack: contextlib.AsyncExitStack) -> None:
+        self.address, self.admin = HostPort.parse(started["listen"]), started["admin"]
+        self._stack = stack
+
+    async def client(self) -> RawClient:
+        return await self._stack.enter_async_context(RawClient.connected(self.address))
+
+    async def figure(self, name: str) -> float:
+        """A metric without labels, read on a connection of its own."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{self.admin}/metrics") as answer,
+        ):
+            lines = (await answer.text()).splitlines()
+        [line] = [line for line in lines if line.startswith(f"pullpool_http_{name} ")]
+        return float(line.split()[1])
+
+
+@contextlib.asynccontextmanager
+async def crowded(pullpool: Process) -> AsyncIterator[Crowd]:
+    async with contextlib.AsyncExitStack() as stack:
+        yield Crowd(await pullpool.line("serving"), stack)
+
+
+async def pulled(client: RawClient) -> bytes:
+    """A blob, on a connection that stays."""
+    client.received.clear()
+    await client.ask(blob_path())
+    return await client.rest(LAYER.size)
+
+
+async def test_at_the_limit_of_descriptors_pulls_go_on_and_others_wait(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as fake,
+        Process.serving(tmp_path, fake.url, files=128) as pullpool,
+        crowded(pullpool) as crowd,
+    ):
+        fake.push(IMAGE)
+        clients = [await crowd.client()]
+        while not await crowd.figure("accept_paused") or len(clients) < 100:
+            clients += [await crowd.client() for _ in range(8)]
+        held = int(await crowd.figure("connections"))
+        assert 0 < held < len(clients)
+        last = await crowd.client()
+        await last.ask(blob_path())
+        # What is kept from clients does for the upstream's socket, the fill and the admin listener.
+        for client in clients[: held // 2]:
+            assert await pulled(client) == LAYER.data
+        # A scrape that ends lets one in, now and then; a listener that spins counts thousands.
+        assert await crowd.figure("accept_pauses_total") <= len(clients)
+        for client in clients:
+            client.close()
+        assert await last.rest(LAYER.size) == LAYER.data
+        assert not await crowd.figure("accept_paused")
+
+
+async def test_without_any_descriptor_the_listener_waits_for_one(tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    async with (
+        FakeRegistry() as fake,
+        Process.serving(tmp_path, fake.url) as pullpool,
+        crowded(pullpool) as crowd,
+    ):
+        fake.push(IMAGE)
+        here = await crowd.client()
+        await pulled(here)
+        resource.prlimit(pullpool.process.pid, resource.RLIMIT_NOFILE, (4, hard))
+        there = await crowd.client()
+        await there.ask(blob_path())
+        assert (await pullpool.line("accept_paused"))["cause"] == "Too many open files"
+        await here.send("GET /v2/ HTTP/1.1\nHost: pullpool\n\n")
+        await here.until(lambda data: data.endswith(b"{}"))
+        resource.prlimit(pullpool.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert await there.rest(LAYER.size) == LAYER.data
+        # Once for a queue that nobody could look at, not once in every turn of the loop.
+        pauses = [line for line in pullpool.lines if line["event"] == "accept_paused"]
+        assert len(pauses) == await crowd.figure("accept_pauses_total") == 1
 
 
 async def test_a_fill_that_a_kill_has_cut_is_no_blob_and_goes_on_at_its_byte(

@@ -240,7 +240,7 @@ async def test_what_is_refused_or_missing_does_not_raise_the_cap(status: int) ->
     ("status", "turn_class", "paused"),
     [
         (429, TurnClass.METADATA, {"metadata"}),
-        (429, TurnClass.BLOB, {"small", "blob", "abandoned"}),
+        (429, TurnClass.BLOB, {"small", "blob", "segment", "abandoned"}),
         (503, TurnClass.BLOB, set()),
         (500, TurnClass.BLOB, set()),
     ],

@@ -37,8 +37,9 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
         "byte rate": "7KiB/s",
     }  # fmt: skip
     choices = {"log_level": "error", "log_format": "json", "cache.on_abandon": "cancel"}
+    choices |= {"cache.durability": "file", "cache.prefetch": "manifest"}
     water = {"cache.low_water": "0.07", "cache.high_water": "0.97"}
-    off = {"fast_transport": "false", "proxy_from_env": "false"}
+    off = {"fast_transport": "false", "hot_path": "false", "proxy_from_env": "false"}
     networks = {"trusted_proxies": "10.0.0.0/8"}
     for row in settings_table():
         if row.key.startswith("upstreams."):

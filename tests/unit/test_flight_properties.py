@@ -52,6 +52,8 @@ class Origin:
     chunk: int
     turn_bytes: int
     overdue: int  # bytes
+    segments: int
+    spare: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class World:
     far: int
     patience: float
     on_abandon: str
+    segment_bytes: int
     is_right: bool  # the bytes are those that were asked for
     closes: int | None  # shutdown, in loop turns
 
@@ -87,6 +90,8 @@ ORIGINS = st.builds(
     chunk=st.sampled_from([64, 300, SIZE]),
     turn_bytes=st.sampled_from([500, ENDLESS]),
     overdue=st.sampled_from([700, ENDLESS]),
+    segments=st.sampled_from([1, 3, 8]),
+    spare=st.sampled_from([0, 1, 2, 8]),
 )
 
 
@@ -117,6 +122,7 @@ WORLDS = st.builds(
     far=st.sampled_from([200, ENDLESS]),
     patience=st.sampled_from([0.0, PATIENT]),
     on_abandon=st.sampled_from(["finish", "cancel"]),
+    segment_bytes=st.sampled_from([1, 100, 700]),
     is_right=st.sampled_from([True, True, True, False]),
     closes=st.one_of(st.none(), st.none(), st.integers(0, 100)),
 )
@@ -136,7 +142,9 @@ def build(world: World, digest: Digest) -> list[ScriptedSource]:
             says_size=origin.says_size,
             acts=list(origin.acts),
             slots=slots,
+            segments=origin.segments,
         )
+        source.spare = origin.spare
         source.is_overdue = lambda turn, most=origin.overdue, source=source: (  # type: ignore[misc]
             turn.sent >= most or source.waiting > 0
         )
@@ -193,6 +201,7 @@ async def play(world: World, directory: Path) -> list[str]:
         far=world.far,
         patience=world.patience,
         on_abandon=world.on_abandon,
+        segment_bytes=world.segment_bytes,
     ) as rig:
         sources = build(world, digest)
         lives = [live(rig, sources, client, is_right=world.is_right) for client in world.clients]
@@ -236,6 +245,8 @@ def test_everybody_gets_exact_bytes_or_an_error_and_nothing_is_left(world: World
                     chunk=st.sampled_from([64, SIZE]),
                     turn_bytes=st.sampled_from([500, ENDLESS]),
                     overdue=st.just(ENDLESS),
+                    segments=st.sampled_from([1, 3, 8]),
+                    spare=st.sampled_from([0, 8]),
                 )
             ]
             * 2
@@ -247,6 +258,7 @@ def test_everybody_gets_exact_bytes_or_an_error_and_nothing_is_left(world: World
         far=st.sampled_from([200, ENDLESS]),
         patience=st.sampled_from([0.0, PATIENT]),
         on_abandon=st.sampled_from(["finish", "cancel"]),
+        segment_bytes=st.sampled_from([1, 100, 700]),
         is_right=st.just(True),
         closes=st.none(),
     )

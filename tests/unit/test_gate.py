@@ -18,7 +18,7 @@ from proxy.upstream.gate import RESERVE_FROM, Gate, RateLimit, Slot, Slots
 from proxy.upstream.turns import USUAL, Ticket, TurnClass
 from tests.unit.slots_conformance import Crowd, SlotsConformance, crowd, until, waiting
 
-METADATA, SMALL, BLOB, ABANDONED = TurnClass
+METADATA, SMALL, BLOB, SEGMENT, ABANDONED = TurnClass
 
 
 def nothing(_number: int) -> bool:
@@ -53,6 +53,19 @@ class TestGateAsSlots(SlotsConformance):
     @contextlib.asynccontextmanager
     async def make(self, limit: int, *, max_waiting: int = 1000) -> AsyncIterator[Slots]:
         yield make_gate(limit, max_waiting=max_waiting)
+
+
+async def test_a_gate_is_full_for_blobs_when_only_the_kept_slot_is_left() -> None:
+    gate = make_gate(4)
+    async with crowd(gate) as people:
+        for number in range(3):
+            assert not gate.is_full(BLOB)
+            await people.ask(f"blob {number}", Ticket(BLOB))
+        assert gate.is_full(BLOB)
+        assert gate.is_full(SEGMENT)
+        assert not gate.is_full(METADATA)
+        await people.ask("manifest", Ticket(METADATA))
+        assert gate.is_full(METADATA)
 
 
 def test_a_gate_without_slots_is_refused() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from proxy.oci.digest import Digest
 from proxy.testing import Answer as Scripted
 from proxy.testing import Corrupt, Cut, Fault, Stall, make_image
 from proxy.testing.images import pseudo_random
+from proxy.web.sending import read_at, read_cached
 from tests.unit.proxy_kit import (
     IMAGE,
     LAYER,
@@ -300,3 +302,40 @@ async def test_a_shared_layer_is_one_file(served: Served) -> None:
         assert (await pool.get(blob_path(name=name))).body == LAYER.data
         await pool.stored()
     assert fake.counters.gets[LAYER.digest] == 1
+
+
+# -- reading what is copied --------------------------------------------------------------------
+
+
+async def test_what_is_in_memory_is_read_where_it_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(b"0123456789")
+    with path.open("rb") as file:
+        assert await read_at(file.fileno(), 4, 3) == b"3456"
+        assert await read_at(file.fileno(), 100, 8) == b"89"
+        assert await read_at(file.fileno(), 100, 10) == b""
+
+
+async def test_what_the_kernel_cannot_read_at_once_is_read_in_a_thread() -> None:
+    """The files of /proc are made when they are read: never are they in memory."""
+    with open("/proc/self/stat", "rb") as file:  # noqa: ASYNC230 - takes no disk
+        assert read_cached(file.fileno(), 10, 0) is None
+        assert await read_at(file.fileno(), 4, 0) == str(os.getpid()).encode()[:4]
+
+
+async def test_reading_from_memory_lets_others_run(tmp_path: Path) -> None:
+    path, turns = tmp_path / "blob", 0
+    path.write_bytes(bytes(1000))
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(other())
+    with path.open("rb") as file:
+        for at in range(100):
+            await read_at(file.fileno(), 10, at)
+    running.cancel()
+    assert turns >= 99

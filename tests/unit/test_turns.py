@@ -28,7 +28,7 @@ from proxy.upstream.turns import (
     class_for_blob,
 )
 
-METADATA, SMALL, BLOB, ABANDONED = TurnClass
+METADATA, SMALL, BLOB, SEGMENT, ABANDONED = TurnClass
 ALL = frozenset(TurnClass)
 
 
@@ -234,6 +234,18 @@ def test_abandoned_flights_go_when_nobody_else_waits() -> None:
     assert classes(taken(queue)) == "b" * 9 + "a"
 
 
+def test_further_turns_of_a_flight_go_before_abandoned_ones_and_after_everybody_else() -> None:
+    queue = queue_of(Ticket(ABANDONED), Ticket(SEGMENT), *(Ticket(BLOB, ["a"]) for _ in range(9)))
+    assert classes(taken(queue)) == "b" * 9 + "sa"
+
+
+def test_further_turns_of_one_clients_flights_take_turns() -> None:
+    one, two = (
+        [Ticket(SEGMENT, ["a"], image=digest) for _ in range(3)] for digest in ("one", "two")
+    )
+    assert taken(queue_of(*one, *two)) == [one[0], two[0], one[1], two[1], one[2], two[2]]
+
+
 def test_an_urgent_ticket_stands_before_its_class_and_no_other() -> None:
     a1, b1, urgent = tickets(BLOB, "a", "b", "a")
     urgent.urgent = True
@@ -246,7 +258,7 @@ def test_a_ticket_that_changes_class_stands_at_the_end_there() -> None:
     small = Ticket(SMALL, ["a"])
     queue = queue_of(first, second, small)
     first.move(SMALL)
-    assert queue.depths() == {"metadata": 0, "small": 2, "blob": 1, "abandoned": 0}
+    assert queue.depths() == {"metadata": 0, "small": 2, "blob": 1, "segment": 0, "abandoned": 0}
     assert taken(queue) == [small, first, second]
 
 
@@ -277,6 +289,10 @@ def test_nothing_waits_in_an_empty_queue() -> None:
         (SMALL, BLOB, False),
         (BLOB, ABANDONED, False),
         (ABANDONED, ABANDONED, True),
+        (BLOB, SEGMENT, False),
+        (SEGMENT, SMALL, True),
+        (SEGMENT, SEGMENT, False),
+        (ABANDONED, SEGMENT, True),
     ],
 )
 def test_a_rival_is_one_of_the_same_or_a_better_class(
@@ -388,7 +404,7 @@ class NaiveQueue:
 def better(one: TurnClass, other: TurnClass) -> bool:
     """Does ``one`` go before ``other``, and has to let it pass now and then?"""
     order = list(TurnClass)
-    return other is not ABANDONED and order.index(one) < order.index(other)
+    return other not in (SEGMENT, ABANDONED) and order.index(one) < order.index(other)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -465,7 +481,8 @@ class QueueMachine(RuleBasedStateMachine):
         rank = order.index(ticket.turn_class)
         before = [c for c in present if order.index(c) <= rank]
         assert self.queue.ahead_of(ticket) == len(before) - ticket.is_queued
-        assert self.queue.has_rival(ticket.turn_class) == bool(before)
+        rivals = [c for c in before if not (c is ticket.turn_class is SEGMENT)]
+        assert self.queue.has_rival(ticket.turn_class) == bool(rivals)
 
     @invariant()
     def counts_agree(self) -> None:

@@ -151,6 +151,7 @@ class Puller:
         origins: Origins | None = None,
         clock: FakeClock | None = None,
         throttle: Throttle | None = None,
+        segments: int = 1,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics()
@@ -173,6 +174,7 @@ class Puller:
             ),
             metrics=self.metrics,
             throttle=throttle,
+            segments=segments,
         )
 
     async def __aenter__(self) -> Puller:

@@ -1,12 +1,26 @@
-"""What tells a process to end: a signal, or the death of the one that made it."""
+"""What belongs to the process and not to a proxy: what ends it, and the garbage collector."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator
+
+
+def hold_collecting() -> None:
+    """No garbage collection until ``begin_collecting``: what a start makes (the code, an object for
+    each blob that is held) stays, and every round would look at all of it and find nothing."""
+    gc.disable()
+
+
+def begin_collecting() -> None:
+    """Collect garbage from now on, and never look at what is there already: with many blobs a full
+    round over them would hold the loop up."""
+    gc.freeze()
+    gc.enable()
 
 
 @contextlib.asynccontextmanager

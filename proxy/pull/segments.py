@@ -1,0 +1,148 @@
+"""Which bytes of a blob each turn of its flight brings, when there may be several at once (D9).
+
+Pure: no clock, no loop, no file. A *segment* is a bounded range that one turn brings in order, from
+``start`` to ``stop``; ``at`` is how far it has come. Every byte of the blob is in one of three
+places: *done* (written), *taken* (some segment's, and still to come), or in a *hole*.
+
+* The next segment always begins at the first hole: readers follow in order, so what lies in front
+  is worth most, and what lies in between is little.
+* It is an equal cut of what is left in holes, as many as there may be segments. The last to begin
+  are the smallest then, so all end at about the same time, and when a slot comes free in the middle
+  there is something left for it. But a cut has ``least`` bytes, for each costs a request, and no
+  more than its turn may have (D2).
+* What a broken or cut segment did not bring is a hole again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+
+class Segment:
+    """A turn's range; ``stop`` is ``None`` when nobody knows where the blob ends."""
+
+    __slots__ = ("at", "start", "stop")
+
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start = start
+        self.at = start
+        self.stop = stop
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.start}-{self.stop} at {self.at}>"
+
+
+def cut(hole: int, left: int, *, parts: int, least: int, most: int) -> int:
+    """How much of a ``hole`` the next segment gets, with ``left`` bytes in all holes.
+
+    What would be left of the hole is not cut off when it is a crumb.
+    """
+    wanted = min(most, max(least, -(-left // parts)))
+    crumb = min(least, most) // 2
+    return hole if hole <= wanted + crumb else wanted
+
+
+class Segments:
+    """The plan for a blob of ``size`` bytes, of which the first ``done`` are there."""
+
+    def __init__(self, size: int, *, least: int, done: int = 0) -> None:
+        self.size = size
+        self._least = least
+        # Sorted, disjoint, and with something between any two: [start, stop).
+        self._done: list[tuple[int, int]] = []
+        self._taken: set[Segment] = set()
+        self.reach(done)
+
+    # -- what is where ---------------------------------------------------------------------
+
+    @property
+    def contiguous(self) -> int:
+        """The bytes from the beginning that are done without a gap."""
+        return self._done[0][1] if self._done and self._done[0][0] == 0 else 0
+
+    @property
+    def left(self) -> int:
+        """Bytes in holes."""
+        return sum(stop - start for start, stop in self.holes())
+
+    def holes(self) -> Iterator[tuple[int, int]]:
+        """What is neither done nor taken, in order."""
+        coming = [(segment.at, _stop(segment)) for segment in self._taken]
+        at = 0
+        for start, stop in sorted([*self._done, *coming]):
+            if start > at:
+                yield at, start
+            at = max(at, stop)
+        if at < self.size:
+            yield at, self.size
+
+    def done_after(self, position: int) -> int:
+        """The end of the done bytes that ``position`` lies in; ``position`` itself if in none."""
+        place = bisect_right(self._done, (position, self.size + 1)) - 1
+        return max(position, self._done[place][1]) if place >= 0 else position
+
+    def front(self, position: int) -> int:
+        """How far that has come which will reach ``position``: the byte that comes next there.
+
+        A segment that holds it will, and so will, in time, what follows the contiguous bytes.
+        """
+        coming = [s.at for s in self._taken if s.at <= position < _stop(s)]
+        return max(coming, default=self.contiguous)
+
+    # -- what turns do ---------------------------------------------------------------------
+
+    def take(self, *, parts: int, most: int) -> Segment | None:
+        """The next segment, for a turn of ``most`` bytes, one of ``parts`` at once; ``None``: all
+        that is not done is taken."""
+        hole = next(self.holes(), None)
+        if hole is None:
+            return None
+        start, stop = hole
+        left = self.left if parts > 1 else stop - start
+        length = cut(stop - start, left, parts=parts, least=self._least, most=most)
+        segment = Segment(start, start + length)
+        self._taken.add(segment)
+        return segment
+
+    def adopt(self, segment: Segment, stop: int) -> None:
+        """A turn that began before there was a plan brings what is before ``stop``."""
+        segment.stop = min(stop, self.size)
+        self._taken.add(segment)
+
+    def reach(self, position: int) -> None:
+        """Whatever is before ``position`` is done."""
+        self._enter(0, position)
+
+    def wrote(self, segment: Segment, count: int) -> None:
+        """The next ``count`` bytes of ``segment`` are written."""
+        self._enter(segment.at, segment.at + count)
+        segment.at += count
+
+    def give_back(self, segment: Segment) -> None:
+        """Its turn has ended. Does nothing if it was given back already."""
+        self._taken.discard(segment)
+
+    def _enter(self, start: int, stop: int) -> None:
+        """Note as done; what touches or overlaps becomes one."""
+        if start >= stop:
+            return
+        first = bisect_left(self._done, (start, start))
+        if first and self._done[first - 1][1] >= start:
+            first -= 1
+        last = bisect_right(self._done, (stop, self.size + 1))
+        if first < last:
+            start = min(start, self._done[first][0])
+            stop = max(stop, self._done[last - 1][1])
+        self._done[first:last] = [(start, stop)]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Segments {self.contiguous}/{self.size}, {len(self._taken)} taken, {self.left} left>"
+        )
+
+
+def _stop(segment: Segment) -> int:
+    if segment.stop is None:
+        raise ValueError(f"{segment!r} has no end")
+    return segment.stop

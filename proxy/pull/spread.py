@@ -1,0 +1,393 @@
+"""Spreading a fill over the slots that nobody else needs (DESIGN D9).
+
+Theory of operation
+-------------------
+A fill has one *lead*: the turns of its own ticket, which stands in the queue for its readers like
+any other, one turn after the other. As soon as the head of an answer has told the size of a large
+blob and that ranges work, there is a plan (``segments.py``), and a *spread* of further turns may
+bring other parts of the blob at the same time. Theirs are tickets of the class ``segment``, which
+go only when nobody else waits, and there the flights of all clients take turns. So the lead loses
+nothing by them, and nobody else waits for more than the end of one turn.
+
+A further turn is a task, which ends with its turn:
+
+* *waiting*  until it has a slot. One such task waits at most while no slot is spare; its range is
+             the lead's to take if no hole comes before it (``_recall``)
+* *begun*    the head of its answer has come, and was right
+* *over*     what it did not bring is a hole again, for the lead or the next one to bring
+
+What goes wrong in one never fails the flight. After a failure there is a pause, and then one
+further turn until it has gone well. After ``TRIES`` failures in a row there are no more, nor when
+the disk is full: then the flight *goes alone*. Nor when its answers contradict the lead's: then
+what was written out of order and not hashed is forgotten, too, the lead asks for whole bodies, and
+the origin gets no segments for a while. Two parts of different blobs are found by the digest in the
+end. The bytes that readers have by then may be the wrong ones, so the flight fails; who asks again
+is served by a flight that goes alone. ETags say nothing of that: two servers of one registry give
+different ones for the same bytes.
+
+Cancellation: the tasks belong to the fill, whose ``finally`` calls ``close``. It returns when they
+have ended, so that nothing is written to a file that is given back after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from proxy.oci.errors import PullError, SizeMismatch, UnexpectedAnswer, UpstreamUnavailable
+from proxy.pull.intake import Intake
+from proxy.pull.segments import Segment, Segments, cut
+from proxy.pull.sources import Source, TurnBody
+from proxy.store.blobs import StoreFull
+from proxy.store.work import finish
+from proxy.upstream.turns import Ticket, TurnClass
+
+#: Failures in a row of further turns before there are no more.
+TRIES = 6
+#: Seconds after which a lead that waits for others looks whether one of them waits for a slot, too,
+#: as it does where its first one has led it to another origin.
+LOOK_AGAIN = 1.0
+#: Bytes that are hashed at once when the gap before them has closed.
+CATCH_UP = 8 << 20
+
+#: Moves a turn's body to its segment's place; whether it came to its end.
+Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
+
+
+class _Contradiction(UnexpectedAnswer):
+    """A range was asked for, and what came is none; it says nothing of how well the upstream is."""
+
+
+class _Helper:
+    """One further turn."""
+
+    __slots__ = ("has_begun", "segment", "task", "ticket")
+
+    def __init__(self, segment: Segment, ticket: Ticket, task: asyncio.Task[None]) -> None:
+        self.segment = segment
+        self.ticket = ticket
+        self.task = task
+        self.has_begun = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Has it nothing that would be lost with it, not even a slot?"""
+        if self.has_begun or self.task.cancelling():
+            return False
+        return self.ticket.is_queued or not self.ticket.grants
+
+
+class Spread:
+    """The plan of one fill, and its turns but for the lead.
+
+    ``publish`` is called when more bytes were hashed, ``pause_after`` as a flight's settings have
+    it, ``count`` with the outcome of each further turn: ``done``, ``broken`` or ``distrusted``,
+    ``moved`` when somebody ceased to bring something, for those who counted on that. ``delay``:
+    seconds from the head of the first answer to further turns; what they need to begin (sockets, at
+    first) would have the first reader wait for the first bytes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        intake: Intake,
+        least: int,
+        carry: Carry,
+        publish: Callable[[bool], None],
+        pause_after: Callable[[int, PullError], float],
+        count: Callable[[Source, str], None],
+        moved: Callable[[], None],
+        delay: float,
+    ) -> None:
+        self.plan: Segments | None = None
+        self._name = name
+        self._intake = intake
+        self._least = least
+        self._carry = carry
+        self._publish = publish
+        self._pause_after = pause_after
+        self._count = count
+        self._moved = moved
+        self._delay = delay
+        self._source: Source | None = None  # the lead's, which has shown to have the blob
+        self._givers: set[Source] = set()  # whoever was asked for a part while there was a plan
+        self._clients: dict[str, None] = {}
+        self._helpers: set[_Helper] = set()
+        self._failures = 0  # in a row
+        self._retry = ""
+        self._is_alone = False  # there are no further turns any more
+        self._is_void = False  # … and the plan has to go
+        self._pause: asyncio.TimerHandle | None = None
+        self._defect: Exception | None = None
+        self._changed = asyncio.Event()
+
+    # -- whose turns they are --------------------------------------------------------------
+
+    def join(self, client: str) -> None:
+        """``client`` waits for the blob."""
+        self._clients[client] = None
+        for helper in self._helpers:
+            if helper.is_waiting:
+                helper.ticket.join(client)
+        self.widen()
+
+    def leave(self, client: str) -> None:
+        """It does not any more. What nobody waits for gets no further turns."""
+        self._clients.pop(client, None)
+        for helper in self._helpers:
+            if helper.is_waiting:
+                helper.ticket.leave(client)
+                if not self._clients:
+                    helper.task.cancel()
+
+    def drop(self, source: Source) -> None:
+        """It is not asked any more."""
+        if self._source is source:
+            self._source = None
+
+    # -- the lead --------------------------------------------------------------------------
+
+    def first_length(self, source: Source, position: int, size: int | None) -> int:
+        """Bytes for a turn that begins before there is a plan, of a blob of perhaps ``size``.
+
+        Even with no slot to spare now: there may be some by the time it is granted, and if not, a
+        short first turn has everybody's first bytes come soon.
+        """
+        most = source.turn_bytes
+        if not self._may_spread(source):
+            return most
+        if size is None:
+            return min(most, 2 * self._least)
+        left = max(0, size - position)
+        length = cut(left, left, parts=source.segments, least=self._least, most=most)
+        # If one turn brings all of it, ask as ever: the blob may be larger than promised.
+        return length if length < left else most
+
+    async def lead(self, source: Source) -> Segment | None:
+        """What the lead brings next, through ``source``; ``None``: all is there. Waits while others
+        bring all that is left.
+
+        Raises ``StoreFailed``, and whatever was a defect in a further turn.
+        """
+        while True:
+            if self._defect is not None:
+                raise self._defect
+            self._is_void = self._is_void or not source.ranged
+            if self._is_void:
+                await self._drop_plan()
+            if self.plan is None:
+                return Segment(self._intake.received, None)
+            await self.catch_up()
+            self.plan.reach(self._intake.received)
+            self._recall()
+            parts = source.segments if self._is_wide(source) else 1
+            segment = self.plan.take(parts=parts, most=source.turn_bytes)
+            if segment is not None:
+                return segment
+            if self._intake.received == self.plan.size:
+                return None
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN):
+                    await self._changed.wait()
+
+    async def begun(self, source: Source, segment: Segment, body: TurnBody, length: int) -> None:
+        """The head of an answer to the lead has come. Makes the plan when it tells enough.
+
+        Raises ``UnexpectedAnswer`` when it does not fit the plan.
+        """
+        if self.plan is not None and not body.is_part:
+            await self._drop_plan()
+            if segment.at != self._intake.received:
+                raise UnexpectedAnswer(f"{source.key[0]}: a range was answered by a whole body")
+            segment.stop = None
+        elif self.plan is None and body.is_part and self._may_spread(source):
+            stop = segment.at + length
+            if body.total is not None and body.total > stop:
+                self.plan = Segments(body.total, least=self._least, done=segment.at)
+                self.plan.adopt(segment, stop)
+                if self._delay and self._pause is None:
+                    loop = asyncio.get_running_loop()
+                    self._pause = loop.call_later(self._delay, self._paused)
+        self._source = source
+        if self.plan is not None:
+            self._givers.add(source)
+        self.widen()
+
+    def ended(self, segment: Segment) -> None:
+        """The lead's turn is over."""
+        if self.plan is not None:
+            self.plan.give_back(segment)
+            self._moved()
+            self.widen()
+
+    def wrote(self, segment: Segment, count: int) -> None:
+        """So many bytes more of ``segment`` are in the file."""
+        if self.plan is None:
+            segment.at += count
+        else:
+            self.plan.wrote(segment, count)
+
+    async def catch_up(self) -> None:
+        """Hash what has closed up with the bytes received. Raises ``StoreFailed``."""
+        while self.plan is not None and self._intake.window is None:
+            received, upto = self._intake.received, self.plan.contiguous
+            if received >= upto:
+                return
+            await self._intake.advance(min(upto, received + CATCH_UP))
+            self._publish(False)
+
+    def distrust(self) -> None:
+        """The parts did not make up the blob, if it was fetched in parts: one giver was wrong."""
+        for source in self._givers:
+            source.distrust()
+
+    # -- further turns ---------------------------------------------------------------------
+
+    def widen(self) -> None:
+        """Begin as many further turns as there may be, and are slots for; one more waits."""
+        source = self._source
+        if source is None or self.plan is None or self._pause is not None:
+            return
+        self.plan.reach(self._intake.received)
+        waiting = sum(not helper.has_begun for helper in self._helpers)
+        most = 1 if self._failures else max(1, source.spare)
+        while self._may_spread(source) and waiting < most:
+            if len(self._helpers) + 1 >= source.segments:
+                return
+            segment = self.plan.take(parts=source.segments, most=source.turn_bytes)
+            if segment is None:
+                return
+            self._begin(source, segment)
+            waiting += 1
+
+    def _may_spread(self, source: Source) -> bool:
+        return (
+            bool(self._clients)
+            and not self._is_alone
+            and source.ranged
+            and source.segments > 1
+            and self._intake.window is None
+        )
+
+    def _is_wide(self, source: Source) -> bool:
+        """Does, or could, anybody bring something at the same time as the lead?"""
+        is_helped = any(helper.has_begun for helper in self._helpers)
+        return self._may_spread(source) and (is_helped or source.spare > 1)
+
+    def _begin(self, source: Source, segment: Segment) -> None:
+        ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)
+        ticket.retry = self._retry
+        task = asyncio.create_task(self._run(source, segment, ticket), name=f"segment {self._name}")
+        helper = _Helper(segment, ticket, task)
+        self._helpers.add(helper)
+        task.add_done_callback(lambda _: self._over(source, helper))
+
+    async def _run(self, source: Source, segment: Segment, ticket: Ticket) -> None:
+        if segment.stop is None:
+            raise ValueError(f"{segment!r} has no end")
+        async with source.open(segment.at, segment.stop - segment.at, ticket) as body:
+            if not body.is_part:
+                raise _Contradiction(f"{source.key[0]}: a range was answered by a whole body")
+            if self.plan is not None and body.total not in (None, self.plan.size):
+                raise SizeMismatch(self.plan.size, body.total or 0)
+            self._has_begun(segment)
+            await self._carry(segment, body)
+            body.learn()
+        if segment.at == segment.start:
+            raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
+
+    def _has_begun(self, segment: Segment) -> None:
+        for helper in self._helpers:
+            if helper.segment is segment:
+                helper.has_begun = True
+        self.widen()
+
+    def _over(self, source: Source, helper: _Helper) -> None:
+        """Its task has ended, perhaps before its first step."""
+        self._helpers.discard(helper)
+        if self.plan is not None:
+            self.plan.give_back(helper.segment)
+        if not helper.task.cancelled():
+            self._judge(source, helper.segment, helper.task.exception())
+        self._changed.set()
+        self._moved()
+        self.widen()
+
+    def _judge(self, source: Source, segment: Segment, error: BaseException | None) -> None:
+        if segment.at > segment.start:
+            self._failures, self._retry = 0, ""
+        if error is None:
+            self._count(source, "done")
+        elif isinstance(error, (_Contradiction, SizeMismatch)):
+            self._count(source, "distrusted")
+            source.distrust()
+            self._void()
+        elif isinstance(error, StoreFull):
+            self._is_alone = True  # the lead finds out for itself
+        elif isinstance(error, PullError):
+            self._count(source, "broken")
+            self._failed(error)
+        elif isinstance(error, Exception):
+            self._defect = error
+            self._void()
+
+    def _failed(self, error: PullError) -> None:
+        if self._pause is not None:
+            return  # it was sent before the first one failed, and so has the same cause
+        self._failures += 1
+        self._retry = error.retried_as
+        if self._failures >= TRIES:
+            self._is_alone = True  # those that go well may end
+        else:
+            seconds = self._pause_after(self._failures, error)
+            self._pause = asyncio.get_running_loop().call_later(seconds, self._paused)
+
+    def _paused(self) -> None:
+        self._pause = None
+        self.widen()
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def _recall(self) -> None:
+        """Take back the first range that still waits for a slot, if it is before any hole."""
+        waiting = [helper for helper in self._helpers if helper.is_waiting]
+        if not waiting or self.plan is None:
+            return
+        helper = min(waiting, key=lambda one: one.segment.start)
+        hole, _ = next(self.plan.holes(), (self.plan.size, 0))
+        if helper.segment.start < hole:
+            self.plan.give_back(helper.segment)
+            helper.task.cancel()
+
+    def disk_full(self) -> None:
+        """Bytes can only be taken in order from now on."""
+        self._void()
+
+    def _void(self) -> None:
+        """No further turn begins, those under way end, and the lead will drop the plan."""
+        self._is_alone = self._is_void = True
+        for helper in self._helpers:
+            helper.task.cancel()
+
+    async def _drop_plan(self) -> None:
+        """Go on at the first byte that is not hashed."""
+        await self.close()
+        await self.catch_up()
+        self.plan = None
+        self._intake.forget_ahead()
+
+    async def close(self) -> None:
+        """End every further turn. Goes to its end when it is cancelled."""
+        self._void()
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        tasks = [helper.task for helper in self._helpers]
+        if tasks:
+            await finish(asyncio.ensure_future(asyncio.wait(tasks)))
+
+    def __repr__(self) -> str:
+        return f"<Spread {self.plan!r}, {len(self._helpers)} further turns>"

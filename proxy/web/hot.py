@@ -1,0 +1,416 @@
+"""The hot path: plain hits answered from prepared bytes, in front of aiohttp's handler.
+
+Theory of operation
+-------------------
+A hit through aiohttp costs a parsed message, a request, a task, a response and a log event: ten
+times what the kernel takes to carry it. But which bytes answer a plain request (``plain.py``) does
+not depend on any of that. So each connection looks at what it received before aiohttp does:
+
+    data_received -> request line in the table? -> rest of the head known? -> hit still good?
+         |  no to any of them                                                    |  yes
+         v                                                                       v
+    aiohttp's parser, handler (the *slow path*)                          prepared bytes, out
+
+**Who may answer.** Answers leave in the order of their requests. So a connection answers hot only
+while the slow path owes it nothing: nothing was ever given to it, or its handler waits for the next
+request with no message queued. (Its handler's end and that are a turn of the loop apart; what comes
+in between is held for that turn.) And the parser must stand between two requests: it does as long
+as it was only given whole plain requests. Once it was given anything else (half a head, a body,
+what is not plain), the connection is *slow for good*: nobody but the parser knows where the next
+request begins.
+
+**Where entries come from.** Only the slow path makes them: it offers a request that it has just
+answered, and the pull layer says what the next one like it would be answered with out of memory
+(``AtHand``). That and the entry into the table are one step; there is no await between them.
+
+**When an entry ends.** It never outlives its truth. Each has three marks (the blob is held, the
+repository has it, the tag is that digest), withdrawn in the step in which that changes: eviction,
+a refusal, a refresh, a new answer about the tag. A tag's ttl is looked at each time. Whoever finds
+the hit no longer good looks for it anew, as at a request of the slow path, and else goes there. So
+between an eviction and the answer there is either no turn of the loop, or a mark that is seen.
+
+**Use.** Looking anew counts as a use for the store and for the caches behind it. It is done every
+``RENEW`` seconds at least for what is asked for, so that the order of eviction is right to that.
+
+**What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
+a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
+peer is a proxy, and what its certificate says, is looked at once a connection, X-Forwarded-For as
+the slow path does it.
+
+**Back-pressure.** A client that asks and does not read costs what the transport holds before it
+pauses us, and ``MOST`` bytes of answers at most; whatever else it has sent is the slow path's,
+which waits. **The end.** Rows of the log are written in the loop turn in which they were made, a
+whole turn's at once, and at the end; the counts are plain integers until a scrape asks. The
+keep-alive time of aiohttp counts from the last answer, so it is moved on here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from functools import partial
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+
+from proxy.oci.answers import etag_matches
+from proxy.oci.digest import Digest
+from proxy.oci.manifest import acceptable
+from proxy.oci.paths import Kind, Target
+from proxy.pull.asks import Ask, CacheWord
+from proxy.pull.at_hand import Finder, Hit
+from proxy.upstream.routing import Route
+from proxy.web.access import AccessLog, Visit
+from proxy.web.forwarded import Network, client_address
+from proxy.web.plain import Head, has_secret, is_plain_line, parse_head, settled
+from proxy.web.prepared import Entry, Prepared, Table
+from proxy.web.registry import content_headers, contract_headers
+from proxy.web.rows import Row, Rows
+from proxy.web.server import ClientProtocol, RegistryServer
+from proxy.web.tls import certificate_name
+
+#: Seconds after which a hit is looked for anew.
+RENEW = 1.0
+#: Bytes of answers that are made before the transport is asked whether it takes more.
+MOST = 64 << 10
+#: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
+MAX_HEADS, MAX_TYPES = 1024, 64
+_END = b"\r\n\r\n"
+_MASK = (1 << 64) - 1
+
+#: What a request is answered with, and the head that it had.
+Answer = tuple[Prepared, Head]
+
+
+class HotPath:
+    """What all connections of a listener share: prepared answers, heads, rows, counts."""
+
+    def __init__(
+        self,
+        *,
+        at_hand: Finder,
+        access_log: AccessLog,
+        rows: Rows,
+        memory: int,
+        trusted_proxies: tuple[Network, ...] = (),
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``memory`` is how many bytes of prepared answers are kept."""
+        self.table = Table(memory)
+        self.clock = access_log.clock
+        self.is_draining = is_draining
+        self.number = secrets.randbits(64)  # of the last request
+        self.rows = rows
+        self.metrics = access_log.metrics
+        self._at_hand = at_hand
+        self._access_log = access_log
+        self._trusted = trusted_proxies
+        self.heads: dict[bytes, Head] = {}
+        self._seen = [0] * MAX_HEADS
+        self._second = -1
+        self._date = ""
+
+    def __repr__(self) -> str:
+        return f"<HotPath {self.table} {len(self.heads)} heads {self.rows}>"
+
+    # -- the table -------------------------------------------------------------------------
+
+    def offer(self, request: web.BaseRequest, route: Route, target: Target) -> None:
+        """The slow path has answered this request; prepare the next answer, if it will be a hit."""
+        line = f"{request.method} {request.raw_path} HTTP/1.1".encode(errors="surrogateescape")
+        is_plain = request.version == HttpVersion11 and is_plain_line(line)
+        if not is_plain or line in self.table.entries:  # one that is good no more goes when asked
+            return
+        again = self._looking(request.method, route, target)
+        hit = None if again is None else again()
+        if again is not None and hit is not None:
+            try:
+                self.table.put(line, self._entry(request, route, target.kind, hit, again))
+            except ValueError:  # a media type that the slow path has to refuse
+                return
+
+    def _looking(
+        self, method: str, route: Route, target: Target
+    ) -> Callable[[], Hit | None] | None:
+        upstream, repository, reference = route.upstream.name, route.repository, target.reference
+        if reference is not None and target.kind is Kind.MANIFEST:
+            return partial(self._at_hand.manifest, upstream, repository, reference)
+        if isinstance(reference, Digest) and target.kind is Kind.BLOB:
+            is_head = method == "HEAD"
+            return partial(self._at_hand.blob, upstream, repository, reference, head=is_head)
+        return None
+
+    def _entry(
+        self,
+        request: web.BaseRequest,
+        route: Route,
+        kind: Kind,
+        hit: Hit,
+        again: Callable[[], Hit | None],
+    ) -> Entry:
+        visit = Visit(request, "", self.clock, "")
+        visit.kind, visit.cache, visit.ask = kind, CacheWord.HIT, Ask(route, "", 0.0)
+        visit.answered(200)
+        headers = contract_headers(visit, content_headers(hit.digest, hit.media_type, None))
+        fields = self._access_log.fields(visit, 0.0)
+
+        def prepared(status: str, body: bytes, **more: str) -> Prepared:
+            tally = self.metrics.tally(kind.value, request.method, status[:3])
+            named = {**headers, **{name.replace("_", "-"): text for name, text in more.items()}}
+            return Prepared(status, named, body, tally=tally, fields=fields)
+
+        body = b"" if request.method == "HEAD" else hit.body
+        whole = prepared("200 OK", body, Content_Length=str(hit.size))
+        unchanged = prepared("304 Not Modified", b"") if kind is Kind.MANIFEST else None
+        return Entry(hit, again, self.clock() + RENEW, whole, unchanged)
+
+    def find(self, line: bytes, rest: bytes, now: float) -> Answer | None:
+        """The answer to a request line and the rest of its head; None: ask the slow path."""
+        entry = self.table.entries.get(line)
+        if entry is None:
+            return None
+        head = self.heads.get(rest) or self.head(rest)
+        if head is None:
+            return None
+        hit, name = entry.hit, entry.hit.name
+        if (
+            now >= entry.renew_at
+            or not (hit.held.holds and hit.linked.holds and name.mark.holds)
+            or now - name.checked >= name.ttl
+        ) and not self._renewed(line, entry, now):
+            return None
+        if hit.media_type is not None and not self._takes(head, hit.media_type):
+            return None
+        if head.if_none_match is None:
+            return entry.whole, head
+        if entry.unchanged is None:
+            return None
+        is_unchanged = etag_matches(head.if_none_match, hit.digest)
+        return (entry.unchanged if is_unchanged else entry.whole), head
+
+    def find_all(self, data: bytes, now: float) -> tuple[list[Answer], int]:
+        """The answers to the first of several plain requests, and how many bytes those were."""
+        found: list[Answer] = []
+        done = size = 0
+        while done < len(data) and size < MOST:
+            end, eol = data.find(_END, done) + 4, data.find(b"\r\n", done)
+            answer = self.find(data[done:eol], data[eol:end], now)
+            if answer is None:
+                break
+            found.append(answer)
+            done, size = end, size + answer[0].size
+        return found, done
+
+    def _renewed(self, line: bytes, entry: Entry, now: float) -> bool:
+        """Look for the hit anew; is it still the same answer?"""
+        hit = entry.again()
+        if hit is None or (hit.digest, hit.media_type) != (entry.hit.digest, entry.hit.media_type):
+            self.table.drop(line)
+            return False
+        entry.hit, entry.renew_at = hit, now + RENEW
+        self.table.put(line, entry)
+        return True
+
+    @staticmethod
+    def _takes(head: Head, media_type: str) -> bool:
+        takes = head.takes.get(media_type)
+        if takes is None:
+            if len(head.takes) >= MAX_TYPES:
+                head.takes.clear()
+            takes = head.takes[media_type] = acceptable(media_type, head.accept)
+        return takes
+
+    def head(self, rest: bytes) -> Head | None:
+        """Read a head that is not known as it stands; None when it is not plain."""
+        left = settled(rest)
+        if left is None:
+            return None
+        head = self.heads.get(left)
+        if head is None:
+            head = parse_head(left)
+            if head is None:
+                return None
+            self._remember(left, head)
+        elif left != rest:
+            # As it stands only when it comes a second time: else each id for tracing that somebody
+            # sends would push out a head that is asked with again and again.
+            mark = hash(rest)
+            if self._seen[mark % MAX_HEADS] == mark and not has_secret(rest):
+                self._remember(rest, head)
+            self._seen[mark % MAX_HEADS] = mark
+        return head
+
+    def are_plain(self, data: bytes) -> bool:
+        """Is this one whole plain request after the other?"""
+        done = 0
+        while (end := data.find(_END, done) + 4) > 3:
+            eol = data.find(b"\r\n", done)
+            if not is_plain_line(data[done:eol]) or self.head(data[eol:end]) is None:
+                return False
+            done = end
+        return done == len(data)
+
+    def _remember(self, rest: bytes, head: Head) -> None:
+        if len(self.heads) >= MAX_HEADS:
+            del self.heads[next(iter(self.heads))]
+        self.heads[rest] = head
+
+    # -- what differs ----------------------------------------------------------------------
+
+    def date(self, wall: float) -> str:
+        """The last header with the empty line, for this second."""
+        second = int(wall)
+        if second != self._second:
+            self._second = second
+            self._date = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n"
+        return self._date
+
+    def row(self, prepared: Prepared, head: Head, peer: str, user: str | None) -> Row:
+        """The log line of this answer to this client."""
+        if self._trusted:
+            peer = client_address(peer, head.forwarded, self._trusted)
+        named = user is not None
+        shape = prepared.shapes.get(named)
+        if shape is None:
+            shape = prepared.shapes[named] = self.rows.shape(prepared.fields, named=named)
+        return self.rows.row(shape, peer, head.agent, user)
+
+
+class HotServer(RegistryServer):
+    """A server whose connections answer hot where they can. ``hot`` None: nowhere."""
+
+    def __init__(self, *args: Any, hot: HotPath | None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._hot = hot
+
+    def __call__(self) -> web.RequestHandler:
+        return super().__call__() if self._hot is None else self._made(partial(_Hot, self._hot))
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        await super().shutdown(timeout)
+        if self._hot is not None:
+            self._hot.rows.flush()
+
+
+class _Hot(ClientProtocol):
+    __slots__ = (
+        "_has_given",
+        "_held",
+        "_hot",
+        "_last_head",
+        "_last_prepared",
+        "_peer_and_user",
+        "_row",
+    )
+
+    def __init__(self, hot: HotPath, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._hot: HotPath | None = hot  # None: slow for good
+        self._has_given = False  # anything to aiohttp
+        self._held: list[bytes] = []  # received, and neither answered nor given
+        self._peer_and_user: tuple[str, str | None] | None = None
+        # What was answered last, for which head, and its row: most ask the same again.
+        self._last_prepared: Prepared | None = None
+        self._last_head: Head | None = None
+        self._row: Row
+
+    def data_received(self, data: bytes) -> None:
+        hot = self._hot
+        # Without data it is aiohttp's own call, to parse what it holds.
+        if hot is None or self._header is not None or not data:
+            super().data_received(data)
+            return
+        if self._held:
+            self._held.append(bytes(data))
+        elif self._is_free():
+            self._take(hot, bytes(data))
+        elif self._messages or self._request_in_progress:
+            self._give(hot, bytes(data))
+        else:
+            # The handler has ended and the client has its answer, but aiohttp hears of that in this
+            # turn of the loop. (Or the handler begins in it: then this is its turn's, afterwards.)
+            self._held.append(bytes(data))
+            self._loop.call_soon(self._go_on, hot)
+
+    def _go_on(self, hot: HotPath) -> None:
+        held, self._held = self._held, []
+        for data in held:
+            if self._hot is not None and self._is_free():
+                self._take(hot, data)
+            else:
+                self._give(hot, data)
+
+    def _is_free(self) -> bool:
+        """Does the slow path owe nothing?"""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return not self._has_given
+        return not self._messages
+
+    def _take(self, hot: HotPath, data: bytes) -> None:
+        """Answer what can be answered, and give the rest to the slow path."""
+        if self._close or self._force_close or self.transport is None:
+            return
+        done = 0
+        if not self._paused and not hot.is_draining():
+            began, wall, eol = hot.clock(), time.time(), data.find(b"\r\n")
+            rest = data[eol:]
+            found: list[Answer] = []
+            # What is known as a head ends with the empty line and holds no other.
+            if rest in hot.heads or data.find(_END) + 4 == len(data):
+                answer = hot.find(data[:eol], rest, began)
+                if answer is not None:
+                    found, done = [answer], len(data)
+            elif hot.are_plain(data):
+                # Else none: aiohttp answers nothing that came together with what is malformed.
+                found, done = hot.find_all(data, began)
+            if found:
+                self._say(hot, self.transport, found, began, wall)
+        if done < len(data):
+            self._give(hot, data[done:])
+
+    def _say(
+        self,
+        hot: HotPath,
+        transport: asyncio.Transport,
+        found: list[Answer],
+        began: float,
+        wall: float,
+    ) -> None:
+        """Send these answers, count them, note them for the log."""
+        date, out, names = hot.date(wall), [], []
+        for prepared, _ in found:
+            hot.number = number = (hot.number + 1) & _MASK
+            name = "%016x" % number  # noqa: UP031 -- half of what an f-string takes
+            names.append(name)
+            out.append(f"{prepared.first}{name}{prepared.second}{date}".encode())
+            out.append(prepared.body)
+        transport.write(b"".join(out))
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        seconds, rows = hot.clock() - began, hot.rows
+        for (prepared, head), name in zip(found, names, strict=True):
+            hot.metrics.count_hot(prepared.tally, seconds, len(prepared.body))
+            if rows.is_on:
+                if prepared is not self._last_prepared or head is not self._last_head:
+                    self._last_prepared, self._last_head = prepared, head
+                    self._row = hot.row(prepared, head, *self._whom())
+                rows.note(self._row, name, wall, seconds)
+
+    def _whom(self) -> tuple[str, str | None]:
+        """Who is at the other end: the same for all its requests."""
+        if self._peer_and_user is None:
+            peer = self.peername
+            name = str(peer[0] if isinstance(peer, list | tuple) else peer or "unknown")
+            certificate = self.transport and self.transport.get_extra_info("peercert")
+            self._peer_and_user = name, certificate_name(certificate or None)
+        return self._peer_and_user
+
+    def _give(self, hot: HotPath, data: bytes) -> None:
+        """This is the slow path's; for good, unless it ends where a plain request does."""
+        if not hot.are_plain(data):
+            self._hot = None
+        self._has_given = True
+        super().data_received(data)

@@ -1,0 +1,179 @@
+"""The plan of a blob that several turns bring: every byte is some turn's, once."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from proxy.pull.segments import Segment, Segments, cut
+
+MIB = 1 << 20
+
+
+def spans(plan: Segments, *, parts: int, most: int) -> list[tuple[int, int | None]]:
+    """What as many turns as it takes would bring, if all began now."""
+    taken = []
+    while (segment := plan.take(parts=parts, most=most)) is not None:
+        taken.append((segment.start, segment.stop))
+    return taken
+
+
+def test_turns_that_begin_at_once_get_about_equal_cuts_and_later_ones_smaller_ones() -> None:
+    plan = Segments(96 * MIB, least=4 * MIB)
+    lengths = [(stop or 0) - start for start, stop in spans(plan, parts=8, most=64 * MIB)]
+    assert lengths[:7] == sorted(lengths[:7], reverse=True)
+    assert lengths[0] == 12 * MIB
+    assert min(lengths) >= 4 * MIB
+    assert sum(lengths) == 96 * MIB
+    assert len(lengths) <= 16
+
+
+def test_no_segment_is_longer_than_its_turn_may_be_by_more_than_a_crumb() -> None:
+    plan = Segments(1000 * MIB, least=4 * MIB)
+    lengths = [(stop or 0) - start for start, stop in spans(plan, parts=8, most=2 * MIB)]
+    assert max(lengths) <= 3 * MIB
+    assert min(lengths) >= 2 * MIB
+
+
+def test_alone_a_turn_gets_as_much_as_it_may_have() -> None:
+    plan = Segments(96 * MIB, least=4 * MIB)
+    assert spans(plan, parts=1, most=64 * MIB) == [(0, 64 * MIB), (64 * MIB, 96 * MIB)]
+
+
+@pytest.mark.parametrize("size", [1, 4 * MIB, 6 * MIB])
+def test_a_blob_that_is_hardly_more_than_the_least_is_one_segment(size: int) -> None:
+    assert spans(Segments(size, least=4 * MIB), parts=8, most=64 * MIB) == [(0, size)]
+
+
+def test_what_a_broken_turn_did_not_bring_is_the_next_to_be_taken() -> None:
+    plan = Segments(100, least=10)
+    first = plan.take(parts=5, most=100)
+    second = plan.take(parts=5, most=100)
+    assert first is not None
+    assert second is not None
+    plan.wrote(first, 7)
+    plan.give_back(first)
+    plan.give_back(first)
+    again = plan.take(parts=5, most=100)
+    assert again is not None
+    assert (again.start, again.stop) == (7, 20)
+    assert plan.contiguous == 7
+    assert plan.done_after(3) == 7
+    assert plan.done_after(50) == 50
+
+
+def test_a_plan_can_begin_with_what_is_there_and_with_a_turn_under_way() -> None:
+    plan = Segments(100, least=10, done=30)
+    under_way = Segment(30, None)
+    plan.adopt(under_way, 500)
+    assert under_way.stop == 100
+    assert plan.take(parts=3, most=100) is None
+    plan.give_back(under_way)
+    assert plan.left == 70
+
+
+def test_what_will_reach_a_position_is_the_segment_that_holds_it_or_else_the_mark() -> None:
+    plan = Segments(100, least=20)
+    first = plan.take(parts=5, most=100)
+    second = plan.take(parts=5, most=100)
+    assert first is not None
+    assert second is not None
+    plan.wrote(first, 5)
+    plan.wrote(second, 6)
+    assert plan.front(10) == 5
+    assert plan.front(30) == 26
+    assert plan.front(22) == 5  # written already, and so nobody's
+    assert plan.front(90) == 5
+
+
+def test_a_segment_without_an_end_has_no_place_in_a_plan() -> None:
+    plan = Segments(100, least=10)
+    plan._taken.add(Segment(0, None))
+    with pytest.raises(ValueError, match="no end"):
+        plan.take(parts=2, most=10)
+
+
+@given(
+    hole=st.integers(1, 10_000),
+    more=st.integers(0, 10_000),
+    parts=st.integers(1, 20),
+    least=st.integers(1, 500),
+    most=st.integers(1, 500),
+)
+def test_a_cut_is_within_its_hole_and_leaves_no_crumb(
+    hole: int, more: int, parts: int, least: int, most: int
+) -> None:
+    length = cut(hole, hole + more, parts=parts, least=least, most=most)
+    assert 1 <= length <= hole
+    assert length <= most + min(least, most) // 2
+    assert length == hole or hole - length > min(least, most) // 2
+
+
+class Blob(RuleBasedStateMachine):
+    """Turns that begin, come on, break and end in any order, beside an account of each byte."""
+
+    SIZE = 200
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan = Segments(self.SIZE, least=10)
+        self.turns: list[Segment] = []
+        self.written = [0] * self.SIZE
+
+    @rule(parts=st.integers(1, 9), most=st.integers(1, 80))
+    def take(self, parts: int, most: int) -> None:
+        holes = list(self.plan.holes())
+        segment = self.plan.take(parts=parts, most=most)
+        assert (segment is None) == (not holes)
+        if segment is not None:
+            assert segment.start == holes[0][0]
+            assert segment.stop is not None
+            assert segment.start < segment.stop <= holes[0][1]
+            self.turns.append(segment)
+
+    @precondition(lambda self: self.turns)
+    @rule(place=st.integers(0, 99), share=st.floats(0, 1), ends=st.booleans())
+    def come(self, place: int, share: float, ends: bool) -> None:
+        segment = self.turns[place % len(self.turns)]
+        assert segment.stop is not None
+        count = round((segment.stop - segment.at) * share)
+        for byte in range(segment.at, segment.at + count):
+            self.written[byte] += 1
+        self.plan.wrote(segment, count)
+        if ends:
+            self.turns.remove(segment)
+            self.plan.give_back(segment)
+
+    @rule(share=st.floats(0, 1))
+    def reach(self, share: float) -> None:
+        """What was hashed is done, which it is anyway."""
+        self.plan.reach(round(self.plan.contiguous * share))
+
+    @invariant()
+    def every_byte_is_in_one_place(self) -> None:
+        assert max(self.written) <= 1
+        coming = [0] * self.SIZE
+        for segment in self.turns:
+            assert segment.stop is not None
+            for byte in range(segment.at, segment.stop):
+                coming[byte] += 1
+        holes = [0] * self.SIZE
+        for start, stop in self.plan.holes():
+            assert start < stop
+            for byte in range(start, stop):
+                holes[byte] += 1
+        assert all(sum(one) == 1 for one in zip(self.written, coming, holes, strict=True))
+        assert self.plan.left == sum(holes)
+
+    @invariant()
+    def the_mark_is_where_the_first_byte_is_missing(self) -> None:
+        missing = [place for place, count in enumerate(self.written) if not count]
+        assert self.plan.contiguous == (missing[0] if missing else self.SIZE)
+        for position in range(0, self.SIZE, 17):
+            end = self.plan.done_after(position)
+            assert all(self.written[position:end])
+            assert end == self.SIZE or end == position or not self.written[end]
+
+
+Blob.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBlob = Blob.TestCase
