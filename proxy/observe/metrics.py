@@ -175,6 +175,9 @@ class Metrics:
         self.http_hot = self._counter(
             "http_hot_requests_total", "Requests answered from prepared bytes", ("kind",)
         )
+        self.accept_pauses = self._counter(
+            "http_accept_pauses_total", "Times that clients were not accepted for a while"
+        )
 
     def count_request(
         self,
@@ -227,9 +230,6 @@ class Metrics:
                 self.http_bytes.labels("hit").inc(tally.sent)
                 self.http_hot.labels(kind).inc(tally.count)
                 tally.count, tally.seconds, tally.sent = 0, 0.0, 0
-        self.accept_pauses = self._counter(
-            "http_accept_pauses_total", "Times that clients were not accepted for a while"
-        )
 
     def _make_queue(self) -> None:
         labels = ("upstream", "class")

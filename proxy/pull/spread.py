@@ -58,6 +58,8 @@ Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
 class _Contradiction(UnexpectedAnswer):
     """A range was asked for, and what came is none; it says nothing of how well the upstream is."""
 
+    reason = "range_contradicted"
+
 
 class _Helper:
     """One further turn."""
