@@ -12,7 +12,7 @@ Theory of operation. A fill writes into a staging file of its own, which is neve
 * put: pwrite beyond the mark, where another part of the blob came first (D9). It counts for nothing
   until `advance` has read it back, hashed it and moved the mark over it. Between mark and put the
   file has holes, which read as zeros: that is why nobody may read beyond the mark who was not told
-  that a put is there.
+  that a put is there, and why the mark is noted for the next process (counted.py).
 * commit: fsync the file, rename it to blobs/<algorithm>/<2 hex>/<hex>, fsync the directory, enter
   it. The fsync comes before the rename, so nothing carries a final name whose bytes are not on
   the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
@@ -30,19 +30,20 @@ the name.
 """
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, TypeVar
 
 from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
+from proxy.store.counted import STEP, remove_count, write_count
 from proxy.store.durability import Durability, is_marked
 from proxy.store.work import finish
 
@@ -254,6 +255,7 @@ class Staging:
         self._disk = disk
         self._turn = asyncio.Lock()
         self._state = _State.FILLING
+        self._noted: int | None = None  # the mark that the next process would read, if it is noted
 
     def __repr__(self) -> str:
         size = "?" if self.size is None else self.size
@@ -287,8 +289,7 @@ class Staging:
                 raise ValueError(f"{self!r} was given byte {position} again")
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, position + count)
-            call = partial(write_at, self._disk.write, self.file.writer, chunks, position)
-            await self._written(call, count)
+            await self._written(lambda: self._put(position, chunks), count)
             self.ahead += count
 
     async def advance(self, upto: int) -> None:
@@ -335,22 +336,14 @@ class Staging:
         for chunk in chunks:
             self.verifier.update(chunk)
         self.mark += count
+        self._note_mark()
 
-    def take_up(self, length: int, stopped: Callable[[], bool]) -> bool:
-        """Hash the file's first bytes, which a dead process's fill has left, and go on after them.
-
-        In a thread, before anybody else has the fill. False, and no use, when they are not there,
-        or `stopped` says so meanwhile. Raises OSError.
-        """
-        verifier, position = self.digest.verifier(), 0
-        while position < length and not stopped():
-            data = os.pread(self.file.reader, min(_HASH_STEP, length - position), position)
-            if not data:
-                return False
-            verifier.update(data)
-            position += len(data)
-        self.verifier, self.mark = verifier, position
-        return position == length
+    def _put(self, position: int, chunks: Sequence[Chunk]) -> None:
+        # In a thread. From here on the file's length does not say what is in it.
+        if self._noted is None:
+            write_count(self.file.path, self.mark)
+            self._noted = self.mark
+        write_at(self._disk.write, self.file.writer, chunks, position)
 
     def _hash(self, upto: int) -> None:
         # In a thread; the mark moves with the hash.
@@ -361,6 +354,14 @@ class Staging:
                 raise OSError(errno.EIO, "the file is shorter than what was written")
             self.verifier.update(buffer[:count])
             self.mark += count
+        self._note_mark()
+
+    def _note_mark(self) -> None:
+        # In a thread.
+        if self._noted is not None and self.mark >= self._noted + STEP:
+            with contextlib.suppress(OSError):  # what is noted may say too little
+                write_count(self.file.path, self.mark)
+                self._noted = self.mark
 
     def lease(self) -> FileLease:
         """Open the growing file for one more reader, who must not read beyond the mark.
@@ -447,6 +448,8 @@ def store_file(
         disk.sync(file.writer)
     target.parent.mkdir(parents=True, exist_ok=True)
     disk.rename(file.path, target)
+    with contextlib.suppress(OSError):  # it says nothing any more: the next start removes it
+        remove_count(file.path)
     if durability is not Durability.FULL:
         return None
     try:

@@ -4,9 +4,9 @@ The files are right and the index is a memory of them. There are six cases:
 
 1. A staging file: its fill died with its process. Removed, for nobody ever saw it under a name;
    unless the store may *resume*: then a fill of the same digest goes on in it, from the bytes that
-   are there on, which are hashed again first. They are the first bytes of the blob without a gap,
-   because a fill writes in order; a hole ends what counts. They were written before the process
-   died, not necessarily before the machine did: what is older than the machine's start is removed.
+   are there on, which are hashed again first: as many as the file is long, or, if it was written
+   out of order, as its count says (counted.py). They were written before the process died, not
+   necessarily before the machine did: what is older than the machine's start is removed.
 2. A row whose file has the row's size: the usual case, taken as it is. No marker of a clean
    shutdown is needed for that: the fsync comes before the rename, so a file that has its name had
    all its bytes on the disk.
@@ -29,9 +29,10 @@ from pathlib import Path
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.store.blobs import Layout, StagingFile
+from proxy.store.counted import counted_file
 from proxy.store.durability import is_marked
 from proxy.store.index import Contents
-from proxy.store.remains import Remains, length_without_hole, read_staging_name
+from proxy.store.remains import Remains, counting_length, read_staging_name
 
 # By the name that a digest would have; size in bytes, modification in microseconds since the epoch,
 # and whether it was not synced.
@@ -68,9 +69,13 @@ def prepare(layout: Layout, *, resume: bool = False) -> tuple[int, dict[Digest, 
         probe.unlink()
     removed = 0
     kept: dict[Digest, Remains] = {}
+    counts: list[Path] = []
     with os.scandir(layout.staging) as files:
         for file in files:
             if file.is_dir(follow_symlinks=False):
+                continue
+            if counted_file(Path(file.path)) is not None:
+                counts.append(Path(file.path))
                 continue
             found = _remains(file) if resume else None
             if found is None:
@@ -83,6 +88,10 @@ def prepare(layout: Layout, *, resume: bool = False) -> tuple[int, dict[Digest, 
                 os.unlink(other.path)
                 removed += 1
             kept[found.digest] = found
+    paths = {remains.path for remains in kept.values()}
+    for count in counts:
+        if counted_file(count) not in paths:
+            count.unlink(missing_ok=True)
     return removed, kept
 
 
@@ -94,11 +103,7 @@ def _remains(file: "os.DirEntry[str]") -> Remains | None:
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     if file.stat(follow_symlinks=False).st_mtime < booted:
         return None  # after a power cut a file may be longer than what is in it
-    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        length = length_without_hole(fd)
-    finally:
-        os.close(fd)
+    length = counting_length(Path(file.path))
     digest, size = named
     if not length or (size is not None and length > size):
         return None

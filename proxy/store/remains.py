@@ -1,8 +1,9 @@
 """What a fill leaves behind when its process dies, or ends with others going on: its staging file.
 
 The file's name says which blob it was to become, so nothing else has to be right for the next
-process to go on with it. What is in it counts up to the first hole, and only after it has been
-hashed again (`Staging.take_up`).
+process to go on with it. What is in it counts up to a point, and only after it has been
+hashed again. Up to where that is, its length says, or, if it was written out of order, its count
+(counted.py).
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.store.blobs import StagingFile
+from proxy.store.counted import read_count, remove_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,17 @@ def read_staging_name(name: str) -> tuple[Digest, int | None] | None:
     return digest, int(parts[2][:20]) if parts[2] else None
 
 
-def length_without_hole(fd: int) -> int:
-    """How many bytes a file has before its first hole, or its end. Raises OSError."""
-    if not os.fstat(fd).st_size:
-        return 0
-    return os.lseek(fd, 0, os.SEEK_HOLE)
+def counting_length(path: Path) -> int:
+    """How many bytes of a staging file count: those that its count allows, or else all, but none
+    from its first hole on. Raises OSError."""
+    allowed = read_count(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        length = os.fstat(fd).st_size
+        filled = os.lseek(fd, 0, os.SEEK_HOLE) if length else 0
+    finally:
+        os.close(fd)
+    return filled if allowed is None else min(filled, allowed)
 
 
 def reopen(remains: Remains) -> StagingFile:
@@ -60,10 +68,12 @@ def reopen(remains: Remains) -> StagingFile:
         writer = os.open(remains.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.ftruncate(writer, remains.length)
+            remove_count(remains.path)  # only now: the length says it again
         except OSError:
             os.close(writer)
             raise
     except OSError:
         remains.path.unlink(missing_ok=True)
+        remove_count(remains.path)
         raise
     return StagingFile.beside(remains.path, writer)

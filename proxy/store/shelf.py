@@ -35,6 +35,7 @@ from proxy.store.blobs import (
     hash_file,
     store_file,
 )
+from proxy.store.counted import remove_count
 from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
 from proxy.store.index import Index, IndexFailed
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 # Files of fills that another process has left wait so long for somebody who goes on, in seconds.
 _REMAINS_LIFE = 60.0
+# Bytes of them that are hashed at once.
+_LOT = 8 << 20
 
 
 class Shelf:
@@ -182,14 +185,13 @@ class Shelf:
         make = partial(reopen, remains)
         fill = await self._fill(digest, remains.size, promised, make)
         try:
-            take_up = partial(fill.take_up, remains.length, lambda: self.is_closing)
-            is_there = await self.threads.slow(take_up)
-            if not is_there or (fill.mark == fill.size and not fill.verified()):
+            while fill.mark < remains.length and not self.is_closing:
+                await fill.advance(min(remains.length, fill.mark + _LOT))
+            if fill.mark < remains.length or (fill.mark == fill.size and not fill.verified()):
                 raise StoreFull("what was left is not the blob")
-        except OSError as error:
-            self.failed("read", error)
+        except StoreFailed as error:
             await fill.discard()
-            raise StoreFull(f"cannot read: {error.strerror}") from error
+            raise StoreFull(str(error)) from error
         except BaseException:
             await fill.discard()
             raise
@@ -239,6 +241,7 @@ class Shelf:
     async def _unlink_staging(self, path: Path) -> None:
         try:
             await self.threads.slow(partial(self._disk.unlink, path))
+            await self.threads.slow(partial(remove_count, path))  # only now: it says what is in it
         except OSError as error:  # the next start removes it
             self.failed("unlink", error)
 

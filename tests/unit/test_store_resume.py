@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
+from proxy.pull.segments import Segment, Segments
 from proxy.store.blobs import StoreFull
+from proxy.store.counted import STEP, count_file, read_count
 from proxy.store.remains import read_staging_name, staging_name
 from proxy.store.store import Store
 from tests.unit.store_kit import (
@@ -99,6 +102,97 @@ async def test_bytes_after_a_hole_do_not_count(tmp_path: Path) -> None:
     assert fill is not None
     assert fill.mark == MIB
     assert (await asyncio.to_thread(file.stat)).st_size == MIB
+    await store.close()
+
+
+async def scattered(directory: Path, *parts: tuple[int, int]) -> Path:
+    """What a process leaves that brought these ranges, in this order; its file."""
+    store = await opened(directory, resume=False)
+    fill = await store.create(name(DATA), len(DATA))
+    plan = Segments(len(DATA), least=1)
+    for start, stop in parts:
+        write = fill.append if start == fill.mark else partial(fill.put, start)
+        await write([DATA[start:stop]])
+        plan.wrote(Segment(start, stop), stop - start)
+        await fill.advance(plan.contiguous)
+    store.hand_over()
+    await store.close()
+    [file] = [f for f in await asyncio.to_thread(staging_files, directory) if not f.suffix]
+    return file
+
+
+@pytest.mark.parametrize(
+    ("parts", "mark"),
+    [
+        # The gap is less than a block of the disk: for the file system there is none.
+        (((0, MIB), (MIB + 100, 2 * MIB)), MIB),
+        (((0, MIB), (2 * MIB, 3 * MIB - 1), (MIB, 2 * MIB)), 3 * MIB - 1),
+        (((0, MIB), (2 * MIB, 3 * MIB)), MIB),
+    ],
+)
+async def test_of_what_was_written_out_of_order_only_the_hashed_bytes_count(
+    tmp_path: Path, parts: tuple[tuple[int, int], ...], mark: int
+) -> None:
+    file = await scattered(tmp_path, *parts)
+    store = await opened(tmp_path)
+    fill = await store.go_on(name(DATA))
+    assert fill is not None
+    assert mark - STEP < fill.mark <= mark
+    assert await asyncio.to_thread(read_count, file) is None
+    await fill.append([DATA[fill.mark :]])
+    await fill.commit()
+    assert await store.read(name(DATA)) == DATA
+    await store.close()
+    assert await asyncio.to_thread(staging_files, tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", [b"", b"0000000000", b"-000000000000000001"])
+async def test_a_count_that_was_cut_short_makes_its_file_useless(
+    tmp_path: Path, torn: bytes
+) -> None:
+    file = await scattered(tmp_path, (0, MIB), (2 * MIB, 3 * MIB))
+    await asyncio.to_thread(count_file(file).write_bytes, torn)
+    store = await opened(tmp_path)
+    assert await store.go_on(name(DATA)) is None
+    assert await asyncio.to_thread(staging_files, tmp_path) == []
+    await store.close()
+
+
+async def test_killed_while_it_takes_a_file_over_the_next_process_can(tmp_path: Path) -> None:
+    """The file is cut first, and its count goes after that."""
+    file = await scattered(tmp_path, (0, MIB), (2 * MIB, 3 * MIB))
+    await asyncio.to_thread(os.truncate, file, MIB)
+    store = await opened(tmp_path)
+    fill = await store.go_on(name(DATA))
+    assert fill is not None
+    assert fill.mark == MIB
+    # In order again, and out of order once more: there is a new count.
+    await fill.put(2 * MIB, [DATA[2 * MIB :]])
+    assert await asyncio.to_thread(read_count, file) == MIB
+    await fill.append([DATA[MIB : 2 * MIB]])
+    await fill.advance(3 * MIB)
+    await fill.commit()
+    assert await asyncio.to_thread(read_count, file) is None
+    await store.close()
+
+
+async def test_what_cannot_be_counted_is_not_written_out_of_order(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    fill = await store.create(name(DATA), len(DATA))
+    count = count_file(fill.file.path)
+    await asyncio.to_thread(count.mkdir)
+    with pytest.raises(StoreFull):
+        await fill.put(MIB, [DATA[MIB:]])
+    assert (await asyncio.to_thread(fill.file.path.stat)).st_size == 0
+    await asyncio.to_thread(count.rmdir)
+    await store.close()
+
+
+async def test_a_count_without_its_file_is_removed(tmp_path: Path) -> None:
+    file = await scattered(tmp_path, (0, MIB), (2 * MIB, 3 * MIB))
+    await asyncio.to_thread(file.unlink)
+    store = await opened(tmp_path)
+    assert await asyncio.to_thread(staging_files, tmp_path) == []
     await store.close()
 
 
