@@ -199,6 +199,7 @@ class Proxy:
             beat=self._around.beat,
         )
         self._tags.on_doubt = self.leader.doubt
+        self.store.tell(gone=self.leader.gone, unlinked=self.leader.unlinked)
         return self.leader
 
     def _observe(self) -> None:

@@ -139,7 +139,9 @@ def make_roles(
         directory=settings.cache.dir,
         settings=common_settings(settings),
         memory=settings.cache.manifest_memory,
+        blob_memory=settings.cache.blob_memory,
         log=log,
+        clock=around.clock,
         beat=around.beat,
         patience=around.role_patience,
     )

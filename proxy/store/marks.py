@@ -51,3 +51,8 @@ class Marks(Generic[K]):
         mark = self._marks.pop(key, None)
         if mark is not None:
             mark.holds = False
+
+    def clear(self) -> None:
+        """Any of the facts may have changed."""
+        for key in list(self._marks):
+            self.withdraw(key)

@@ -76,6 +76,8 @@ class Shelf:
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
         self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
+        #: Told of blobs that are not held any more, at once and when file and row have gone.
+        self.on_gone: Callable[[Sequence[Digest]], None] = lambda _: None
         self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
         self._sweeping: asyncio.TimerHandle | None = None
         self.is_closing = False
@@ -255,8 +257,7 @@ class Shelf:
         """Remove the files and rows of blobs that have left the ledger."""
         if not victims:
             return
-        for digest in victims:
-            self._forget(digest)
+        self._forget(victims)
         self._metrics.evictions.labels(reason).inc(len(victims))
         await finish(self.spawn(self._remove(victims)))
 
@@ -267,7 +268,7 @@ class Shelf:
                 if digest not in self.ledger and await self._unlink_blob(digest):
                     gone.append(digest)
         # What was stored anew since has a row that is on its way, or newer than this.
-        await self.record(self.index.drop_blobs(str(d) for d in gone if d not in self.ledger))
+        await self._drop_rows([digest for digest in gone if digest not in self.ledger])
 
     async def _unlink_blob(self, digest: Digest) -> bool:
         try:
@@ -278,10 +279,16 @@ class Shelf:
                 return False
         return True
 
-    def _forget(self, digest: Digest) -> None:
-        self.types.pop(digest, None)
-        self.unverified.discard(digest)
-        self.held.withdraw(digest)
+    async def _drop_rows(self, digests: Sequence[Digest]) -> None:
+        await self.record(self.index.drop_blobs(map(str, digests)))
+        self.on_gone(digests)
+
+    def _forget(self, digests: Sequence[Digest]) -> None:
+        for digest in digests:
+            self.types.pop(digest, None)
+            self.unverified.discard(digest)
+            self.held.withdraw(digest)
+        self.on_gone(digests)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
         """Look again at a blob that somebody could not use, and drop it if it really is bad.
@@ -299,10 +306,10 @@ class Shelf:
                 self.failed("read", error)
                 return
             self.ledger.remove(digest)
-            self._forget(digest)
+            self._forget([digest])
             self._log.warning("stored blob dropped", digest=str(digest), reason=why)
             if await self._unlink_blob(digest):
-                await self.record(self.index.drop_blobs([str(digest)]))
+                await self._drop_rows([digest])
 
     async def adopt(self, digest: Digest) -> bool:
         """Hash a file that has no row, or may have lost bytes: enter it if it is what its name
@@ -329,9 +336,9 @@ class Shelf:
             self._metrics.digest_mismatch.labels("store").inc()
             self._log.warning("file is not what its name says", digest=str(digest))
             self.ledger.remove(digest)
-            self._forget(digest)
+            self._forget([digest])
             if await self._unlink_blob(digest):
-                await self.record(self.index.drop_blobs([str(digest)]))
+                await self._drop_rows([digest])
                 return True
             return False
 

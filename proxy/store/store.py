@@ -11,7 +11,7 @@ asks for them.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +83,9 @@ class TagRow:
     checked_at: float
 
 
+LinkKey = tuple[str, str, Digest]  # upstream, repository, digest
+
+
 @dataclass(frozen=True, slots=True)
 class CapRow:
     """What was learned of an origin, and how many seconds ago."""
@@ -105,9 +108,10 @@ class Store:
         self._threads = shelf.threads
         self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._links: LRUCache[tuple[str, str, Digest], Link] = LRUCache(_LINKS_IN_MEMORY)
+        self._links: LRUCache[LinkKey, Link] = LRUCache(_LINKS_IN_MEMORY)
         self._unlinks = 0
-        self._linked: Marks[tuple[str, str, Digest]] = Marks()
+        self._linked: Marks[LinkKey] = Marks()
+        self._on_unlinked: Callable[[LinkKey], None] = lambda _: None
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -215,6 +219,16 @@ class Store:
     async def recovered(self) -> None:
         """Wait until every file that was found without a row has been judged."""
         await asyncio.wait([self._recovery])
+
+    def tell(
+        self,
+        *,
+        gone: Callable[[Sequence[Digest]], None],
+        unlinked: Callable[[LinkKey], None],
+    ) -> None:
+        """Call these when blobs are held no more, or a repository's link is taken back: at once,
+        and again when nobody finds them in the directory any more."""
+        self._shelf.on_gone, self._on_unlinked = gone, unlinked
 
     def __repr__(self) -> str:
         state = " closed" if self._shelf.is_closing else ""
@@ -398,10 +412,13 @@ class Store:
 
     async def unlink(self, upstream: str, repository: str, digest: Digest) -> None:
         """Forget that this repository has it: the upstream says no."""
+        key = (upstream, repository, digest)
         self._unlinks += 1
-        self._links.pop((upstream, repository, digest), None)
-        self._linked.withdraw((upstream, repository, digest))
+        self._links.pop(key, None)
+        self._linked.withdraw(key)
+        self._on_unlinked(key)
         await self._shelf.record(self._index.unlink(upstream, repository, str(digest)))
+        self._on_unlinked(key)
 
     # Tags
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,18 +31,17 @@ from proxy.pull.manifests import Checked
 from proxy.pull.reader import FileSpan, Piece
 from proxy.pull.tags import TagKey
 from proxy.store.blobs import FileLease
+from proxy.store.reading import Reading
 from proxy.store.work import finish
 from proxy.team import wire
 from proxy.team.channel import BEAT, Channel, ChannelClosed, is_own_user
-from proxy.team.frames import VERSION, BadFrame, Frame
+from proxy.team.frames import MAX_DIGESTS, VERSION, BadFrame, Frame
 from proxy.team.fresh import FreshTags
 from proxy.team.wire import LeaderGone
 from proxy.upstream.client import Page
 
 #: Seconds until a leader has to have said its hello, or its status.
 HELLO = 2.0
-#: Digests in one frame about uses.
-_TOUCHES = 1000
 
 __all__ = ["LeaderGone", "NoLeader", "Remote", "Unlike"]
 
@@ -57,24 +57,39 @@ class Unlike(Exception):
 class Remote:
     """A connection to the leader."""
 
-    def __init__(self, sock: socket.socket, *, beat: float = BEAT) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        beat: float = BEAT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._calls: dict[int, _Call] = {}
         self._numbers = 0
         loop = asyncio.get_running_loop()
-        self.tags = FreshTags(loop.time)
+        self.tags = FreshTags(clock)
+        self._reading: Reading | None = None
         self._hello: asyncio.Future[Frame] = loop.create_future()
         self._gone: asyncio.Future[str] = loop.create_future()
         self._channel = Channel(sock, on_frame=self._take, on_closed=self._closed, beat=beat)
 
     @classmethod
-    async def connect(cls, path: Path, settings: str, *, beat: float = BEAT) -> Remote:
-        """Follow the leader that listens at ``path``. Raises ``NoLeader``, ``Unlike``."""
+    async def connect(
+        cls,
+        path: Path,
+        settings: str,
+        *,
+        beat: float = BEAT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Remote:
+        """Follow the leader that listens at ``path``; ``clock`` is monotonic. Raises ``NoLeader``,
+        ``Unlike``."""
         connecting = asyncio.get_running_loop().run_in_executor(None, _connected, path)
         try:
             sock = await finish(connecting, socket.socket.close)
         except OSError as error:
             raise NoLeader(f"nobody answers at {path}: {error!r}") from error
-        remote = cls(sock, beat=beat)
+        remote = cls(sock, beat=beat, clock=clock)
         try:
             await remote._greet(settings)
         except BaseException:
@@ -96,6 +111,12 @@ class Remote:
             raise Unlike(f"it speaks version {version} of the protocol, this process {VERSION}")
         if fields.get("settings") != settings:
             raise Unlike("its upstreams are configured otherwise")
+
+    def tell(self, reading: Reading) -> None:
+        """Tell it of everything that the leader takes back, and when there is no leader."""
+        self._reading = reading
+        if self.is_lost:
+            reading.lose()
 
     @property
     def is_lost(self) -> bool:
@@ -176,8 +197,8 @@ class Remote:
         """Tell of uses."""
         names = [str(digest) for digest in digests]
         with contextlib.suppress(ChannelClosed):
-            for start in range(0, len(names), _TOUCHES):
-                self._channel.send("touch", digests=names[start : start + _TOUCHES])
+            for start in range(0, len(names), MAX_DIGESTS):
+                self._channel.send("touch", digests=names[start : start + MAX_DIGESTS])
 
     # -- calls -----------------------------------------------------------------------------
 
@@ -233,11 +254,18 @@ class Remote:
         elif frame.kind == "doubt":
             upstream, repository, tag = fields["tag"]
             self.tags.doubt((upstream, repository, tag))
+        elif frame.kind == "gone" and self._reading is not None:
+            self._reading.forget([Digest.parse(digest) for digest in fields["digests"]])
+        elif frame.kind == "unlinked" and self._reading is not None:
+            upstream, repository, digest = fields["link"]
+            self._reading.unlink((upstream, repository, Digest.parse(digest)))
         elif call is not None and call.tag is not None and "fresh" in fields:
             self.tags.believe(call.tag, Digest.parse(fields["digest"]), float(fields["fresh"]))
 
     def _closed(self, reason: str) -> None:
         self.tags.clear()
+        if self._reading is not None:
+            self._reading.lose()
         if not self._gone.done():
             self._gone.set_result(reason)
         for call in tuple(self._calls.values()):

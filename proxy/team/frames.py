@@ -21,6 +21,8 @@ VERSION = 1
 #: Bytes of a frame's JSON and of its data, at most: a manifest has 4 MiB, a listing 8 MiB.
 MAX_FIELDS = 256 << 10
 MAX_DATA = 16 << 20
+#: Digests in one frame, at most.
+MAX_DIGESTS = 1000
 #: Descriptors of a frame, at most.
 MAX_FDS = 1
 

@@ -50,7 +50,7 @@ class Front:
         self._own: Answerer | None = None  # while this process leads
         self._remote: Remote | None = None  # while it follows
         self._hits: Hits | None = None
-        self.found_by: Finder | None = None  # what is at hand, while somebody leads
+        self.found_by: Finder | None = None  # what is at hand
         self._changed = asyncio.Event()
         self.at_hand: Finder = _AtHand(self)
 
@@ -64,7 +64,7 @@ class Front:
 
     def follow(self, remote: Remote, hits: Hits) -> None:
         """Another process leads."""
-        self._remote, self._hits = remote, hits
+        self._remote, self._hits, self.found_by = remote, hits, hits.at_hand
         self._changed.set()
 
     def lose(self) -> None:
@@ -148,7 +148,7 @@ class Front:
 
 
 class _AtHand:
-    """What is at hand, whoever leads. What it has found is withdrawn when that changes."""
+    """What is at hand, whoever leads. What was found by a role is withdrawn with it."""
 
     def __init__(self, front: Front) -> None:
         self._front = front

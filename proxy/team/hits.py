@@ -5,6 +5,11 @@ a digest may have it, if its bytes are held. Only that case is decided here, and
 the leader has called fresh (``fresh.py``). No link, no bytes, another tag, a listing: the leader is
 asked, whose answer may be the same hit.
 
+What is answered without a look at the disk (manifests, small blobs, and all of the hot path) rests
+on what the leader has not taken back (``store/reading.py``, ``fresh.py``). It says so when that
+changes, so an answer here may be as much too late as that word is on its way; and without a leader
+nothing is answered so.
+
 Uses are told to the leader in lots, so that what followers serve is not the first to be evicted.
 """
 
@@ -20,7 +25,9 @@ from proxy.oci.manifest import Manifest
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord, ManifestAnswer
-from proxy.pull.blobs import stored
+from proxy.pull.at_hand import Finder, Hit
+from proxy.pull.blobs import SMALL, from_memory, stored
+from proxy.pull.tags import Fresh
 from proxy.store.reading import Reading
 from proxy.team.fresh import FreshTags
 
@@ -37,15 +44,20 @@ class Hits:
         *,
         tags: FreshTags,
         memory: int,
+        blob_memory: int = 0,
         touch: Callable[[Collection[Digest]], None],
     ) -> None:
-        """``memory`` is how many bytes of manifests are kept in memory."""
+        """``memory`` and ``blob_memory`` are how many bytes of manifests and of small blobs are
+        kept in memory."""
         self._reading = reading
         self._tags = tags
         self._touch = touch
         self._memory: LRUCache[Digest, Manifest] = LRUCache(
             memory, getsizeof=lambda manifest: len(manifest.raw)
         )
+        # Both are behind the reading: what it does not hold is not answered from here.
+        self._blobs: LRUCache[Digest, bytes] = LRUCache(blob_memory, getsizeof=len)
+        self.at_hand: Finder = _AtHand(self)
         self._used: set[Digest] = set()
         self._telling: asyncio.TimerHandle | None = None
 
@@ -56,11 +68,11 @@ class Hits:
             found = self._tags.find((ask.upstream, ask.repository, str(digest)))
             if found is None:
                 return None
-            digest = found
+            digest = found.digest
         if await self._reading.linked(ask.upstream, ask.repository, digest) is None:
             return None
         manifest = self._memory.get(digest)
-        if manifest is None:
+        if manifest is None or self._reading.size_of(digest) is None:
             read = await self._reading.manifest(digest)
             if read is None:
                 return None
@@ -79,6 +91,10 @@ class Hits:
         ``RangeNotSatisfiable``."""
         if await self._reading.linked(ask.upstream, ask.repository, digest) is None:
             return None
+        data = None if head else await self._small(digest)
+        if data is not None:
+            self._use(digest)
+            return from_memory(digest, data, wanted, CacheWord.HIT)
         lease = await self._reading.lease(digest)
         if lease is None:
             return None
@@ -87,6 +103,50 @@ class Hits:
             return BlobAnswer(digest, lease.size, None, CacheWord.HIT, None, lambda: None)
         self._use(digest)
         return stored(digest, lease, wanted, CacheWord.HIT)
+
+    async def _small(self, digest: Digest) -> bytes | None:
+        """A small blob that is held; None for all others."""
+        size = await self._reading.size(digest)
+        if size is None or size > min(SMALL, self._blobs.maxsize):
+            return None
+        known = self._reading.size_of(digest) is not None
+        data = self._blobs.get(digest) if known else None
+        if data is None and (data := await self._reading.read(digest)) is not None:
+            self._blobs[digest] = data
+        return data
+
+    def manifest_at_hand(self, upstream: str, repository: str, reference: Reference) -> Hit | None:
+        """The manifest, if a GET of it is a hit out of memory."""
+        name: Fresh | None
+        if isinstance(reference, Tag):
+            name = self._tags.find((upstream, repository, str(reference)))
+        else:
+            name = Fresh(reference)
+        manifest = None if name is None else self._memory.get(name.digest)
+        if name is None or manifest is None:
+            return None
+        held = self._reading.held(name.digest)
+        linked = self._reading.known_link(upstream, repository, name.digest)
+        if held is None or linked is None:
+            return None
+        self._use(name.digest)
+        return Hit(name, len(manifest.raw), manifest.raw, held, linked, manifest.media_type)
+
+    def blob_at_hand(
+        self, upstream: str, repository: str, digest: Digest, *, head: bool
+    ) -> Hit | None:
+        """The blob, if it is small and a GET of it is a hit; of any size for a HEAD."""
+        size, held = self._reading.size_of(digest), self._reading.held(digest)
+        linked = self._reading.known_link(upstream, repository, digest)
+        if size is None or held is None or linked is None:
+            return None
+        if head:  # no use, as everywhere
+            return Hit(Fresh(digest), size, b"", held, linked)
+        body = self._blobs.get(digest)
+        if body is None:
+            return None
+        self._use(digest)
+        return Hit(Fresh(digest), size, body, held, linked)
 
     def _use(self, digest: Digest) -> None:
         self._used.add(digest)
@@ -106,3 +166,11 @@ class Hits:
 
     def __repr__(self) -> str:
         return f"<Hits from {self._reading!r}>"
+
+
+class _AtHand:
+    """What of these hits needs no await."""
+
+    def __init__(self, hits: Hits) -> None:
+        self.manifest = hits.manifest_at_hand
+        self.blob = hits.blob_at_hand

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from proxy.pull.reader import FileSpan, Piece
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagKey
 from proxy.store.blobs import FileLease
+from proxy.store.store import LinkKey
 from proxy.store.work import finish
 from proxy.team import wire
 from proxy.team.channel import BEAT, Channel, ChannelClosed, is_own_user
-from proxy.team.frames import VERSION, BadFrame, Frame
+from proxy.team.frames import MAX_DIGESTS, VERSION, BadFrame, Frame
 from proxy.upstream.routing import Upstream
 
 #: Followers at a time, at most: workers of one machine.
@@ -121,9 +122,23 @@ class Leader:
 
     def doubt(self, key: TagKey) -> None:
         """No follower may believe any more what it was told of a tag."""
+        self._tell("doubt", tag=list(key))
+
+    def gone(self, digests: Sequence[Digest]) -> None:
+        """No follower may answer any more with these by what it has seen of them."""
+        for start in range(0, len(digests), MAX_DIGESTS):
+            names = [str(digest) for digest in digests[start : start + MAX_DIGESTS]]
+            self._tell("gone", digests=names)
+
+    def unlinked(self, key: LinkKey) -> None:
+        """Nor through a repository that was seen to have it."""
+        upstream, repository, digest = key
+        self._tell("unlinked", link=[upstream, repository, str(digest)])
+
+    def _tell(self, kind: str, **fields: Any) -> None:
         for guest in tuple(self._guests):
             with contextlib.suppress(ChannelClosed):
-                guest.channel.send("doubt", tag=list(key))
+                guest.channel.send(kind, **fields)
 
     def forget(self, guest: Guest) -> None:
         """``guest`` has gone, and so have its calls."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -50,17 +51,21 @@ class Roles:
         directory: Path,
         settings: str,
         memory: int,
+        blob_memory: int = 0,
         log: Logger,
+        clock: Callable[[], float] = time.monotonic,
         beat: float = BEAT,
         patience: float = START,
     ) -> None:
-        """``settings`` is what leader and follower must have in common, as a hash; ``memory`` is
-        how many bytes of manifests a follower keeps."""
+        """``settings`` is what leader and follower must have in common, as a hash; ``memory``
+        and ``blob_memory`` are how many bytes of manifests and of small blobs a follower keeps."""
         self._front = front
         self._open = lead
         self._directory = directory
         self._settings = settings
         self._memory = memory
+        self._blob_memory = blob_memory
+        self._clock = clock
         self._log = log
         self._beat = beat
         self._patience = patience
@@ -140,15 +145,22 @@ class Roles:
         async with AsyncExitStack() as stack:
             try:
                 remote = await Remote.connect(
-                    self._directory / SOCKET, self._settings, beat=self._beat
+                    self._directory / SOCKET, self._settings, beat=self._beat, clock=self._clock
                 )
                 stack.callback(remote.close)
                 reading = await Reading.open(self._directory)
             except (NoLeader, sqlite3.Error) as error:
                 self._log.debug("not_followed", reason=str(error))
                 return False
-            hits = Hits(reading, tags=remote.tags, memory=self._memory, touch=remote.touch)
+            hits = Hits(
+                reading,
+                tags=remote.tags,
+                memory=self._memory,
+                blob_memory=self._blob_memory,
+                touch=remote.touch,
+            )
             stack.push_async_callback(hits.close)
+            remote.tell(reading)
             await self._leave()
             self._stack = stack.pop_all()
         self._remote = remote
