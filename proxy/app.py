@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
-from proxy.process import begin_collecting, ending, hold_collecting
+from proxy.process import begin_collecting, ending, hold_collecting, unheard
 from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.flight import Flights, FlightSettings
@@ -428,7 +428,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> int:
     """Serve until a signal; drain; the exit code."""
     proxy = Proxy(settings, seat=seat)
     lifeline = None if seat is None else seat.lifeline[0]
-    asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
+    asyncio.get_running_loop().set_exception_handler(unheard(proxy.log))
     try:
         async with ending(lifeline) as stop, proxy:
             begin_collecting()
@@ -441,17 +441,6 @@ async def serve(settings: Settings, seat: Seat | None = None) -> int:
         return 1
     proxy.log.info("stopped", pulls_cut_off=not is_done)
     return 0
-
-
-def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """What the loop would print about errors that nobody waits for goes to the log."""
-
-    def handler(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        log.error(
-            "unheard_error", message=context.get("message"), exc_info=context.get("exception")
-        )
-
-    return handler
 
 
 def run(settings: Settings, seat: Seat | None = None) -> int:

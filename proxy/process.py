@@ -1,4 +1,5 @@
-"""What belongs to the process and not to a proxy: what ends it, and the garbage collector."""
+"""What belongs to the process and not to a proxy: what ends it, the errors that nobody hears, and
+the garbage collector."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from proxy.observe.logs import Logger
 
 
 def hold_collecting() -> None:
@@ -50,3 +54,14 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
             loop.remove_reader(lifeline)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What the loop would print about errors that nobody waits for goes to the log."""
+
+    def handler(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        log.error(
+            "unheard_error", message=context.get("message"), exc_info=context.get("exception")
+        )
+
+    return handler

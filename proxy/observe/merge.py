@@ -18,7 +18,13 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector, CollectorRegistry
 
-_LARGEST = frozenset({"pullpool_event_loop_lag_seconds", "pullpool_draining"})
+_LARGEST = frozenset(
+    {
+        "pullpool_event_loop_lag_seconds",
+        "pullpool_draining",
+        "pullpool_http_accept_paused",
+    }
+)
 _SMALLEST = frozenset({"process_start_time_seconds", "process_max_fds"})
 _COUNTS = frozenset({"counter", "histogram"})
 

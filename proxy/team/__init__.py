@@ -28,12 +28,20 @@ follower serves by itself are told in lots, for the order of eviction. A file th
 a follower sends it stays whole for it: its descriptor outlives the name. A blob that is evicted
 before the follower opens it is a miss, which the leader answers.
 
+*What a follower remembers.* Links, what is held, manifests and small blobs, and what a tag is: out
+of that it answers as if it led, the hot path included. The leader takes back what is true no more:
+"doubt" of a tag, "unlinked" of a repository, "gone" of blobs; each at once, and the last two again
+when row and file have gone, for who reads them in between. These words come in order with its
+answers and are heeded when they arrive, so a follower is as much too late as they are on their way.
+When the channel ends nothing is remembered any more, and what rested on it is withdrawn.
+
 *The leader goes.* The kernel closes its sockets and frees LOCK. Each follower tries LOCK and the
 socket in turn, many times a second; the one that gets LOCK opens the store, takes over the files of
 unfinished fills (``store/recovery.py``), and listens. Requests that had no answer yet are asked
 again there. A body that is under way goes on: the follower knows how many bytes its client has
 had, and asks the new leader for the rest of the same digest (``follower.py``). The new leader
-has the bytes in the file it took over, hashes them, and continues the fill at their end.
+has the bytes in the file it took over, hashes them, and continues the fill at their end. Which
+those are in a file that was written out of order, ``store/counted.py`` knows.
 
 *Threats.* The socket lets whoever connects act as any client, and read any blob that the
 repositories' rules allow it to name a repository for; whoever can put another socket in its place

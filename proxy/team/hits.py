@@ -10,7 +10,8 @@ on what the leader has not taken back (``store/reading.py``, ``fresh.py``). It s
 changes, so an answer here may be as much too late as that word is on its way; and without a leader
 nothing is answered so.
 
-Uses are told to the leader in lots, so that what followers serve is not the first to be evicted.
+Uses are told to the leader in lots, so that what followers serve is not the first to be evicted. A
+hit here begins no prefetch: the first who asked was the leader's, which has begun it.
 """
 
 from __future__ import annotations

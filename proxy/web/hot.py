@@ -27,7 +27,8 @@ answered, and the pull layer says what the next one like it would be answered wi
 repository has it, the tag is that digest), withdrawn in the step in which that changes: eviction,
 a refusal, a refresh, a new answer about the tag. A tag's ttl is looked at each time. Whoever finds
 the hit no longer good looks for it anew, as at a request of the slow path, and else goes there. So
-between an eviction and the answer there is either no turn of the loop, or a mark that is seen.
+between an eviction and the answer there is either no turn of the loop, or a mark that is seen. In a
+process that follows another one, the step is that in which the leader's word arrives (``team/``).
 
 **Use.** Looking anew counts as a use for the store and for the caches behind it. It is done every
 ``RENEW`` seconds at least for what is asked for, so that the order of eviction is right to that.

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from proxy.observe.metrics import ListenerState
+from proxy.store.work import finish
 from proxy.web.descriptors import Descriptors, lowest_free
 from proxy.web.server import AdminRunner, RegistryRunner, RegistryServer
 
@@ -219,7 +220,9 @@ class Listener:
 
     async def _bind(self) -> None:
         if not self._sockets:
-            self._sockets = await asyncio.to_thread(bound_sockets, self._host, self._port)
+            loop = asyncio.get_running_loop()
+            binding = loop.run_in_executor(None, bound_sockets, self._host, self._port)
+            self._sockets = await finish(binding, _close_all)
 
     def __repr__(self) -> str:
         state = "paused" if self._next_look is not None else "accepting"
@@ -257,6 +260,11 @@ def bound_sockets(host: str, port: int, *, shared: bool = False) -> list[socket.
             stack.callback(sockets[-1].close)
         stack.pop_all()
     return sockets
+
+
+def _close_all(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
 
 
 def _bound(family: int, address: tuple[object, ...], *, shared: bool) -> socket.socket:

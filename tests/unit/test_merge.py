@@ -3,7 +3,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.merge import counts_only, merged
-from proxy.observe.metrics import GateState, Metrics, StoreState
+from proxy.observe.metrics import GateState, ListenerState, Metrics, StoreState
 
 
 def samples(text: bytes) -> dict[str, float]:
@@ -52,6 +52,31 @@ def test_shares_are_summed_and_the_worst_is_told_of_the_rest() -> None:
     assert found["pullpool_build_info[('version', '1')]"] == 1
     assert found["pullpool_store_blobs[]"] == 3
     assert found["pullpool_upstream_connections_limit[('upstream', 'h')]"] == 8
+
+
+def test_hot_hits_and_listeners_are_counted_over_all() -> None:
+    def worker(hits: int, *, paused: bool) -> Metrics:
+        metrics = process(1)
+        metrics.observe_listener(lambda: ListenerState(open=hits, limit=100, paused=paused))
+        for _ in range(hits):
+            metrics.count_hot(metrics.tally("blob", "GET", "200"), 0.0001, 10)
+        return metrics
+
+    texts = [
+        one.render().decode()
+        for one in (worker(3, paused=True), worker(4, paused=False), worker(5, paused=True))
+    ]
+    found = samples(merged(texts))
+    labels = [("cache", "hit"), ("code", "200"), ("kind", "blob"), ("method", "GET")]
+    assert found[f"pullpool_http_requests_total{labels}"] == 15
+    assert found["pullpool_http_hot_requests_total[('kind', 'blob')]"] == 12
+    assert found["pullpool_http_response_bytes_total[('cache', 'hit')]"] == 120
+    assert found["pullpool_http_connections[]"] == 12
+    assert found["pullpool_http_connections_limit[]"] == 300
+    assert found["pullpool_http_accept_paused[]"] == 1
+    gone = samples(merged([counts_only(texts).decode(), worker(1, paused=False).render().decode()]))
+    assert gone["pullpool_http_hot_requests_total[('kind', 'blob')]"] == 13
+    assert gone["pullpool_http_connections[]"] == 1
 
 
 def test_of_the_dead_only_what_grows_is_told() -> None:

@@ -10,7 +10,7 @@ from proxy.oci.digest import Digest
 from proxy.store.reading import Reading
 from proxy.testing import FakeRegistry, Fault, Stall
 from tests.unit.process_kit import child
-from tests.unit.proxy_kit import IMAGE, NAME, RawClient, blob_path, manifest_path
+from tests.unit.proxy_kit import IMAGE, NAME, RawClient, blob_path, manifest_path, until
 from tests.unit.upstream_kit import MIB, noise
 
 
@@ -56,6 +56,26 @@ async def test_a_killed_leaders_fill_goes_on_under_the_follower(tmp_path: Path) 
             assert taken["at"] >= MIB
             assert fake.counters.bytes_by_digest[digest] <= 2 * MIB + size - taken["at"]
             fake.release()
+
+
+async def test_holes_that_a_killed_leader_left_are_not_taken_for_bytes(tmp_path: Path) -> None:
+    """The first part stands still inside a block of the disk, and others have come behind it."""
+    size, first = 24 * MIB, 2 * MIB + 100
+    async with FakeRegistry() as fake:
+        digest = fake.put_blob(NAME, noise(size))
+        fake.script(Fault(Stall(first), kind="blob"))
+        async with child(tmp_path, fake.url) as leader, child(tmp_path, fake.url) as follower:
+            async with RawClient.connected(follower.address) as client:
+                await client.ask(blob_path(digest))
+                await fake.stalls.arrived()
+                await client.until(lambda data: len(data) > MIB)
+                await until(lambda: fake.counters.bytes_by_digest[digest] >= first + 8 * MIB)
+                leader.send(signal.SIGKILL)
+                assert await client.rest(size) == noise(size)
+            taken = await follower.logged("fill_taken_over")
+            assert taken["at"] <= first
+            fake.release()
+        assert not follower.events("fill_failed")
 
 
 async def test_a_stopped_leader_leaves_hits_and_a_clear_refusal_and_goes_on(tmp_path: Path) -> None:
