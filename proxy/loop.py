@@ -9,6 +9,10 @@ enough: a pull stood still at the last bytes of a turn until the read time-out.
 
 The mend is a buffer whose content, with what is left of a record from before, is always less than
 one delivery: then nothing can stay behind. ``tests/unit/test_loop.py`` shows both.
+
+And it tells the loop's exception handler of each client that leaves in the middle of its handshake:
+what it means to be a ConnectionResetError is the class of one, which nobody takes for an error of
+the network. To asyncio and uvloop that is nothing to report, so neither is it here.
 """
 
 from __future__ import annotations
@@ -52,7 +56,15 @@ def _fast_loop() -> asyncio.AbstractEventLoop:
         ("connect_accepted_socket", both),
     ):
         setattr(loop, name, _with_buffers(getattr(loop, name), sizes))
+    report = functools.partial(_report, loop.call_exception_handler)
+    loop.call_exception_handler = report  # type: ignore[method-assign]
     return loop
+
+
+def _report(tell: Callable[[dict[str, Any]], None], context: dict[str, Any]) -> None:
+    """Tell the loop's exception handler, unless a client just left in its handshake."""
+    if context.get("exception") is not ConnectionResetError:
+        tell(context)
 
 
 def _with_buffers(

@@ -69,7 +69,10 @@ class Pullpool:
         named = CIMultiDict((name.replace("_", "-"), value) for name, value in headers.items())
         url = f"{self.proxy.url}{path}"
         async with self.session.request(method, url, headers=named) as response:
-            return Answer(response.status, response.headers, await response.read())
+            answer = Answer(response.status, response.headers, await response.read())
+        # A client may have it all a moment before its handler is done.
+        await until(lambda: answer.headers["X-Request-Id"] in self.log)
+        return answer
 
     async def get(self, path: str, **headers: str) -> Answer:
         return await self.ask("GET", path, **headers)

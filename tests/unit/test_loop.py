@@ -115,3 +115,21 @@ def test_no_loop_keeps_the_end_of_a_tls_body_from_a_protocol_that_pauses(
     with answering(both.server, [head, *[RECORD] * 16]) as address:
         received = run_on(loop, received_by_a_pausing_client(address, both.client, length))
     assert received == length
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_leaves_in_its_handshake_is_nothing_to_report(loop: str) -> None:
+    async def main() -> list[dict[str, object]]:
+        reported: list[dict[str, object]] = []
+        running = asyncio.get_running_loop()
+        running.set_exception_handler(lambda _, context: reported.append(context))
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.close()
+        with pytest.raises(ConnectionError):
+            await running.connect_accepted_socket(asyncio.Protocol, ours, ssl=tls().server)
+        await asyncio.sleep(0)
+        running.call_exception_handler({"message": "what else goes wrong is"})
+        return reported
+
+    assert [context["message"] for context in run_on(loop, main())] == ["what else goes wrong is"]
