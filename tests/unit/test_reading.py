@@ -1,4 +1,4 @@
-"""A cache directory read by a process that does not lead: what it may remember, and for how long."""
+"""A cache directory read by a process that does not lead: what it remembers, and for how long."""
 
 import asyncio
 from collections.abc import AsyncIterator
