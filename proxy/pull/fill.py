@@ -273,7 +273,7 @@ class Fill:
             await self._spread.begun(source, segment, body, length)
             whole = await self._carry(segment, body)
             body.learn()
-        if whole and self.size is None and self._is_end(source):
+        if self.size is None and self._is_end(source, whole=whole):
             self._settle_size(self.received)
 
     def _length(self, source: Source, segment: Segment) -> int:
@@ -311,9 +311,10 @@ class Fill:
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()
 
-    def _is_end(self, source: Source) -> bool:
-        """Nobody named the size, and a turn's body has ended: is that the end of the blob?"""
-        return not source.ranged or self.intake.verifier.matches()
+    def _is_end(self, source: Source, *, whole: bool) -> bool:
+        """Nobody named the size, and a turn has ended, at the end of its body if it came
+        ``whole``: is that the end of the blob? One that is cut may have just brought the last."""
+        return (whole and not source.ranged) or self.intake.verifier.matches()
 
     def _settle_size(self, size: int) -> None:
         """Raises ``SizeMismatch`` when it contradicts what is settled, or everybody's promise."""

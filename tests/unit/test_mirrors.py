@@ -293,7 +293,7 @@ async def test_an_answer_is_an_answer(tmp_path: Path, status: int, expected: int
 async def test_a_blob_goes_on_at_its_byte_at_the_next_url(tmp_path: Path, fault: Action) -> None:
     """A break may cost 4 MiB: what was not yet taken in."""
     data = noise(16 * MIB)
-    async with two(tmp_path, FakeClock()) as (pool, first, second):
+    async with two(tmp_path, FakeClock(), segments=1) as (pool, first, second):
         digest, _ = (one.put_blob(IMAGE.name, data) for one in (first, second))
         first.script(Fault(fault, kind="blob"))
         assert (await pool.get(blob_path(digest))).body == data

@@ -49,16 +49,21 @@ def breaks(count: int, within: int, seed: int) -> list[Fault]:
 
 @contextlib.asynccontextmanager
 async def broken(
-    directory: Path, *, tls_server: ssl.SSLContext | None = None, **registry: Any
+    directory: Path,
+    *,
+    segments: int = 1,
+    tls_server: ssl.SSLContext | None = None,
+    **registry: Any,
 ) -> AsyncIterator[tuple[Pullpool, FakeRegistry]]:
     """A registry with room for trouble, and a proxy in front of it."""
     async with FakeRegistry(ssl_context=tls_server, **registry) as fake:
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"segments": segments}
         if tls_server is not None:
             ca_file = directory / "ca.pem"
             await asyncio.to_thread(ca_file.write_bytes, tls().authority)
-            changes = {"upstreams": {UPSTREAM: {"ca_file": str(ca_file)}}}
-        async with running(directory / "cache", fake.url, **changes) as pool:
+            changes["ca_file"] = str(ca_file)
+        upstreams = {UPSTREAM: changes}
+        async with running(directory / "cache", fake.url, upstreams=upstreams) as pool:
             yield pool, fake
 
 
@@ -66,11 +71,13 @@ def test_a_gibibyte_that_breaks_ten_times_arrives_whole(tmp_path: Path) -> None:
     """On the loop that serves, without a debugger's help: this one is about size."""
 
     async def main() -> None:
-        async with broken(tmp_path) as (pool, fake):
+        async with broken(tmp_path, segments=8) as (pool, fake):
             [digest] = fake.put_patterns(NAME, GIB, 1)
-            fake.script(*breaks(10, within=48 * MIB, seed=3))
+            fake.script(*breaks(10, within=4 * MIB, seed=3))
             assert await digest_of(pool, digest) == digest
-            assert pool.count("upstream_resumes_total", upstream=UPSTREAM) == 10
+            resumes = pool.count("upstream_resumes_total", upstream=UPSTREAM)
+            broken_off = {"upstream": UPSTREAM, "outcome": "broken"}
+            assert resumes + pool.count("upstream_segments_total", **broken_off) == 10
             assert GIB <= fake.counters.bytes_by_digest[digest] <= GIB + 10 * PER_BREAK
             assert str(digest) in await pool.stored()
 
@@ -157,7 +164,7 @@ async def redirected(
     async with (
         FakeRegistry(clock=clock) as cdn,
         FakeRegistry(clock=clock, redirect_blobs_to=cdn, signed_url_ttl=60.0) as fake,
-        running(directory, fake.url) as pool,
+        running(directory, fake.url, upstreams={UPSTREAM: {"segments": 1}}) as pool,
     ):
         yield pool, fake, cdn
 
