@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ async def test_what_is_read_while_something_is_taken_back_is_not_remembered(
     tmp_path: Path,
 ) -> None:
     async with shared(tmp_path) as one:
-        for take_back in (lambda: one.forget([name(A)]), lambda: one.unlink(LINK)):
+        for take_back in (partial(one.forget, [name(A)]), partial(one.unlink, LINK)):
             looking: list[asyncio.Future[Any]] = [
                 asyncio.ensure_future(holds(one, name(A))),
                 asyncio.ensure_future(one.read(name(A))),
