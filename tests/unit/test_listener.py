@@ -14,7 +14,7 @@ from aiohttp import web
 
 from proxy.config import HostPort
 from proxy.web.descriptors import Descriptors, for_clients, lowest_free
-from proxy.web.listener import NOTSENT_LOWAT, Listener, listening
+from proxy.web.listener import Listener, listening, unsent
 from proxy.web.server import RegistryRunner, RegistryServer
 from proxy.web.tls import TlsFiles, server_context
 from tests.unit.proxy_kit import RawClient, until
@@ -143,7 +143,7 @@ async def test_the_kernel_holds_little_for_a_slow_client() -> None:
         assert connection.transport is not None
         sock = connection.transport.get_extra_info("socket")
         level = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
-    assert level == NOTSENT_LOWAT
+    assert level == unsent(1)
 
 
 @pytest.fixture
@@ -205,3 +205,9 @@ def test_clients_leave_descriptors_to_what_serves_them(
     assert descriptors.are_short(clients)
     assert not descriptors.are_short(clients - 1)
     assert descriptors.left(limit) == 0
+
+
+def test_what_the_kernel_holds_for_clients_grows_little_once_they_are_many() -> None:
+    few, many = (sum(unsent(n) for n in range(1, count + 1)) for count in (64, 5000))
+    assert few == 64 * unsent(1)
+    assert many < 5000 * (256 << 10) + 4 * few
