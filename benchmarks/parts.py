@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -50,11 +51,16 @@ def shown(text: str, directory: Path) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Taken from below the range that the kernel hands to outgoing connections, so that none of those
+    can slip in between this answer and the listener that was asked for.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
 
 
 @dataclass(slots=True)
