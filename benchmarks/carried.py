@@ -7,13 +7,12 @@ neither it nor a disk has to hold them.
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.load import Plan
-from benchmarks.parts import LOOPBACK, MIB, resident_bytes
+from benchmarks.parts import LOOPBACK, MIB, Background, resident_bytes
 from benchmarks.patterns import pattern_registry
 from benchmarks.rounds import unleash
 from benchmarks.scenario import Options, Promise, Sheet
@@ -67,25 +66,13 @@ class Carried:
 
 
 @dataclass(slots=True)
-class Watch:
+class Watch(Background):
     """Looks at the memory of a process in a thread of its own while its block lasts."""
 
     pid: int
     seen: list[int] = field(default_factory=list)
-    _end: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watch:
-        self._thread = threading.Thread(target=self._watch, name="memory")
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
+    def _work(self) -> None:
         self.seen.append(resident_bytes(self.pid))
         while not self._end.wait(LOOK):
             self.seen.append(resident_bytes(self.pid))

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 KIB = 1024
 MIB = 1024 * 1024
@@ -49,11 +51,16 @@ def shown(text: str, directory: Path) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Taken from below the range that the kernel hands to outgoing connections, so that none of those
+    can slip in between this answer and the listener that was asked for.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
 
 
 @dataclass(slots=True)
@@ -284,8 +291,29 @@ def open_sockets(table: bytes, port: int) -> int:
     return count
 
 
+@dataclass(slots=True, kw_only=True)
+class Background:
+    """Works in a thread of its own while its block lasts; ``_end`` says that it is over."""
+
+    _end: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._work, name=type(self).__name__)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+
 @dataclass(slots=True)
-class SocketSampler:
+class SocketSampler(Background):
     """Watches how many sockets lead to a port, from a thread of its own, while its block runs.
 
     One look costs about 5 ms of a core (the kernel walks its whole connection hash), so rounds that
@@ -296,20 +324,8 @@ class SocketSampler:
     interval: float
     peak: int = 0
     looks: int = 0
-    _end: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
 
-    def __enter__(self) -> SocketSampler:
-        self._thread = threading.Thread(target=self._watch, name="socket-sampler")
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
+    def _work(self) -> None:
         table = Path("/proc/net/tcp")
         while not self._end.wait(self.interval):
             self.peak = max(self.peak, open_sockets(table.read_bytes(), self.port))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from benchmarks.charts import Bar, Chart
 from benchmarks.full_cache import hold_blobs, hold_manifests
 from benchmarks.gate import seconds_a_turn
 from benchmarks.load import Plan, Want
-from benchmarks.parts import KIB, LOOPBACK, MIB, TIMES, PartFailed, cpu_seconds
+from benchmarks.parts import KIB, LOOPBACK, MIB, TIMES, Background, PartFailed, cpu_seconds
 from benchmarks.rounds import unleash
 from benchmarks.scenario import Findings, Options, Promise, Sheet
 from benchmarks.static import static_registry
@@ -88,25 +87,13 @@ MEASURES = (
 
 
 @dataclass(slots=True)
-class Stalls:
+class Stalls(Background):
     """Asks `/livez` again and again while its block lasts: when, and how long the answer took."""
 
     port: int
     asked: list[tuple[float, float]] = field(default_factory=list)
-    _end: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
 
-    def __enter__(self) -> Stalls:
-        self._thread = threading.Thread(target=self._ask, name="stalls")
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _ask(self) -> None:
+    def _work(self) -> None:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)
         try:
             while not self._end.wait(LOOK):

@@ -124,8 +124,7 @@ class Conduct:
 
         Those that fail by themselves have one apart: they would spend the others' for nothing.
         """
-        is_its_own = self._blame.fails_by_itself(repository, self._clock())
-        return self._retries_apart if is_its_own else self.retries
+        return self._retries_apart if self._is_blamed(repository) else self.retries
 
     def _paused_for(self, repository: str) -> float:
         """Seconds for which this repository asked to be left alone."""

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import trustme
 
+from benchmarks.parts import free_port
 from tests.integration.golang import Build, NotToBeHad
 from tests.integration.nginx import Front, Nginx
 from tests.integration.parts import ROBOT, Pullpool, Registry, Serving, TokenAuth
-from tests.integration.rig import Rig, free_port, has
+from tests.integration.rig import Rig, has
 from tests.integration.token_service import ISSUER, SERVICE, TokenService
 
 LIMIT = 8

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
 
-from tests.integration.rig import Daemon, PartFailed, Rig, debian, free_port, listens
+from benchmarks.parts import free_port
+from tests.integration.rig import Daemon, PartFailed, Rig, debian, listens
 
 _BLOB = re.compile(r"/blobs/(?P<digest>sha(?:256|512):[0-9a-f]+)")
 

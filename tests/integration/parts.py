@@ -12,7 +12,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.rig import Daemon, Rig, debian, free_port, listens
+from benchmarks.parts import free_port
+from tests.integration.rig import Daemon, Rig, debian, listens
 
 NAME = "harbor.example.com"
 """The name under which the clients know the upstream, whatever address it has here."""

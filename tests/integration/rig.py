@@ -8,7 +8,6 @@ is stopped in the reverse order of starting, whatever happened in between.
 
 import contextlib
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -51,19 +50,6 @@ def has(*commands: str) -> bool:
     """Whether all these commands are installed."""
     search = f"/usr/bin:/usr/sbin:{os.environ['PATH']}"
     return all(shutil.which(command, path=search) for command in commands)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on.
-
-    Taken from below the range that the kernel hands to outgoing connections, so that none of those
-    can slip in between this answer and the listener that was asked for.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def wait_until(ready: Callable[[], T], what: str, within: float = READY_WITHIN) -> T:

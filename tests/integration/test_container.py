@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.parts import free_port
 from proxy.testing.images import FakeImage, make_image
 from tests.integration import container
 from tests.integration.clients import Dockerd
 from tests.integration.nginx import Nginx
 from tests.integration.parts import Registry
-from tests.integration.rig import Rig, as_root, free_port, listens, needs
+from tests.integration.rig import Rig, as_root, listens, needs
 from tests.integration.seeding import MIB, digests, push_image, sizes
 
 pytestmark = [as_root, needs("dockerd", "docker", "debootstrap", "docker-registry", "nginx")]

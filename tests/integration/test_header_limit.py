@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.parts import free_port
 from tests.integration.clients import Containerd
 from tests.integration.harbor import Content, FakeRegistryProgram
 from tests.integration.parts import Pullpool, Serving
-from tests.integration.rig import PartFailed, Rig, as_root, free_port, needs, wait_until
+from tests.integration.rig import PartFailed, Rig, as_root, needs, wait_until
 from tests.integration.seeding import digests
 
 PATIENCE = 30.0

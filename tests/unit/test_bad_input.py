@@ -42,6 +42,7 @@ from tests.unit.proxy_kit import (
     running,
     settings_for,
 )
+from tests.unit.upstream_kit import refusing
 
 HEX = "a" * 64
 
@@ -281,12 +282,11 @@ class TestUpstream:
             await told_once(pool, await pool.get(blob_path()), 504, "UNAVAILABLE")
 
     async def test_nobody_listens(self, tmp_path: Path) -> None:
-        async with FakeRegistry() as fake:
-            url = fake.url
-        async with running(tmp_path, url) as pool:
-            answer = await pool.get(manifest_path("v1"))
-            await told_once(pool, answer, 502, "UNAVAILABLE")
-            assert "cannot connect" in pool.access_log[0]["error"]
+        with refusing() as url:
+            async with running(tmp_path, url) as pool:
+                answer = await pool.get(manifest_path("v1"))
+                await told_once(pool, answer, 502, "UNAVAILABLE")
+                assert "cannot connect" in pool.access_log[0]["error"]
 
     async def test_a_host_without_an_address(self, tmp_path: Path) -> None:
         async with running(tmp_path, "http://no-such-host.invalid") as pool:

@@ -30,7 +30,7 @@ from tests.unit.proxy_kit import (
     running,
     until,
 )
-from tests.unit.upstream_kit import MIB, Mute, noise
+from tests.unit.upstream_kit import MIB, Mute, noise, refusing
 from tests.unit.virtual import now, run_virtually
 
 #: The header deadline, which clients have 10 s beyond of.
@@ -188,13 +188,12 @@ def test_a_crowd_is_served_when_the_main_url_hangs_in_connect(
 @caps
 def test_a_crowd_is_served_when_the_main_url_refuses(tmp_path: Path, cap: int, kind: str) -> None:
     async def run() -> None:
-        async with FakeRegistry() as gone:
-            url = gone.url
-        async with (
-            FakeRegistry() as second,
-            pulling(tmp_path, url, second, max_connections=cap) as pool,
-        ):
-            await expect_crowd(pool, kind, 1)
+        with refusing() as url:
+            async with (
+                FakeRegistry() as second,
+                pulling(tmp_path, url, second, max_connections=cap) as pool,
+            ):
+                await expect_crowd(pool, kind, 1)
 
     run_virtually(run())
 

@@ -284,6 +284,7 @@ class GateMachine(RuleBasedStateMachine):
         self.people = Crowd(self.gate)
         self.tickets: dict[str, Ticket] = {}
         self.most = self.CAPACITY  # what may be in use: a lower limit waits for turns to end
+        self.promoted = 0  # segments that began to count as waiting after they had been let in
         self.count = 0
 
     def settle(self, rounds: int) -> None:
@@ -320,7 +321,10 @@ class GateMachine(RuleBasedStateMachine):
     @rule(place=st.integers(0, 20), turn_class=st.sampled_from(TurnClass))
     def move(self, place: int, turn_class: TurnClass) -> None:
         if (name := self.pick(list(self.tickets), place)) is not None:
-            self.tickets[name].move(turn_class)
+            ticket = self.tickets[name]
+            counted_not = ticket.is_queued and ticket.turn_class is TurnClass.SEGMENT
+            self.promoted += counted_not and turn_class is not TurnClass.SEGMENT
+            ticket.move(turn_class)
 
     @rule(place=st.integers(0, 20), client=st.sampled_from("abc"), joins=st.booleans())
     def share(self, place: int, client: str, joins: bool) -> None:
@@ -358,7 +362,12 @@ class GateMachine(RuleBasedStateMachine):
         numbers = [slot.number for slot in self.people.held.values()]
         assert len(set(numbers)) == len(numbers)
         assert all(0 <= number < self.CAPACITY for number in numbers)
-        assert waiting(self.gate) <= self.MAX_WAITING
+
+    @invariant()
+    def no_more_wait_than_may(self) -> None:
+        """Segments do not count, and nobody who waits is sent away for standing elsewhere."""
+        segments = self.gate.state().depth["segment"]
+        assert waiting(self.gate) - segments <= self.MAX_WAITING + self.promoted
 
     def teardown(self) -> None:
         try:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from benchmarks.parts import free_port
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import Denied, Throttled, Undecided, UpstreamUnavailable
 from proxy.testing import Answer, FakeClock, FakeRegistry, Fault, make_image
@@ -54,11 +54,6 @@ class Pair:
 async def manifest(puller: Puller, name: str) -> bytes:
     body, _, _ = await puller.client.manifest(name, "v1", ticket())
     return body
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

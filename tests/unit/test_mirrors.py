@@ -35,7 +35,7 @@ from tests.unit.proxy_kit import (
     manifest_path,
     running,
 )
-from tests.unit.upstream_kit import MIB, Mute, noise
+from tests.unit.upstream_kit import MIB, Mute, noise, refusing
 
 TIMES = st.floats(0, 1e6)
 STANDINGS = st.builds(Standing, st.integers(0, 50), TIMES, TIMES)
@@ -250,14 +250,13 @@ async def test_a_failing_url_costs_nobody_a_pull(tmp_path: Path, fault: Action) 
 
 
 async def test_nobody_there_and_a_name_without_address_are_failures(tmp_path: Path) -> None:
-    async with FakeRegistry() as gone:
-        dead = gone.url
-    for url in (dead, "http://no-such-host.invalid"):
-        async with FakeRegistry() as second:
-            second.push(IMAGE)
-            mine = {"url": url, "fallback_urls": [second.url]}
-            async with running(tmp_path, "", upstreams={UPSTREAM: mine}) as pool:
-                assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
+    with refusing() as dead:
+        for url in (dead, "http://no-such-host.invalid"):
+            async with FakeRegistry() as second:
+                second.push(IMAGE)
+                mine = {"url": url, "fallback_urls": [second.url]}
+                async with running(tmp_path, "", upstreams={UPSTREAM: mine}) as pool:
+                    assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
 
 
 async def test_a_url_that_hangs_is_left_within_the_deadline(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import functools
 import random
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -91,6 +91,14 @@ async def opened(origin: Origin) -> AsyncIterator[Origin]:
         yield origin
     finally:
         await origin.close()
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """The URL of a port that refuses connections, and is nobody else's meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # it does not listen
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 class Mute:
