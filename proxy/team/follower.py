@@ -219,11 +219,16 @@ class Remote:
         call = _Call(self._numbers, self._channel, ask, self._forget)
         if ask is not None and kind == "manifest":
             call.tag = (ask.upstream, ask.repository, fields["reference"])
+        # First, because sending may be what finds the leader dead: then all calls are told.
+        self._calls[self._numbers] = call
         try:
             self._channel.send(kind, self._numbers, **fields)
         except ChannelClosed:
+            call.close()
             raise LeaderGone from None
-        self._calls[self._numbers] = call
+        except BaseException:
+            call.close()
+            raise
         return call
 
     def _forget(self, number: int) -> None:
