@@ -29,12 +29,16 @@ def begin_collecting() -> None:
 
 @contextlib.asynccontextmanager
 async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second one ends the process at once. So does the end
-    of the pipe ``lifeline``, whose other end the supervisor holds."""
+    """An event that SIGTERM or SIGINT sets; a second one ends the process at once.
+
+    The end of the pipe ``lifeline``, whose other end the supervisor holds, sets it too. A worker
+    gets many a signal twice, by a terminal or systemd, which tell all processes of a group, and by
+    the supervisor: to its worker a second one says nothing, and the supervisor kills it if asked to.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def asked() -> None:
-        if stop.is_set():
+        if stop.is_set() and lifeline is None:
             os._exit(1)
         stop.set()
 

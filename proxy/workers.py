@@ -19,7 +19,8 @@ directory, a certificate) ends everything, as it would end a single process. Whe
 dies its end of a pipe closes, and the workers drain as after SIGTERM.
 
 *Signals.* SIGTERM and SIGINT are passed on; the supervisor ends when all workers have. Another one
-ends them at once.
+ends them at once: by SIGKILL, because a second SIGTERM to a worker may be the first one of a
+terminal, or of systemd, that told the whole group.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class Supervisor:
         for place in self._places:
             if place.pid is not None:
                 os.kill(place.pid, number)
+        self._log.info("workers_ending", signal=number.name)
 
 
 def _reaped() -> tuple[int, int] | None:

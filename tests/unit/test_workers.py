@@ -159,6 +159,40 @@ async def test_sigterm_ends_all_with_exit_code_0(tmp_path: Path) -> None:
         await until(lambda: len(three.events("stopped")) == 3)
 
 
+async def test_a_signal_to_the_whole_group_lets_pulls_end(tmp_path: Path) -> None:
+    """As by ^C, or by systemd: each worker is told once, and once more by the supervisor."""
+    size = 2 * MIB
+    async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
+        digest = fake.put_blob(NAME, noise(size))
+        fake.script(Fault(Stall(MIB), kind="blob"))
+        async with RawClient.connected(both.address) as client:
+            await client.ask(blob_path(digest))
+            await fake.stalls.arrived()
+            await client.until(lambda data: len(data) > MIB // 2)
+            for pid in workers_of(both).values():
+                os.kill(pid, signal.SIGINT)
+            await both.logged("draining", 2)
+            both.send(signal.SIGINT)
+            await both.logged("workers_ending")
+            fake.release()
+            assert await client.rest(size) == noise(size)
+        assert await both.process.wait() == 0
+
+
+async def test_a_second_signal_to_the_supervisor_ends_all_at_once(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
+        digest = fake.put_blob(NAME, noise(2 * MIB))
+        fake.script(Fault(Stall(MIB), kind="blob"))
+        async with RawClient.connected(both.address) as client:
+            await client.ask(blob_path(digest))
+            await fake.stalls.arrived()
+            both.send(signal.SIGTERM)
+            await both.logged("workers_ending")
+            both.send(signal.SIGTERM)
+            assert await both.process.wait() == 1
+        fake.release()
+
+
 async def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     async with child(tmp_path, "http://127.0.0.1:9", workers=2) as both:
         both.send(signal.SIGKILL)
