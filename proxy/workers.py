@@ -15,8 +15,8 @@ for all (``web/siblings.py``).
 
 *Death.* A worker that dies is made anew at once, or after a pause that doubles while it does not
 live for ``GROWN`` seconds. One that cannot start at the very beginning (exit code 1: the cache
-directory, a certificate) ends everything, as it would end a single process. When the supervisor
-dies its end of a pipe closes, and the workers drain as after SIGTERM.
+directory, a certificate) ends everything, as it would end a single process; one that fails by a
+defect (``CRASHED``) does not, whenever that is. When the supervisor dies its end of a pipe closes, and the workers drain as after SIGTERM.
 
 *Signals.* SIGTERM and SIGINT are passed on; the supervisor ends when all workers have. Another one
 ends them at once: by SIGKILL, because a second SIGTERM to a worker may be the first one of a
@@ -51,6 +51,8 @@ PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 #: A worker that lived for so many seconds is made anew at once.
 GROWN = 10.0
+#: Exit code of a worker that ended by an exception.
+CRASHED = os.EX_SOFTWARE
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _WATCHED = frozenset({*_ENDING, signal.SIGCHLD})
@@ -130,7 +132,7 @@ class Supervisor:
         pid = os.fork()
         if pid:
             return pid
-        code = 1
+        code = CRASHED
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             random.seed()  # else all would draw the same pauses
