@@ -59,6 +59,7 @@ class Siblings:
         self._metrics = metrics
         self._is_ready = is_ready
         self._told = place.directory / f"{place.number}.told"
+        self._telling = asyncio.Lock()  # else two that ask would write the same file at once
         self._runner: web.AppRunner | None = None
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -126,8 +127,10 @@ class Siblings:
             return None
 
     async def _tell(self, _request: web.Request) -> web.Response:
-        text = await self._metrics()
-        await asyncio.to_thread(_replace, self._told, counts_only([text.decode()]))
+        async with self._telling:
+            text = await self._metrics()
+            loop = asyncio.get_running_loop()
+            await finish(loop.run_in_executor(None, self._write_down, text.decode()))
         return web.Response(body=text)
 
     async def _ready(self, _request: web.Request) -> web.Response:
@@ -158,6 +161,9 @@ class Siblings:
             sock.close()
             raise
         return sock
+
+    def _write_down(self, text: str) -> None:
+        _replace(self._told, counts_only([text]))
 
     def _with_the_dead(self, number: int, text: str | None) -> list[str]:
         if text is None:

@@ -1,5 +1,6 @@
 """Workers of one supervisor speak for one another, the living and the dead."""
 
+import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -58,6 +59,14 @@ async def worker(directory: Path, number: int, requests: int) -> AsyncIterator[W
 async def test_either_worker_tells_the_sum_of_both(directory: Path) -> None:
     async with worker(directory, 0, 3) as one, worker(directory, 1, 4) as other:
         assert await one.sums() == await other.sums() == (7, 2)
+
+
+async def test_whoever_asks_at_the_same_time_is_told_the_same(directory: Path) -> None:
+    """Two Prometheus servers, say: what each worker writes down is written for one after another."""
+    async with worker(directory, 0, 3) as one, worker(directory, 1, 4) as other:
+        for _ in range(20):
+            asked = (each.sums() for each in (one, other, one, other))
+            assert await asyncio.gather(*asked) == [(7, 2)] * 4
 
 
 async def test_the_counts_of_the_dead_stay_and_their_gauges_go(directory: Path) -> None:
