@@ -33,7 +33,7 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
 
     The end of the pipe ``lifeline``, whose other end the supervisor holds, sets it too. A worker
     gets many a signal twice, by a terminal or systemd, which tell all processes of a group, and by
-    the supervisor: to its worker a second one says nothing, and the supervisor kills it if asked to.
+    the supervisor: to it a second one says nothing, and the supervisor kills it if asked to.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 

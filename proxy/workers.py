@@ -10,13 +10,15 @@ processes, and the supervisor does not know.
 spreads connections by a hash of their addresses), made once and kept open here. Measured, of 1,000
 connections at once two workers got 466 to 505 and the rest; out of one common socket, where who is
 awake takes all he can, 329 to 382. When a worker dies, what waits in its queue waits for the next
-one in that place, and is not refused. The admin sockets are common to all: whoever accepts speaks
-for all (``web/siblings.py``).
+one in that place, and is not refused; at the end, when there is no next one, a place closes with
+its worker, so that clients go to those which still drain and say so. The admin sockets are common
+to all: whoever accepts speaks for all (``web/siblings.py``).
 
 *Death.* A worker that dies is made anew at once, or after a pause that doubles while it does not
 live for ``GROWN`` seconds. One that cannot start at the very beginning (exit code 1: the cache
 directory, a certificate) ends everything, as it would end a single process; one that fails by a
-defect (``CRASHED``) does not, whenever that is. When the supervisor dies its end of a pipe closes, and the workers drain as after SIGTERM.
+defect (``CRASHED``) does not, whenever that is. When the supervisor dies its end of a pipe closes,
+and the workers drain as after SIGTERM.
 
 *Signals.* SIGTERM and SIGINT are passed on; the supervisor ends when all workers have. Another one
 ends them at once: by SIGKILL, because a second SIGTERM to a worker may be the first one of a
@@ -163,6 +165,8 @@ class Supervisor:
         place.ended(time.monotonic())
         if self._is_ending:
             self._code = max(self._code, int(code != 0))
+            _close(place.seat.registry)
+            self._log.info("worker_ended", worker=place.seat.number, pid=pid, code=code)
             return
         self._log.warning("worker_ended", worker=place.seat.number, pid=pid, code=code)
         if is_first and code == 1:
@@ -174,6 +178,8 @@ class Supervisor:
         for place in self._places:
             if place.pid is not None:
                 os.kill(place.pid, number)
+            else:
+                _close(place.seat.registry)
         self._log.info("workers_ending", signal=number.name)
 
 

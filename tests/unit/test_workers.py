@@ -179,6 +179,29 @@ async def test_a_signal_to_the_whole_group_lets_pulls_end(tmp_path: Path) -> Non
         assert await both.process.wait() == 0
 
 
+async def test_no_client_waits_for_a_worker_that_has_ended_while_another_drains(
+    tmp_path: Path,
+) -> None:
+    size = 2 * MIB
+    async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
+        digest = fake.put_blob(NAME, noise(size))
+        fake.script(Fault(Stall(MIB), kind="blob"))
+        async with RawClient.connected(both.address) as client:
+            await client.ask(blob_path(digest))
+            await fake.stalls.arrived()
+            both.send(signal.SIGTERM)
+            await both.logged("worker_ended")
+            for _ in range(12):  # each by a connection of its own
+                async with (
+                    aiohttp.ClientSession() as session,
+                    session.get(f"{both.url}/v2/") as answer,
+                ):
+                    assert answer.status == 503
+            fake.release()
+            assert await client.rest(size) == noise(size)
+        assert await both.process.wait() == 0
+
+
 async def test_a_second_signal_to_the_supervisor_ends_all_at_once(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
         digest = fake.put_blob(NAME, noise(2 * MIB))
