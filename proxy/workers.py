@@ -98,10 +98,18 @@ def run(settings: Settings) -> int:
 class Supervisor:
     """Keeps a worker in each place. ``work`` is what a worker does; its exit code."""
 
-    def __init__(self, seats: Sequence[Seat], work: Callable[[Seat], int], log: Logger) -> None:
+    def __init__(
+        self,
+        seats: Sequence[Seat],
+        work: Callable[[Seat], int],
+        log: Logger,
+        *,
+        fork: Callable[[], int] = os.fork,
+    ) -> None:
         self._places = [Place(seat) for seat in seats]
         self._work = work
         self._log = log
+        self._make_process = fork
         self._is_ending = False
         self._code = 0
 
@@ -126,12 +134,19 @@ class Supervisor:
         for place in self._places:
             if not self._is_ending and place.due is not None and place.due <= now:
                 place.due, place.began = None, now
-                place.pid = self._fork(place.seat, mask)
+                try:
+                    place.pid = self._fork(place.seat, mask)
+                except OSError as error:  # no memory, no process left: it may pass
+                    place.ended(now)
+                    self._log.error(
+                        "worker_not_started", worker=place.seat.number, error=str(error)
+                    )
+                    continue
                 self._log.info("worker_started", worker=place.seat.number, pid=place.pid)
 
     def _fork(self, seat: Seat, mask: set[signal.Signals | int]) -> int:
-        """A worker in this place; the child never returns."""
-        pid = os.fork()
+        """A worker in this place; the child never returns. Raises ``OSError``."""
+        pid = self._make_process()
         if pid:
             return pid
         code = CRASHED

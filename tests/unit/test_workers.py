@@ -224,38 +224,60 @@ async def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> No
     assert len(both.events("draining")) == 2
 
 
-CRASHES_ONCE = """
+FAILS_ONCE = """
 import os, signal, sys
 from pathlib import Path
 from proxy.observe.logs import make_logger
 from proxy.seat import Seat
 from proxy.workers import Supervisor
 
+def is_first(what):
+    mark = Path(sys.argv[1], what)
+    known = mark.exists()
+    mark.touch()
+    return what == sys.argv[2] and not known
+
+def fork():
+    if is_first("fork"):
+        raise OSError("no process is left")
+    return os.fork()
+
 def work(seat):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    if not Path(sys.argv[1]).exists():
-        Path(sys.argv[1]).touch()
+    if is_first("worker"):
         raise RuntimeError("a defect")
     os.kill(os.getppid(), signal.SIGTERM)
     signal.sigwait({signal.SIGTERM})
     return 0
 
 log = make_logger("json", sys.stderr, "info")
-sys.exit(Supervisor([Seat(0, 1, (), (), Path("/"), os.pipe())], work, log).run())
+seats = [Seat(0, 1, (), (), Path("/"), os.pipe())]
+sys.exit(Supervisor(seats, work, log, fork=fork).run())
 """
 
 
-async def test_a_worker_that_crashes_is_replaced_even_if_no_other_has_died(tmp_path: Path) -> None:
+async def failing(what: str, directory: Path) -> bytes:
+    """The log of a supervisor one of whose steps fails, once."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-c", CRASHES_ONCE, str(tmp_path / "crashed")),
+        *("-c", FAILS_ONCE, str(directory), what),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
     )
     _, log = await process.communicate()
     assert process.returncode == 0, log
+    return log
+
+
+async def test_a_worker_that_crashes_is_replaced_even_if_no_other_has_died(tmp_path: Path) -> None:
+    log = await failing("worker", tmp_path)
     assert b"RuntimeError: a defect" in log
     assert log.count(b"worker_started") == 2
+
+
+async def test_a_worker_that_cannot_be_forked_is_tried_again(tmp_path: Path) -> None:
+    log = await failing("fork", tmp_path)
+    assert log.count(b"worker_not_started") == log.count(b"worker_started") == 1
 
 
 async def test_workers_that_cannot_start_end_the_supervisor_with_exit_code_1(
