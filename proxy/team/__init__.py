@@ -39,7 +39,8 @@ When the channel ends nothing is remembered any more, and what rested on it is w
 socket in turn, many times a second; the one that gets LOCK opens the store, takes over the files of
 unfinished fills (``store/recovery.py``), and listens. Requests that had no answer yet are asked
 again there. A body that is under way goes on: the follower knows how many bytes its client has
-had, and asks the new leader for the rest of the same digest (``follower.py``). The new leader
+had, asks the new leader for the same digest, and leaves them out (``front.py``); so the last bytes
+of a whole blob wait for the verdict as before, whatever the new leader has of it. The new leader
 has the bytes in the file it took over, hashes them, and continues the fill at their end. Which
 those are in a file that was written out of order, ``store/counted.py`` knows.
 

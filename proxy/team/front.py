@@ -195,9 +195,13 @@ class _Body:
             skip = self._position - (self._answer.span.start if self._answer.span else 0)
 
     async def _again(self) -> BlobAnswer:
-        """The rest, from whoever leads now."""
+        """The rest, from whoever leads now.
+
+        A whole blob is asked for as one, though its beginning is left out here: only a reader that
+        begins at byte 0 never gets past what is verified (D10), however far its client is.
+        """
         wanted = None
-        if self._position or self._first.span is not None:
+        if self._first.span is not None:
             wanted = ByteRange(self._position, None if self._stop is None else self._stop - 1)
         while True:
             try:

@@ -1,6 +1,7 @@
 """Several proxies on one cache: one gate, one set of flights, one cache; hits by each (D15)."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,29 @@ async def test_a_follower_leads_when_the_leader_ends_and_goes_on_with_its_fills(
         assert follower.events("fill_taken_over")[0]["at"] >= MIB // 2
         assert str(digest) in await follower.stored()
         fake.release()
+
+
+async def test_a_body_that_a_new_leader_goes_on_with_waits_for_the_verdict_as_before(
+    tmp_path: Path,
+) -> None:
+    """What had come is lost, the client is far ahead, and the upstream sends wrong bytes now."""
+    size, first = 40 * MIB, 20 * MIB
+    async with pair(tmp_path, upstreams={UPSTREAM: {"segments": 1}}) as (leader, follower, fake):
+        digest = fake.put_blob(NAME, noise(size))
+        fake.script(Fault(Stall(first), kind="blob"))
+        async with RawClient.connected(follower.address) as client:
+            await client.ask(blob_path(digest), headers="Connection: close\n")
+            await fake.stalls.arrived()
+            await client.until(lambda data: len(data) > first - MIB)
+            fake.script(Fault(Corrupt(), kind="blob", times=None))
+            [staging] = await asyncio.to_thread(list, (tmp_path / "staging").iterdir())
+            os.utime(staging, (0, 0))  # as if it were older than the machine's start
+            await leader.proxy.__aexit__(None, None, None)
+            await leading(follower)
+            ending = await client.ending()
+        fake.release()
+        assert (ending, len(client.body) < size) == ("RST", True)
+        assert not follower.events("fill_taken_over")
 
 
 async def test_requests_without_an_answer_are_asked_again_of_the_next_leader(
