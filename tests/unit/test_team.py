@@ -259,7 +259,7 @@ async def test_requests_without_an_answer_are_asked_again_of_the_next_leader(
     tmp_path: Path,
 ) -> None:
     async with pair(tmp_path) as (leader, follower, fake):
-        hold = fake.hold(kind="manifest")
+        hold = fake.hold()
         asked = [
             asyncio.create_task(follower.get(manifest_path("v1"))),
             asyncio.create_task(follower.get(blob_path())),
