@@ -62,7 +62,7 @@ async def test_either_worker_tells_the_sum_of_both(directory: Path) -> None:
 
 
 async def test_whoever_asks_at_the_same_time_is_told_the_same(directory: Path) -> None:
-    """Two Prometheus servers, say: what each worker writes down is written for one after another."""
+    """Two Prometheus servers, say: each worker writes down for one after the other."""
     async with worker(directory, 0, 3) as one, worker(directory, 1, 4) as other:
         for _ in range(20):
             asked = (each.sums() for each in (one, other, one, other))
