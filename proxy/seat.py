@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,3 +21,13 @@ class Seat:
     admin: Sequence[socket.socket]
     directory: Path
     lifeline: tuple[int, int]
+
+
+def is_sibling(pid: int) -> bool:
+    """Is this process a child of our parent? Looks it up in /proc."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    # After the name, which is in parentheses and may hold anything: state, parent, ...
+    return int(status.rpartition(")")[2].split()[1]) == os.getppid()

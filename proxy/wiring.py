@@ -130,9 +130,15 @@ def make_deadlines(settings: Settings) -> Deadlines:
 
 
 def make_roles(
-    settings: Settings, front: Front, lead: Lead, around: Surroundings, log: Logger
+    settings: Settings,
+    front: Front,
+    lead: Lead,
+    around: Surroundings,
+    log: Logger,
+    is_sibling: Callable[[int], bool],
 ) -> Roles:
-    """What makes this process lead or follow; ``lead`` opens what only a leader has."""
+    """What makes this process lead or follow; ``lead`` opens what only a leader has.
+    ``is_sibling`` says which process is another worker of the same supervisor."""
     return Roles(
         front,
         lead=lead,
@@ -144,6 +150,7 @@ def make_roles(
         clock=around.clock,
         beat=around.beat,
         patience=around.role_patience,
+        is_sibling=is_sibling,
     )
 
 

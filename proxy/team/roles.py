@@ -3,8 +3,9 @@
 The loop is the same at the start and whenever the leader has gone: try the lock, else the socket,
 else wait a moment. Whoever gets the lock leads until it ends. At the start it gives up after a
 while, so that a directory held by something that does not listen (another machine, over NFS; a
-process that is stopped) is refused as it would be without all this; later it never gives up,
-because hits are served meanwhile and only the kernel knows when the lock is free.
+process that is stopped) is refused as it would be without all this. It does not give up while a
+worker of the same supervisor holds it, which may need long to open a large store. Later it never
+does, because hits are served meanwhile and only the kernel knows when the lock is free.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ class Roles:
         clock: Callable[[], float] = time.monotonic,
         beat: float = BEAT,
         patience: float = START,
+        is_sibling: Callable[[int], bool] = lambda _: False,
     ) -> None:
         """``settings`` is what leader and follower must have in common, as a hash; ``memory``
-        and ``blob_memory`` are how many bytes of manifests and of small blobs a follower keeps."""
+        and ``blob_memory`` are how many bytes of manifests and of small blobs a follower keeps.
+        ``is_sibling`` says whether a process is another worker of the same supervisor."""
         self._front = front
         self._open = lead
         self._directory = directory
@@ -69,10 +72,11 @@ class Roles:
         self._log = log
         self._beat = beat
         self._patience = patience
+        self._is_sibling = is_sibling
         self._stack = AsyncExitStack()  # what the present role has open
         self._remote: Remote | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._why: Exception | None = None  # no role was found
+        self._why: CacheDirBusy | None = None  # no role was found
 
     async def status(self) -> dict[str, Any]:
         """The leader's, while this process follows. Raises ``LeaderMissing``."""
@@ -90,11 +94,15 @@ class Roles:
                     break
             except Unlike as error:
                 raise CacheDirUnusable(self._directory, f"another process leads: {error}") from None
-            if loop.time() >= end and self._why is not None:
+            if loop.time() >= end and self._why is not None and not await self._waits_for_sibling():
                 raise self._why
             await asyncio.sleep(_pause())
         if not self._front.leads:
             self._watch = asyncio.create_task(self._take_over(), name="roles")
+
+    async def _waits_for_sibling(self) -> bool:
+        pid = None if self._why is None else self._why.pid
+        return pid is not None and await asyncio.to_thread(self._is_sibling, pid)
 
     async def close(self) -> None:
         """Give the role back."""
