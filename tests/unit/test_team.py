@@ -1,7 +1,6 @@
 """Several proxies on one cache: one gate, one set of flights, one cache; hits by each (D15)."""
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
@@ -246,7 +245,7 @@ async def test_a_body_that_a_new_leader_goes_on_with_waits_for_the_verdict_as_be
             await client.until(lambda data: len(data) > first - MIB)
             fake.script(Fault(Corrupt(), kind="blob", times=None))
             [staging] = await asyncio.to_thread(list, (tmp_path / "staging").iterdir())
-            os.utime(staging, (0, 0))  # as if it were older than the machine's start
+            await asyncio.to_thread(staging.unlink)  # so that there is nothing to go on with
             await leader.proxy.__aexit__(None, None, None)
             await leading(follower)
             ending = await client.ending()
