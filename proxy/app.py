@@ -31,7 +31,7 @@ from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
-from proxy.seat import Seat, is_sibling
+from proxy.seat import Seat
 from proxy.status import status_of
 from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
@@ -151,8 +151,7 @@ class Proxy:
         upstreams = make_upstreams(settings)
         self.front = Front(make_deadlines(settings))
         lead = partial(self._lead, upstreams)
-        kin = (lambda _: False) if self._seat is None else is_sibling
-        self.roles = make_roles(settings, self.front, lead, self._around, self.log, kin)
+        self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
         stack.push_async_callback(self.roles.close)
         await self.roles.start()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))

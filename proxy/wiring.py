@@ -18,6 +18,7 @@ from proxy.pull.at_hand import Finder
 from proxy.pull.deadlines import Deadlines, Waits
 from proxy.pull.flight import Flights
 from proxy.pull.prefetch import Prefetch
+from proxy.seat import Seat, is_sibling
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.team.front import Front
@@ -135,10 +136,9 @@ def make_roles(
     lead: Lead,
     around: Surroundings,
     log: Logger,
-    is_sibling: Callable[[int], bool],
+    seat: Seat | None,
 ) -> Roles:
-    """What makes this process lead or follow; ``lead`` opens what only a leader has.
-    ``is_sibling`` says which process is another worker of the same supervisor."""
+    """What makes this process lead or follow; ``lead`` opens what only a leader has."""
     return Roles(
         front,
         lead=lead,
@@ -150,7 +150,7 @@ def make_roles(
         clock=around.clock,
         beat=around.beat,
         patience=around.role_patience,
-        is_sibling=is_sibling,
+        is_sibling=is_sibling if seat is not None else lambda _: False,
     )
 
 
