@@ -253,6 +253,10 @@ class Store:
         """A mark that holds for as long as the blob is held; None when it is not."""
         return None if self.size_of(digest) is None else self._shelf.held.of(digest)
 
+    def none_gone(self) -> Mark:
+        """A mark that holds until any blob is held no more."""
+        return self._shelf.held.all()
+
     async def lease(self, digest: Digest) -> FileLease | None:
         """Open a blob and keep it from eviction; None when it is not held.
 
