@@ -45,6 +45,7 @@ from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 from proxy.web.access import AccessLog
+from proxy.web.descriptors import BASE, for_clients
 from proxy.web.hot import HotPath
 from proxy.web.registry import ClientThrottles
 from proxy.web.rows import Rows
@@ -52,6 +53,7 @@ from proxy.web.server import Proxies
 
 __all__ = [
     "CannotTrust",
+    "client_room",
     "common_settings",
     "make_cap_book",
     "make_clients",
@@ -108,6 +110,12 @@ def upstream_sockets(settings: Settings) -> int:
         len(upstream.urls) * upstream.max_connections + upstream.max_redirect_connections
         for upstream in settings.upstreams.values()
     )
+
+
+def client_room(settings: Settings, limit: int) -> int:
+    """How many connections of clients a process holds at least that may have ``limit`` descriptors;
+    what it has open at its start, and so the exact number, is known only then."""
+    return for_clients(limit, upstream_sockets(settings)).left(BASE)
 
 
 def make_waits(
