@@ -1,4 +1,5 @@
-"""The composition root: with wiring.py the only place that knows the settings and every part.
+"""The composition root: with wiring.py and pulling.py the only place that knows the settings and
+every part.
 
 ``Proxy`` is one running pullpool; two of them live side by side in one process. ``run`` is one for
 the command line: loop, signals, exit code.
@@ -24,13 +25,8 @@ from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.process import begin_collecting, ending, hold_collecting, unheard
-from proxy.pull.asking import PATIENCE_SHARE, Questions
-from proxy.pull.blobs import Blobs
-from proxy.pull.flight import Flights, FlightSettings
-from proxy.pull.manifests import Manifests
-from proxy.pull.permissions import Permissions
-from proxy.pull.serve import Puller
-from proxy.pull.tags import TagBook, TagPolicy
+from proxy.pull.tags import TagBook
+from proxy.pulling import make_deadlines, make_puller
 from proxy.seat import Seat
 from proxy.status import status_of
 from proxy.store.durability import Durability
@@ -39,7 +35,6 @@ from proxy.store.store import Store
 from proxy.surroundings import Surroundings as Surroundings
 from proxy.team.front import Front
 from proxy.team.leader import Leader
-from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Routes, Upstream
 from proxy.web.access import AccessLog
@@ -62,14 +57,11 @@ from proxy.wiring import (
     common_settings,
     make_cap_book,
     make_clients,
-    make_deadlines,
     make_hot_path,
-    make_prefetch,
     make_proxies,
     make_roles,
     make_throttles,
     make_upstreams,
-    make_waits,
     upstream_sockets,
     urls_in_use,
 )
@@ -183,7 +175,10 @@ class Proxy:
         clients = self.clients = await make_clients(
             settings, self.origins, self.metrics, self.log, clock, self._around.environ
         )
-        self.puller = self._puller(clients)
+        self._tags = TagBook(self.store, clock=clock, wall=self._around.wall)
+        self.puller = make_puller(
+            settings, self.store, self._tags, clients, self.metrics, self.log, self._around
+        )
         stack.push_async_callback(self.puller.close)
         if self.is_draining:  # the last leader was done before this process
             self.puller.drain()
@@ -347,68 +342,6 @@ class Proxy:
             listener.replace_tls(await asyncio.to_thread(server_context, files))
 
         return Reloader(files.all, reload, log=self.log)
-
-    def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
-        settings, tags = self.settings, self.settings.tags
-        around, clock = self._around, self._around.clock
-        pause, ticks = around.fill_pause, around.fill_clock
-        policy = TagPolicy(
-            ttl=tags.ttl,
-            stale_while_revalidate=tags.stale_while_revalidate,
-            stale_if_error=tags.stale_if_error,
-            negative_ttl=tags.negative_ttl,
-            upstream_timeout=tags.upstream_timeout,
-            check_deadline=settings.queue.manifest_deadline,
-            immutable=tags.immutable,
-        )
-        self._tags = TagBook(self.store, clock=around.clock, wall=around.wall)
-        queue = settings.queue
-        patience = PATIENCE_SHARE * min(queue.header_deadline, queue.manifest_deadline)
-        waits = make_waits(settings, clients, self.metrics)
-        permissions = Permissions(
-            self.store,
-            proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
-            negative_ttl=tags.negative_ttl,
-            clock=clock,
-        )
-        flights = Flights(
-            store=self.store,
-            settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
-            metrics=self.metrics,
-            log=self.log,
-        )
-        manifests = Manifests(
-            store=self.store,
-            clients=clients,
-            permissions=permissions,
-            book=self._tags,
-            policy=policy,
-            memory=settings.cache.manifest_memory,
-            metrics=self.metrics,
-            log=self.log,
-            clock=around.clock,
-            pause=around.short_pause,
-            patience=patience,
-        )
-        blobs = Blobs(
-            store=self.store,
-            flights=flights,
-            clients=clients,
-            permissions=permissions,
-            waits=waits,
-            memory=settings.cache.blob_memory,
-        )
-        return Puller(
-            clients=clients,
-            manifests=manifests,
-            blobs=blobs,
-            flights=flights,
-            permissions=permissions,
-            listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
-            waits=waits,
-            store=self.store,
-            prefetch=make_prefetch(settings, self.store, flights, clients, self.metrics, clock),
-        )
 
     async def status(self) -> Mapping[str, Any]:
         """What `/api/v1/status` says, figures by the leader. Raises ``LeaderMissing``."""

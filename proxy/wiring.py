@@ -1,5 +1,5 @@
-"""The upstream clients and the deadlines as the settings want them; with app.py the composition
-root."""
+"""The upstream clients and what is around the pull layer, as the settings want it; with app.py and
+pulling.py the composition root."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.at_hand import Finder
-from proxy.pull.deadlines import Deadlines, Waits
-from proxy.pull.flight import Flights
-from proxy.pull.prefetch import Prefetch
 from proxy.seat import Seat, is_sibling
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
@@ -46,6 +43,7 @@ from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 from proxy.web.access import AccessLog
+from proxy.web.descriptors import BASE, for_clients
 from proxy.web.hot import HotPath
 from proxy.web.registry import ClientThrottles
 from proxy.web.rows import Rows
@@ -53,17 +51,15 @@ from proxy.web.server import Proxies
 
 __all__ = [
     "CannotTrust",
+    "client_room",
     "common_settings",
     "make_cap_book",
     "make_clients",
-    "make_deadlines",
     "make_hot_path",
-    "make_prefetch",
     "make_proxies",
     "make_roles",
     "make_throttles",
     "make_upstreams",
-    "make_waits",
     "upstream_sockets",
     "url_states",
     "urls_in_use",
@@ -89,20 +85,6 @@ async def make_clients(
     return clients
 
 
-def make_prefetch(
-    settings: Settings,
-    store: Store,
-    flights: Flights,
-    clients: Mapping[str, MirroredClient],
-    metrics: Metrics,
-    clock: Callable[[], float],
-) -> Prefetch | None:
-    """What fetches before anybody asks, if it is wanted."""
-    if settings.cache.prefetch == "off":
-        return None
-    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
-
-
 def upstream_sockets(settings: Settings) -> int:
     """How many sockets to upstreams may be open at once, to the hosts of their content too."""
     return sum(
@@ -111,23 +93,10 @@ def upstream_sockets(settings: Settings) -> int:
     )
 
 
-def make_waits(
-    settings: Settings, clients: Mapping[str, MirroredClient], metrics: Metrics
-) -> Waits:
-    """The deadlines of every kind of request."""
-    gates = {name: client.label for name, client in clients.items()}
-    return Waits(make_deadlines(settings), metrics=metrics, gates=gates)
-
-
-def make_deadlines(settings: Settings) -> Deadlines:
-    """How long a client waits, for what."""
-    queue = settings.queue
-    return Deadlines(
-        header=queue.header_deadline,
-        blob=queue.blob_deadline,
-        manifest=queue.manifest_deadline,
-        spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
-    )
+def client_room(settings: Settings, limit: int) -> int:
+    """How many connections of clients a process holds at least that may have ``limit`` descriptors;
+    what it has open at its start, and so the exact number, is known only then."""
+    return for_clients(limit, upstream_sockets(settings)).left(BASE)
 
 
 def make_roles(

@@ -29,8 +29,9 @@ from typing import Any, BinaryIO
 from cachetools import LRUCache
 
 from proxy.oci.digest import Digest
-from proxy.store.blobs import FileLease, Layout, open_blob, read_blob
+from proxy.store.blobs import FileLease
 from proxy.store.durability import boot_id, is_marked, was_proved_in
+from proxy.store.files import Layout, open_blob, read_blob
 from proxy.store.marks import Mark, Marks
 from proxy.store.store import Link, LinkKey
 from proxy.store.work import Threads, end_threads, finish

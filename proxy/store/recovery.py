@@ -28,9 +28,9 @@ from pathlib import Path
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
-from proxy.store.blobs import Layout, StagingFile
 from proxy.store.counted import counted_file
 from proxy.store.durability import is_marked
+from proxy.store.files import Layout, StagingFile
 from proxy.store.index import Contents
 from proxy.store.remains import Remains, counting_length, read_staging_name
 

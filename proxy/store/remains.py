@@ -13,8 +13,8 @@ from pathlib import Path
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
-from proxy.store.blobs import StagingFile
 from proxy.store.counted import read_count, remove_count
+from proxy.store.files import StagingFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,19 +25,11 @@ from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import StoreFailed
-from proxy.store.blobs import (
-    Disk,
-    Layout,
-    NoRoom,
-    Staging,
-    StagingFile,
-    StoreFull,
-    hash_file,
-    store_file,
-)
+from proxy.store.blobs import NoRoom, Staging, StoreFull
 from proxy.store.counted import remove_count
 from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
+from proxy.store.files import Disk, Layout, StagingFile, hash_file, store_file
 from proxy.store.index import Index, IndexFailed
 from proxy.store.marks import Marks
 from proxy.store.remains import Remains, reopen, staging_name

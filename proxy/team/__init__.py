@@ -24,9 +24,10 @@ connection. The bytes themselves do not pass the socket: the follower sends them
 
 *Who counts.* A call that is open is a reader of the flight at the leader. It ends with the answer,
 by "stop" when the client has left, or with the channel when the follower has died. Uses of what the
-follower serves by itself are told in lots, for the order of eviction. A file that is evicted while
-a follower sends it stays whole for it: its descriptor outlives the name. A blob that is evicted
-before the follower opens it is a miss, which the leader answers.
+follower serves by itself are told in lots, for the order of eviction, and to a leader that fetches
+ahead which manifests were pulled. A file that is evicted while a follower sends it stays whole for
+it: its descriptor outlives the name. A blob that is evicted before the follower opens it is a miss,
+which the leader answers.
 
 *What a follower remembers.* Links, what is held, manifests and small blobs, and what a tag is: out
 of that it answers as if it led, the hot path included. The leader takes back what is true no more:

@@ -32,10 +32,11 @@ from proxy.pull.reader import FileSpan, Piece
 from proxy.pull.tags import TagKey
 from proxy.store.blobs import FileLease
 from proxy.store.reading import Reading
+from proxy.store.store import LinkKey
 from proxy.store.work import finish
 from proxy.team import wire
 from proxy.team.channel import BEAT, Channel, ChannelClosed, is_own_user
-from proxy.team.frames import MAX_DIGESTS, VERSION, BadFrame, Frame
+from proxy.team.frames import MAX_DIGESTS, MAX_IMAGES, VERSION, BadFrame, Frame
 from proxy.team.fresh import FreshTags
 from proxy.team.wire import LeaderGone
 from proxy.upstream.client import Page
@@ -119,6 +120,11 @@ class Remote:
             reading.lose()
 
     @property
+    def wants_pulls(self) -> bool:
+        """Does the leader fetch ahead, so that it has to hear of pulled manifests?"""
+        return self._hello.result().fields.get("wants_pulls") is True
+
+    @property
     def is_lost(self) -> bool:
         """Has the leader gone?"""
         return self._channel.is_closed
@@ -199,6 +205,14 @@ class Remote:
         with contextlib.suppress(ChannelClosed):
             for start in range(0, len(names), MAX_DIGESTS):
                 self._channel.send("touch", digests=names[start : start + MAX_DIGESTS])
+
+    def pulled(self, images: Iterable[LinkKey]) -> None:
+        """Tell of manifests that were answered here. Nobody waits for what comes of it."""
+        keys = wire.image_keys(images)
+        with contextlib.suppress(ChannelClosed):
+            for start in range(0, len(keys), MAX_IMAGES):
+                self._numbers += 1
+                self._channel.send("pulled", self._numbers, images=keys[start : start + MAX_IMAGES])
 
     # -- calls -----------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ MAX_FIELDS = 256 << 10
 MAX_DATA = 16 << 20
 #: Digests in one frame, at most.
 MAX_DIGESTS = 1000
+#: Images in one frame, at most: a repository's name has 255 characters, an upstream's as many.
+MAX_IMAGES = 250
 #: Descriptors of a frame, at most.
 MAX_FDS = 1
 

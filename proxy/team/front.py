@@ -93,7 +93,7 @@ class Front:
         if self._own is not None:
             return await self._own.manifest(ask, reference, head=head)
         if self._hits is not None:
-            hit = await self._hits.manifest(ask, reference)
+            hit = await self._hits.manifest(ask, reference, head=head)
             if hit is not None:
                 return hit
         until = self._deadlines.short(ask.upstream)
@@ -153,9 +153,13 @@ class _AtHand:
     def __init__(self, front: Front) -> None:
         self._front = front
 
-    def manifest(self, upstream: str, repository: str, reference: Reference) -> Hit | None:
+    def manifest(
+        self, upstream: str, repository: str, reference: Reference, *, head: bool
+    ) -> Hit | None:
         finder = self._front.found_by
-        return None if finder is None else finder.manifest(upstream, repository, reference)
+        if finder is None:
+            return None
+        return finder.manifest(upstream, repository, reference, head=head)
 
     def blob(self, upstream: str, repository: str, digest: Digest, *, head: bool) -> Hit | None:
         finder = self._front.found_by

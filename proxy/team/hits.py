@@ -10,8 +10,8 @@ on what the leader has not taken back (``store/reading.py``, ``fresh.py``). It s
 changes, so an answer here may be as much too late as that word is on its way; and without a leader
 nothing is answered so.
 
-Uses are told to the leader in lots, so that what followers serve is not the first to be evicted. A
-hit here begins no prefetch: the first who asked was the leader's, which has begun it.
+Uses are told to the leader in lots, so that what followers serve is not the first to be evicted;
+and if it fetches ahead, which manifests were pulled, so that it brings what is missing of them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from proxy.pull.at_hand import Finder, Hit
 from proxy.pull.blobs import SMALL, from_memory, stored
 from proxy.pull.tags import Fresh
 from proxy.store.reading import Reading
+from proxy.store.store import LinkKey
 from proxy.team.fresh import FreshTags
 
 #: Seconds in which uses are gathered before they are told.
@@ -47,12 +48,14 @@ class Hits:
         memory: int,
         blob_memory: int = 0,
         touch: Callable[[Collection[Digest]], None],
+        pulled: Callable[[Collection[LinkKey]], None] | None = None,
     ) -> None:
         """``memory`` and ``blob_memory`` are how many bytes of manifests and of small blobs are
-        kept in memory."""
+        kept in memory; ``pulled`` is told of the manifests that were not only asked about."""
         self._reading = reading
         self._tags = tags
         self._touch = touch
+        self._tell_pulled = pulled
         self._memory: LRUCache[Digest, Manifest] = LRUCache(
             memory, getsizeof=lambda manifest: len(manifest.raw)
         )
@@ -60,9 +63,12 @@ class Hits:
         self._blobs: LRUCache[Digest, bytes] = LRUCache(blob_memory, getsizeof=len)
         self.at_hand: Finder = _AtHand(self)
         self._used: set[Digest] = set()
+        self._pulled: set[LinkKey] = set()
         self._telling: asyncio.TimerHandle | None = None
 
-    async def manifest(self, ask: Ask, reference: Reference) -> ManifestAnswer | None:
+    async def manifest(
+        self, ask: Ask, reference: Reference, *, head: bool
+    ) -> ManifestAnswer | None:
         """The manifest, if this repository is known to have it, it is held, and a tag is fresh."""
         digest = reference
         if isinstance(digest, Tag):
@@ -80,7 +86,7 @@ class Hits:
             manifest = Manifest(read[1], read[0], digest)
             if len(manifest.raw) <= self._memory.maxsize:
                 self._memory[digest] = manifest
-        self._use(digest)
+        self._use_manifest(ask.upstream, ask.repository, digest, head=head)
         return ManifestAnswer(
             digest, manifest.media_type, len(manifest.raw), CacheWord.HIT, manifest
         )
@@ -116,7 +122,9 @@ class Hits:
             self._blobs[digest] = data
         return data
 
-    def manifest_at_hand(self, upstream: str, repository: str, reference: Reference) -> Hit | None:
+    def manifest_at_hand(
+        self, upstream: str, repository: str, reference: Reference, *, head: bool
+    ) -> Hit | None:
         """The manifest, if a GET of it is a hit out of memory."""
         name: Fresh | None
         if isinstance(reference, Tag):
@@ -130,7 +138,7 @@ class Hits:
         linked = self._reading.known_link(upstream, repository, name.digest)
         if held is None or linked is None:
             return None
-        self._use(name.digest)
+        self._use_manifest(upstream, repository, name.digest, head=head)
         return Hit(name, len(manifest.raw), manifest.raw, held, linked, manifest.media_type)
 
     def blob_at_hand(
@@ -149,6 +157,11 @@ class Hits:
         self._use(digest)
         return Hit(Fresh(digest), size, body, held, linked)
 
+    def _use_manifest(self, upstream: str, repository: str, digest: Digest, *, head: bool) -> None:
+        self._use(digest)
+        if self._tell_pulled is not None and not head:
+            self._pulled.add((upstream, repository, digest))
+
     def _use(self, digest: Digest) -> None:
         self._used.add(digest)
         if self._telling is None:
@@ -157,6 +170,9 @@ class Hits:
     def _tell(self) -> None:
         used, self._used, self._telling = self._used, set(), None
         self._touch(used)
+        pulled, self._pulled = self._pulled, set()
+        if self._tell_pulled is not None and pulled:
+            self._tell_pulled(pulled)
 
     async def close(self) -> None:
         """Tell what is left, and close the directory."""

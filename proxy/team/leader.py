@@ -118,7 +118,13 @@ class Leader:
             return
         guest = Guest(self, sock, self._beat)
         self._guests.add(guest)
-        guest.channel.send("hello", version=VERSION, settings=self.settings, pid=os.getpid())
+        guest.channel.send(
+            "hello",
+            version=VERSION,
+            settings=self.settings,
+            pid=os.getpid(),
+            wants_pulls=self.puller.wants_pulls,
+        )
 
     def doubt(self, key: TagKey) -> None:
         """No follower may believe any more what it was told of a tag."""
@@ -246,6 +252,9 @@ class _Call:
             if self._frame.kind == "status":
                 self._send("answer", data=json.dumps(self._leader.status()).encode())
                 return
+            if self._frame.kind == "pulled":
+                await self._pulled()
+                return
             handler = handlers.get(self._frame.kind)
             if handler is None:
                 raise BadFrame(f"no call is named {self._frame.kind[:20]!r}")
@@ -284,6 +293,14 @@ class _Call:
         if isinstance(reference, Tag) and answer.warning is None:
             told["fresh"] = self._leader.puller.fresh_for(ask, reference, answer.digest)
         self._send("answer", data=raw, **told)
+
+    async def _pulled(self) -> None:
+        """The follower has answered these manifests; it waits for no answer."""
+        for image in wire.read_images(self._frame.fields, self._leader.upstreams):
+            try:
+                await self._leader.puller.pulled(*image)
+            except PullError as error:  # a guess: whoever asks for its blobs hears of it
+                self._leader.log.debug("not_prefetched", digest=str(image[2]), cause=str(error))
 
     async def _refresh(self, ask: Ask) -> None:
         tag = Tag.parse(str(self._frame.fields.get("reference")))

@@ -166,6 +166,7 @@ class Roles:
                 memory=self._memory,
                 blob_memory=self._blob_memory,
                 touch=remote.touch,
+                pulled=remote.pulled if remote.wants_pulls else None,
             )
             stack.push_async_callback(hits.close)
             remote.tell(reading)

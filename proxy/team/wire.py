@@ -6,7 +6,7 @@ request could. Raises ``BadFrame`` for what does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange, Span
 from proxy.oci.reference import Repository, parse_reference
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer, Timing
+from proxy.store.store import LinkKey
 from proxy.team.frames import BadFrame
 from proxy.upstream.client import Page
 from proxy.upstream.routing import Route, Upstream
@@ -143,6 +144,24 @@ def read_query(fields: Fields) -> tuple[tuple[str, str], ...]:
     except (KeyError, TypeError, ValueError) as error:
         raise BadFrame(f"a query that is none: {error}") from error
     return pairs
+
+
+def image_keys(images: Iterable[LinkKey]) -> list[list[str]]:
+    """Manifests that were pulled, and through which repository."""
+    return [[upstream, repository, str(digest)] for upstream, repository, digest in images]
+
+
+def read_images(fields: Fields, upstreams: Mapping[str, Upstream]) -> list[LinkKey]:
+    """The same images here."""
+    images: list[LinkKey] = []
+    try:
+        for upstream, repository, digest in fields["images"]:
+            if upstream not in upstreams:
+                raise BadFrame("an upstream that is not configured here")
+            images.append((upstream, str(Repository.parse(repository)), Digest.parse(digest)))
+    except (PullError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadFrame(f"images that are none: {error}") from error
+    return images
 
 
 def _text(fields: Fields, name: str) -> str:

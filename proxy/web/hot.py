@@ -30,8 +30,9 @@ the hit no longer good looks for it anew, as at a request of the slow path, and 
 between an eviction and the answer there is either no turn of the loop, or a mark that is seen. In a
 process that follows another one, the step is that in which the leader's word arrives (``team/``).
 
-**Use.** Looking anew counts as a use for the store and for the caches behind it. It is done every
-``RENEW`` seconds at least for what is asked for, so that the order of eviction is right to that.
+**Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
+what is fetched ahead. It is done every ``RENEW`` seconds at least for what is asked for, so that
+the order of eviction is right to that.
 
 **What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
 a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
@@ -137,10 +138,10 @@ class HotPath:
         self, method: str, route: Route, target: Target
     ) -> Callable[[], Hit | None] | None:
         upstream, repository, reference = route.upstream.name, route.repository, target.reference
+        is_head = method == "HEAD"
         if reference is not None and target.kind is Kind.MANIFEST:
-            return partial(self._at_hand.manifest, upstream, repository, reference)
+            return partial(self._at_hand.manifest, upstream, repository, reference, head=is_head)
         if isinstance(reference, Digest) and target.kind is Kind.BLOB:
-            is_head = method == "HEAD"
             return partial(self._at_hand.blob, upstream, repository, reference, head=is_head)
         return None
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from proxy.oci.digest import Digest
-from proxy.store.blobs import Layout
 from proxy.store.durability import Durability
+from proxy.store.files import Layout
 from proxy.store.reading import Reading
 from tests.unit.store_kit import blob, name, opened
 

@@ -4,7 +4,8 @@ import asyncio
 from pathlib import Path
 
 from proxy.oci.digest import Digest
-from proxy.testing import make_image
+from proxy.pull.prefetch import AGAIN
+from proxy.testing import FakeClock, make_image
 from tests.unit.proxy_kit import (
     IMAGE,
     NAME,
@@ -16,7 +17,7 @@ from tests.unit.proxy_kit import (
 )
 from tests.unit.team_kit import leading, pair
 
-SMALL = IMAGE.layers[1]
+LARGE, SMALL = IMAGE.layers
 TAG, MANIFEST = manifest_path("v1"), manifest_path(IMAGE.digest)
 
 
@@ -164,6 +165,64 @@ async def test_hot_hits_of_a_follower_count_as_used(tmp_path: Path) -> None:
         while SMALL.digest not in used:
             assert await is_hot(follower, blob_path(SMALL.digest))
             await asyncio.sleep(0.05)
+
+
+PREFETCH = {"cache": {"prefetch": "manifest"}}
+
+
+async def fetched_ahead(leader: Pullpool, follower: Pullpool, clock: FakeClock) -> float:
+    """A layer is evicted that nothing has brought lately; how many were prefetched until then."""
+    clock.advance(AGAIN + 1)
+    await evicted(leader, follower, LARGE.digest)
+    return leader.count("prefetches_total")
+
+
+async def test_a_hot_hit_of_a_follower_makes_the_leader_fetch_ahead(tmp_path: Path) -> None:
+    clock = FakeClock()
+    async with pair(tmp_path, clock=clock, **PREFETCH) as (leader, follower, fake):
+        await warm(leader, follower)
+        before = await fetched_ahead(leader, follower, clock)
+        assert await is_hot(follower, MANIFEST)
+        await until(lambda: leader.count("prefetches_total") == before + 1)
+        assert str(LARGE.digest) in await leader.stored()
+        assert fake.counters.gets[LARGE.digest] == 2
+
+
+async def test_what_a_follower_answers_by_its_handler_counts_too(tmp_path: Path) -> None:
+    clock, off = FakeClock(), {"hot_path": False}
+    async with pair(tmp_path, clock=clock, **off, **PREFETCH) as (leader, follower, _):
+        await leader.get(TAG)
+        await leader.stored()
+        await follower.get(MANIFEST)
+        before = await fetched_ahead(leader, follower, clock)
+        leader.proxy.puller._manifests._memory.clear()  # a leader that has never seen it
+        assert (await follower.get(MANIFEST)).word == "hit"
+        await until(lambda: leader.count("prefetches_total") == before + 1)
+        await leader.stored()
+
+
+async def test_a_follower_tells_of_no_manifest_that_was_only_asked_about(tmp_path: Path) -> None:
+    async with pair(tmp_path, **PREFETCH) as (leader, follower, _):
+        await leader.get(MANIFEST)
+        await leader.stored()
+        hits, told = follower.proxy.front._hits, list[object]()
+        assert hits is not None
+        hits._tell_pulled = told.append
+        for _ in range(3):
+            assert (await follower.head(MANIFEST)).word == "hit"
+        await until(lambda: not hits._used)
+        assert not told
+        assert (await follower.get(MANIFEST)).word == "hit"
+        await until(lambda: told == [{(UPSTREAM, NAME, IMAGE.digest)}])
+
+
+async def test_a_follower_tells_nothing_to_a_leader_that_does_not_fetch_ahead(
+    tmp_path: Path,
+) -> None:
+    async with pair(tmp_path) as (_, follower, _):
+        hits = follower.proxy.front._hits
+        assert hits is not None
+        assert hits._tell_pulled is None
 
 
 async def test_a_draining_follower_answers_nothing_hot(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange, Span
 from proxy.pull.asks import Ask, CacheWord
 from proxy.team import wire
-from proxy.team.frames import BadFrame
+from proxy.team.frames import MAX_IMAGES, BadFrame, Frame
 from proxy.upstream.routing import Route, Upstream
 
 UP = Upstream("harbor.example.com", "https://harbor.example.com")
@@ -116,6 +116,35 @@ def test_a_range_is_the_same_range(wanted: ByteRange | None) -> None:
 def test_a_range_that_is_none_is_refused(value: object) -> None:
     with pytest.raises(BadFrame):
         wire.read_range(value)
+
+
+def test_images_are_the_same_images() -> None:
+    images = [(UP.name, "team/app", DIGEST), (UP.name, "library/x", Digest.of(b"y"))]
+    fields = over_the_wire({"images": wire.image_keys(images)})
+    assert wire.read_images(fields, KNOWN) == images
+    longest = [("u" * 253, "r" * 255, Digest("sha512", "0" * 128))] * MAX_IMAGES
+    Frame("pulled", 1, {"images": wire.image_keys(longest)}).encode()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        3,
+        [],
+        [UP.name, "team/app"],
+        [UP.name, "team/app", "sha256:no"],
+        [UP.name, "team/app", 3],
+        [UP.name, "../app", str(DIGEST)],
+        [UP.name, 3, str(DIGEST)],
+        ["other.example.com", "team/app", str(DIGEST)],
+        [[], "team/app", str(DIGEST)],
+    ],
+)
+def test_images_that_are_none_are_refused(image: object) -> None:
+    good = [UP.name, "team/app", str(DIGEST)]
+    for fields in ({}, {"images": 3}, {"images": [good, image]}):
+        with pytest.raises(BadFrame):
+            wire.read_images(fields, KNOWN)
 
 
 def test_only_listings_that_there_are_can_be_asked_for() -> None:
