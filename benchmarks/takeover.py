@@ -55,7 +55,7 @@ class Size:
     rate: int
 
 
-FULL, FAST = Size(128 * MIB, 32 * MIB), Size(16 * MIB, 16 * MIB)
+FULL, FAST = Size(128 * MIB, 32 * MIB), Size(16 * MIB, 4 * MIB)
 
 MEASURES = (
     seconds("leads", "leads", ratio=False),

@@ -2,8 +2,8 @@
 
 `python -m benchmarks workers` measures pullpool only, with one worker and with two in turn: wrk
 asks for a held manifest by digest over 64 connections, answered by the hot path and again, with
-that turned off, by aiohttp's handler; and for a large held blob over 8. Then the leader of two
-workers is killed while it fills a blob for the other one's client (`takeover.py`).
+that turned off, by aiohttp's handler; a crowd asks for a large held blob over 8. Then the leader of
+two workers is killed while it fills a blob for the other one's client (`takeover.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from benchmarks import takeover
 from benchmarks.board import Board, Measure, Played, count, megabytes, per_second, play_in_turn
 from benchmarks.images import make_image
-from benchmarks.load import Want
-from benchmarks.parts import KIB, MIB, cpu_seconds, settled
+from benchmarks.load import Answer, Plan, Want
+from benchmarks.parts import KIB, LOOPBACK, MIB, cpu_seconds, settled
+from benchmarks.rounds import unleash
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
 from benchmarks.subjects import Front, Place, Subject, pullpool
@@ -29,17 +30,19 @@ from benchmarks.wrk import wrk
 
 CAP = 16
 SMALL_CONNECTIONS, LARGE_CONNECTIONS = 64, 8
+TICK = 0.01  # seconds; less CPU than that cannot be told from none
 
 ABOUT = """\
 pullpool alone, with one worker and with two in turn, access logs on. wrk asks for a held manifest
 by digest over 64 connections, always in the same bytes: once of the hot path, once (`hot_path =
-false`) of aiohttp's handler; and for a large held blob over 8. CPU is that of all processes of the
-service: the supervisor, the workers, and those that have ended. wrk has one thread, makes its
-request once and runs no script while it asks, but it shares the two cores; *cores* and *wrk's
-cores* say how many the service and wrk kept busy. Through the handler wrk takes little of them, and
-the second worker shows in the rate. The hot path and the blob keep wrk so busy that together with
-one worker it fills both cores: what a second worker could do is not to be had there, and only what
-a CPU-second does compares.
+false`) of aiohttp's handler. Then clients ask for a large held blob over 8 connections, again and
+again, and have the kernel drop the bytes unread; their rate is that until the first of them has had
+all it wants. CPU is that of all processes of the service: the supervisor, the workers, and those
+that have ended. The clients share the cores with them, as cheaply as can be: wrk has one thread,
+makes its request once and runs no script while it asks. How many cores the service and the clients
+kept busy stands beside each rate; what the clients take a second worker cannot have. Beside
+aiohttp's handler that is little, so that there the rate shows what the second one brings; else it
+is much, and what a CPU-second does says more.
 
 *Takeover*: a client pulls a cold blob through the worker that follows, from the bundled registry,
 slowly: over one connection, in order, and over eight. Once the registry has sent a quarter of it
@@ -52,14 +55,16 @@ that it sends and the requests beyond its limit, which is the cap.
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Layers that the manifest names, bytes of the blob, and seconds of each load."""
+    """Layers that the manifest names and seconds that it is asked for, bytes of the blob and how
+    often each client asks for it."""
 
     layers: int
-    blob: int
     lasting: float
+    blob: int
+    each: int
 
 
-FULL, FAST = Size(8, 64 * MIB, 4.0), Size(8, 2 * MIB, 1.0)
+FULL, FAST = Size(8, 4.0, 64 * MIB, 16), Size(8, 1.0, 2 * MIB, 32)
 
 
 def two_workers(place: Place) -> AbstractContextManager[Front]:
@@ -72,7 +77,7 @@ TWO = Subject("pullpool", "pullpool, two workers", "", two_workers)
 
 def _beside_cores(rate: Measure, economy: Measure, key: str) -> Sequence[Measure]:
     cores = Measure(f"{key}_cores", "cores", "", ratio=False)
-    return rate, economy, cores, Measure(f"{key}_wrk_cores", "wrk's cores", "", ratio=False)
+    return rate, economy, cores, Measure(f"{key}_client_cores", "clients' cores", "", ratio=False)
 
 
 def _requests(key: str) -> Sequence[Measure]:
@@ -95,26 +100,50 @@ def _waited_for() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def load(
-    front: Front, want: Want, connections: int, lasting: float, *, each: int = 1
-) -> dict[str, float]:
-    """One load's numbers; rate and economy in requests, each of which counts `each`.
-
-    Raises PartFailed.
-    """
+def ask(front: Front, want: Want, lasting: float) -> dict[str, float]:
+    """wrk's numbers of a manifest. Raises PartFailed."""
     assert front.part is not None
     fetch(front, want)
     before, ended = settled(front.part), _waited_for()
-    done = wrk(front.port, want.path, connections=connections, lasting=lasting)
+    done = wrk(front.port, want.path, connections=SMALL_CONNECTIONS, lasting=lasting)
     front.part.check()
-    spent, spent_by_wrk = cpu_seconds(front.part.pid) - before, _waited_for() - ended
+    spent, client = cpu_seconds(front.part.pid) - before, _waited_for() - ended
     return {
-        "rate": each * done.requests / done.seconds,
-        "economy": each * done.requests / spent,
+        "rate": done.requests / done.seconds,
+        "economy": done.requests / max(TICK, spent),
         "cores": spent / done.seconds,
-        "wrk_cores": spent_by_wrk / done.seconds,
+        "client_cores": client / done.seconds,
         "failed": done.failed,
     }
+
+
+def carry(front: Front, want: Want, each: int) -> dict[str, float]:
+    """A crowd's numbers of a blob, in bytes. Raises PartFailed."""
+    assert front.part is not None
+    fetch(front, want)
+    before = settled(front.part)
+    crowd = (want,) * LARGE_CONNECTIONS
+    report = unleash(Plan(LOOPBACK, front.port, crowd, verify=False, each=each))
+    front.part.check()
+    spent = cpu_seconds(front.part.pid) - before
+    wall = max(answer.ended for answer in report.answers)
+    return {
+        "rate": steady_rate(report.answers),
+        "economy": sum(answer.size for answer in report.answers) / max(TICK, spent),
+        "cores": spent / wall,
+        "client_cores": report.cpu / wall,
+        "failed": sum(not answer.is_served for answer in report.answers),
+    }
+
+
+def steady_rate(answers: Sequence[Answer]) -> float:
+    """Bytes a second while all clients were there, of the answers that were done by then: two
+    workers may have more of the clients and less, and the one with less is done early."""
+    ends: dict[int, float] = {}
+    for answer in answers:
+        ends[answer.client] = max(answer.ended, ends.get(answer.client, 0.0))
+    first = min(ends.values())
+    return sum(answer.size for answer in answers if answer.ended <= first) / first
 
 
 def play(
@@ -132,11 +161,11 @@ def play(
         (directory / name).mkdir()
     place = Place(upstream, CAP, directory / "hot", access_log=True)
     with subject.start(place) as front:
-        note("hot", load(front, manifest, SMALL_CONNECTIONS, size.lasting))
-        note("blob", load(front, blob, LARGE_CONNECTIONS, size.lasting, each=blob.size))
+        note("hot", ask(front, manifest, size.lasting))
+        note("blob", carry(front, blob, size.each))
     place = replace(place, directory=directory / "handler", settings="hot_path = false")
     with subject.start(place) as front:
-        note("handler", load(front, manifest, SMALL_CONNECTIONS, size.lasting))
+        note("handler", ask(front, manifest, size.lasting))
         return Played(values, front.configuration)
 
 

@@ -1,4 +1,4 @@
-"""The death of a leader as a benchmark sees it: whose a connection is, what came, and when."""
+"""Workers as a benchmark sees them: their rate, whose a connection is, the death of a leader."""
 
 from __future__ import annotations
 
@@ -17,13 +17,26 @@ from pathlib import Path
 import pytest
 
 from benchmarks.board import Board, Played
+from benchmarks.load import Answer
 from benchmarks.takeover import CONNECTIONS, FAST, Log, Pulled, Scene, figures_of, holder, promises
 from benchmarks.takeover import pull as pull_over
 from benchmarks.upstreams import Tally
+from benchmarks.workers import steady_rate
 from proxy.testing import Cut, FakeRegistry, Fault
 from tests.unit.fake_kit import IMAGE, LAYER
 
 PATH = f"/v2/{IMAGE.name}/blobs/{LAYER.digest}"
+
+
+def answer(client: int, ended: float, size: int) -> Answer:
+    return Answer(client, "blob", 200, "", size, 0.0, 0.0, ended)
+
+
+def test_a_rate_is_that_until_the_first_client_has_had_all_it_wants() -> None:
+    # The second client is alone from 2 s on; what it has begun by then is not counted either.
+    quick = [answer(0, 1.0, 100), answer(0, 2.0, 100)]
+    slow = [answer(1, 1.5, 100), answer(1, 3.0, 100)]
+    assert steady_rate([*quick, *slow]) == 150
 
 
 @contextmanager
