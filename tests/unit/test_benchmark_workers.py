@@ -63,8 +63,9 @@ def test_a_connection_may_be_at_a_child_of_the_process() -> None:
         accepted, _ = listener.accept()
         with accepted, subprocess.Popen(wait, stdin=accepted.fileno()) as child:
             accepted.close()
-            assert holder(connection, os.getpid()) == child.pid
-            connection.sock.shutdown(socket.SHUT_WR)
+            found = holder(connection, os.getpid())
+            connection.sock.shutdown(socket.SHUT_WR)  # it ends, whatever was found
+            assert found == child.pid
 
 
 async def pull(registry: FakeRegistry) -> Pulled:
