@@ -48,7 +48,6 @@ keep-alive time of aiohttp counts from the last answer, so it is moved on here.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable
@@ -67,7 +66,7 @@ from proxy.pull.at_hand import Finder, Hit
 from proxy.upstream.routing import Route
 from proxy.web.access import AccessLog, Visit
 from proxy.web.forwarded import Network, client_address
-from proxy.web.plain import Head, has_secret, is_plain_line, parse_head, settled
+from proxy.web.plain import Head, Stencil, has_secret, is_plain_line, parse_head, settled
 from proxy.web.prepared import Entry, Prepared, Table
 from proxy.web.registry import content_headers, contract_headers
 from proxy.web.rows import Row, Rows
@@ -80,6 +79,8 @@ RENEW = 1.0
 MOST = 64 << 10
 #: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
 MAX_HEADS, MAX_TYPES = 1024, 64
+#: Bytes of a head that a connection remembers, at most, to compare others with it.
+MAX_STENCIL = 2 << 10
 _END = b"\r\n\r\n"
 _MASK = (1 << 64) - 1
 
@@ -113,7 +114,7 @@ class HotPath:
         self.heads: dict[bytes, Head] = {}
         self._seen = [0] * MAX_HEADS
         self._second = -1
-        self._date = ""
+        self._date = b""
 
     def __repr__(self) -> str:
         return f"<HotPath {self.table} {len(self.heads)} heads {self.rows}>"
@@ -169,13 +170,10 @@ class HotPath:
         unchanged = prepared("304 Not Modified", b"") if kind is Kind.MANIFEST else None
         return Entry(hit, again, self.clock() + RENEW, whole, unchanged)
 
-    def find(self, line: bytes, rest: bytes, now: float) -> Answer | None:
-        """The answer to a request line and the rest of its head; None: ask the slow path."""
+    def find(self, line: bytes, head: Head, now: float) -> Prepared | None:
+        """The answer to a request line with this head; None: ask the slow path."""
         entry = self.table.entries.get(line)
         if entry is None:
-            return None
-        head = self.heads.get(rest) or self.head(rest)
-        if head is None:
             return None
         hit, name = entry.hit, entry.hit.name
         if (
@@ -184,14 +182,15 @@ class HotPath:
             or now - name.checked >= name.ttl
         ) and not self._renewed(line, entry, now):
             return None
-        if hit.media_type is not None and not self._takes(head, hit.media_type):
-            return None
+        if hit.media_type is not None:
+            takes = head.takes.get(hit.media_type)
+            if not (self._takes(head, hit.media_type) if takes is None else takes):
+                return None
         if head.if_none_match is None:
-            return entry.whole, head
+            return entry.whole
         if entry.unchanged is None:
             return None
-        is_unchanged = etag_matches(head.if_none_match, hit.digest)
-        return (entry.unchanged if is_unchanged else entry.whole), head
+        return entry.unchanged if etag_matches(head.if_none_match, hit.digest) else entry.whole
 
     def find_all(self, data: bytes, now: float) -> tuple[list[Answer], int]:
         """The answers to the first of several plain requests, and how many bytes those were."""
@@ -199,11 +198,12 @@ class HotPath:
         done = size = 0
         while done < len(data) and size < MOST:
             end, eol = data.find(_END, done) + 4, data.find(b"\r\n", done)
-            answer = self.find(data[done:eol], data[eol:end], now)
-            if answer is None:
+            head = self.head(data[eol:end])
+            answer = None if head is None else self.find(data[done:eol], head, now)
+            if head is None or answer is None:
                 break
-            found.append(answer)
-            done, size = end, size + answer[0].size
+            found.append((answer, head))
+            done, size = end, size + answer.size
         return found, done
 
     def _renewed(self, line: bytes, entry: Entry, now: float) -> bool:
@@ -218,15 +218,16 @@ class HotPath:
 
     @staticmethod
     def _takes(head: Head, media_type: str) -> bool:
-        takes = head.takes.get(media_type)
-        if takes is None:
-            if len(head.takes) >= MAX_TYPES:
-                head.takes.clear()
-            takes = head.takes[media_type] = acceptable(media_type, head.accept)
+        if len(head.takes) >= MAX_TYPES:
+            head.takes.clear()
+        takes = head.takes[media_type] = acceptable(media_type, head.accept)
         return takes
 
     def head(self, rest: bytes) -> Head | None:
-        """Read a head that is not known as it stands; None when it is not plain."""
+        """Read a head; None when it is not plain."""
+        known = self.heads.get(rest)
+        if known is not None:
+            return known
         left = settled(rest)
         if left is None:
             return None
@@ -262,12 +263,11 @@ class HotPath:
 
     # -- what differs ----------------------------------------------------------------------
 
-    def date(self, wall: float) -> str:
+    def date(self, wall: float) -> bytes:
         """The last header with the empty line, for this second."""
-        second = int(wall)
-        if second != self._second:
-            self._second = second
-            self._date = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n"
+        if not 0.0 <= wall - self._second < 1.0:
+            self._second = int(wall)
+            self._date = f"Date: {formatdate(self._second, usegmt=True)}\r\n\r\n".encode()
         return self._date
 
     def row(self, prepared: Prepared, head: Head, peer: str, user: str | None) -> Row:
@@ -302,10 +302,15 @@ class _Hot(ClientProtocol):
         "_has_given",
         "_held",
         "_hot",
+        "_last",
         "_last_head",
+        "_last_line",
         "_last_prepared",
+        "_last_unlike",
         "_peer_and_user",
         "_row",
+        "_row_head",
+        "_stencil",
     )
 
     def __init__(self, hot: HotPath, *args: Any, **options: Any) -> None:
@@ -314,9 +319,16 @@ class _Hot(ClientProtocol):
         self._has_given = False  # anything to aiohttp
         self._held: list[bytes] = []  # received, and neither answered nor given
         self._peer_and_user: tuple[str, str | None] | None = None
-        # What was answered last, for which head, and its row: most ask the same again.
+        # The last request whose head was known as it stands: most ask the same again.
+        self._last = b""
+        self._last_line = b""
+        self._last_head: Head
+        # The last head that was not, and what others like it have in common (see ``_read``).
+        self._last_unlike: tuple[bytes, Head] | None = None
+        self._stencil: tuple[Stencil, Head] | None = None
+        # What was answered last, for which head, and its row in the log.
         self._last_prepared: Prepared | None = None
-        self._last_head: Head | None = None
+        self._row_head: Head | None = None
         self._row: Row
 
     def data_received(self, data: bytes) -> None:
@@ -358,48 +370,70 @@ class _Hot(ClientProtocol):
             return
         done = 0
         if not self._paused and not hot.is_draining():
-            began, wall, eol = hot.clock(), time.time(), data.find(b"\r\n")
-            rest = data[eol:]
-            found: list[Answer] = []
-            # What is known as a head ends with the empty line and holds no other.
-            if rest in hot.heads or data.find(_END) + 4 == len(data):
-                answer = hot.find(data[:eol], rest, began)
+            began = hot.clock()
+            line, head = self._read(hot, data)
+            if head is not None:
+                answer = hot.find(line, head, began)
                 if answer is not None:
-                    found, done = [answer], len(data)
-            elif hot.are_plain(data):
+                    self._say(hot, answer, head, began)
+                    return
+            elif data.find(_END) + 4 != len(data) and hot.are_plain(data):
                 # Else none: aiohttp answers nothing that came together with what is malformed.
                 found, done = hot.find_all(data, began)
-            if found:
-                self._say(hot, self.transport, found, began, wall)
+                for answer, head in found:
+                    self._say(hot, answer, head, began)
         if done < len(data):
             self._give(hot, data[done:])
 
-    def _say(
-        self,
-        hot: HotPath,
-        transport: asyncio.Transport,
-        found: list[Answer],
-        began: float,
-        wall: float,
-    ) -> None:
-        """Send these answers, count them, note them for the log."""
-        date, out, names = hot.date(wall), [], []
-        for prepared, _ in found:
-            hot.number = number = (hot.number + 1) & _MASK
-            name = "%016x" % number  # noqa: UP031 -- half of what an f-string takes
-            names.append(name)
-            out.append(f"{prepared.first}{name}{prepared.second}{date}".encode())
-            out.append(prepared.body)
-        transport.write(b"".join(out))
+    def _read(self, hot: HotPath, data: bytes) -> tuple[bytes, Head | None]:
+        """The request line and the head, if this is one whole request and its head is plain.
+
+        In the order of what it costs: the same bytes as before; a head that is known (which ends
+        with the empty line and holds no other); one that differs from the last two in one value
+        that does not matter; any other."""
+        if data == self._last:
+            return self._last_line, self._last_head
+        eol = data.find(b"\r\n")
+        line, rest = data[:eol], data[eol:]
+        head = hot.heads.get(rest)
+        if head is not None:  # it holds no secret: else it would not be known
+            self._last, self._last_line, self._last_head = data, line, head
+        elif self._stencil is not None and self._stencil[0].fits(rest):
+            head = self._stencil[1]
+        elif data.find(_END) + 4 == len(data) and line in hot.table.entries:
+            head = hot.head(rest)
+            if head is not None and len(rest) <= MAX_STENCIL:
+                self._compare(rest, head)
+        return line, head
+
+    def _compare(self, rest: bytes, head: Head) -> None:
+        """Two heads in a row that come to the same: has the next one to differ from them only where
+        they differ from one another?"""
+        before, self._last_unlike = self._last_unlike, (rest, head)
+        if before is not None and before[1] is head:
+            stencil = Stencil.of(before[0], rest)
+            self._stencil = None if stencil is None else (stencil, head)
+        if has_secret(rest):
+            self._last_unlike = None
+
+    def _say(self, hot: HotPath, prepared: Prepared, head: Head, began: float) -> None:
+        """Send this answer, count it, note it for the log."""
+        if self.transport is None:
+            return
+        wall = time.time()
+        hot.number = number = (hot.number + 1) & _MASK
+        name = "%016x" % number  # noqa: UP031 -- half of what an f-string takes
+        body = prepared.body
+        parts = prepared.first, name.encode(), prepared.second, hot.date(wall), body
+        self.transport.write(b"".join(parts))
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         seconds, rows = hot.clock() - began, hot.rows
-        for (prepared, head), name in zip(found, names, strict=True):
-            hot.metrics.count_hot(prepared.tally, seconds, len(prepared.body))
-            if rows.is_on:
-                if prepared is not self._last_prepared or head is not self._last_head:
-                    self._last_prepared, self._last_head = prepared, head
-                    self._row = hot.row(prepared, head, *self._whom())
-                rows.note(self._row, name, wall, seconds)
+        hot.metrics.count_hot(prepared.tally, seconds, len(body))
+        if rows.is_on:
+            if prepared is not self._last_prepared or head is not self._row_head:
+                self._last_prepared, self._row_head = prepared, head
+                self._row = hot.row(prepared, head, *self._whom())
+            rows.note(self._row, name, wall, seconds)
 
     def _whom(self) -> tuple[str, str | None]:
         """Who is at the other end: the same for all its requests."""
