@@ -277,12 +277,17 @@ def sheet(scene: Scene) -> Sheet:
 
 
 def promises(scene: Scene) -> Iterator[Promise]:
-    """Another one leads soon and goes on, and the client never knows; in the worst round."""
+    """Another one leads soon and goes on, and the client never knows; in the worst round.
+
+    Of a blob that came in several parts at once only what has no gap before it counts for the next
+    leader, so how much comes again depends on where its parts stood: that is shown, not promised.
+    """
     leads, goes_on, _, upstream, refused, failed = MEASURES
+    in_order = [(upstream, "bytes of the upstream", 1.1)] if scene.cap == 1 else []
     for measure, what, most in (
         (leads, "a killed leader is replaced", 2.0),
         (goes_on, "what it filled goes on", 2.0),
-        (upstream, "bytes of the upstream", 1.1),
+        *in_order,
         (refused, "requests beyond the upstream's limit", 0),
         (failed, "pulls that failed", 0),
     ):

@@ -42,7 +42,7 @@ from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
 from proxy.web.descriptors import Descriptors, for_clients, raise_limit
-from proxy.web.hot import HotServer
+from proxy.web.hot_server import HotServer
 from proxy.web.listener import Listener, listening
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh

@@ -24,7 +24,7 @@ from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.clients import Clients
 from proxy.web.forwarded import Network
-from proxy.web.hot import HotServer
+from proxy.web.hot_server import HotServer
 from proxy.web.registry import Registry
 from proxy.wiring import make_hot_path
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, pulling
