@@ -19,8 +19,7 @@ from benchmarks import results
 from benchmarks.parts import PROJECT, PartFailed, ended_by_signals, environment
 from benchmarks.scenario import Findings, Options
 
-#: In the order of the page; each is a module of this package (see `benchmarks.scenario`). One with
-#: several worker processes will stand behind `scale`.
+#: In the order of the page; each is a module of this package (see `benchmarks.scenario`).
 SCENARIOS = (
     "warm",
     "manifests",
@@ -31,6 +30,7 @@ SCENARIOS = (
     "image",
     "memory",
     "scale",
+    "workers",
     "overload",
     "fairness",
 )

@@ -121,24 +121,26 @@ class Board:
         ]
         return statistics.median(found) if found else None
 
-    def sheet(self, title: str, measures: Sequence[Measure], caption: str = "") -> Sheet:
+    def sheet(
+        self, title: str, measures: Sequence[Measure], caption: str = "", rival: str = RIVAL
+    ) -> Sheet:
         """One row for each subject; those that did not run say why."""
         columns = ["in front"]
         for measure in measures:
-            columns += [measure.title, f"{TIMES} {RIVAL}"] if measure.ratio else [measure.title]
-        rows = [(name, self._cells(key, measures)) for key, name in self.titles.items()]
+            columns += [measure.title, f"{TIMES} {rival}"] if measure.ratio else [measure.title]
+        rows = [(name, self._cells(key, measures, rival)) for key, name in self.titles.items()]
         return Sheet(
             title, tuple(columns), tuple((name, *cells) for name, cells in rows), caption=caption
         )
 
-    def _cells(self, subject: str, measures: Sequence[Measure]) -> Iterator[str]:
+    def _cells(self, subject: str, measures: Sequence[Measure], rival: str) -> Iterator[str]:
         for number, measure in enumerate(measures):
             found = self.all(subject, measure.key)
             worst = max(found) if found else None
             value = worst if measure.worst else self.median(subject, measure.key)
             yield measure.text(value) if number else self._first_cell(subject, measure, value)
             if measure.ratio:
-                yield times(self.ratio(subject, measure.key))
+                yield times(self.ratio(subject, measure.key, rival))
 
     def _first_cell(self, subject: str, measure: Measure, value: float | None) -> str:
         """The number, or why there is none."""

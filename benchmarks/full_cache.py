@@ -16,7 +16,7 @@ from benchmarks.containerd import NAME
 from benchmarks.images import CONFIG_TYPE, LAYER_TYPE, MANIFEST_TYPE
 from benchmarks.load import Want
 from proxy.oci.digest import Digest
-from proxy.store.blobs import Layout
+from proxy.store.files import Layout
 from proxy.store.index import Index
 
 USED = 1_700_000_000_000_000  # microseconds since the epoch; any moment of the past will do

@@ -195,6 +195,7 @@ def pullpool(place: Place) -> Iterator[Front]:
         port=port,
         admin=admin,
         log="",
+        settings="",
         tls="",
         directory=directory,
         size=place.cache_size,

@@ -47,7 +47,8 @@ class Front:
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a subject runs: before which upstream (its port), with how many connections to it
-    where that can be said, and in which directory. With a certificate it speaks TLS."""
+    where that can be said, and in which directory. With a certificate it speaks TLS. `settings` are
+    further lines of pullpool's configuration."""
 
     upstream: int
     cap: int
@@ -55,6 +56,7 @@ class Place:
     certificate: Certificate | None = None
     access_log: bool = False
     cache_size: str = "20GiB"
+    settings: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ def pullpool(place: Place) -> Iterator[Front]:
         port=port,
         admin=admin,
         log="" if place.access_log else 'log_level = "warning"',
+        settings=place.settings,
         tls=tls,
         directory=directory,
         size=place.cache_size,

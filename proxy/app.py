@@ -1,4 +1,5 @@
-"""The composition root: with wiring.py the only place that knows the settings and every part.
+"""The composition root: with wiring.py and pulling.py the only place that knows the settings and
+every part.
 
 ``Proxy`` is one running pullpool; two of them live side by side in one process. ``run`` is one for
 the command line: loop, signals, exit code.
@@ -12,11 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from proxy import __version__
@@ -24,46 +24,45 @@ from proxy.config import HostPort, Settings
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
-from proxy.process import begin_collecting, hold_collecting, signals
-from proxy.pull.asking import PATIENCE_SHARE, Pause, Questions, short_pause
-from proxy.pull.blobs import Blobs
-from proxy.pull.flight import Flights, FlightSettings
-from proxy.pull.manifests import Manifests
-from proxy.pull.permissions import Permissions
-from proxy.pull.serve import Puller
-from proxy.pull.tags import TagBook, TagPolicy
+from proxy.process import begin_collecting, ending, hold_collecting, unheard
+from proxy.pull.tags import TagBook
+from proxy.pulling import make_deadlines, make_puller
+from proxy.seat import Seat
+from proxy.status import status_of
 from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
 from proxy.store.store import Store
-from proxy.upstream.budget import RetryBudget
-from proxy.upstream.mirrored import MirroredClient
+from proxy.surroundings import Surroundings as Surroundings
+from proxy.team.front import Front
+from proxy.team.leader import Leader
 from proxy.upstream.origins import Origins
-from proxy.upstream.routing import Routes
+from proxy.upstream.routing import Routes, Upstream
 from proxy.web.access import AccessLog
-from proxy.web.admin import Admin
+from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients
-from proxy.web.descriptors import Descriptors, current_limit, for_clients, raise_limit
-from proxy.web.hot import HotServer
+from proxy.web.descriptors import Descriptors, for_clients, raise_limit
+from proxy.web.hot_server import HotServer
 from proxy.web.listener import Listener, listening
 from proxy.web.passwords import Passwords, read_htpasswd
 from proxy.web.refresh import Refresh
 from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import AdminRunner, RegistryRunner
+from proxy.web.siblings import Siblings
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
     CannotTrust,
+    common_settings,
     make_cap_book,
     make_clients,
     make_hot_path,
-    make_prefetch,
     make_proxies,
+    make_roles,
     make_throttles,
-    make_waits,
+    make_upstreams,
     upstream_sockets,
-    url_states,
     urls_in_use,
 )
 
@@ -73,24 +72,6 @@ KEEPALIVE = 75.0
 MAX_HEAD = 16 << 10
 #: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
 CANCEL_PATIENCE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a proxy takes from the world around it, so that tests can bring their own.
-
-    ``clock`` is monotonic, a fill's too, ``wall`` since the epoch, in seconds; the pauses give the
-    seconds before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
-    """
-
-    clock: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    short_pause: Pause = short_pause
-    fill_pause: Pause = FlightSettings().pause
-    fill_clock: Callable[[], float] = time.monotonic
-    budget: Callable[[], RetryBudget] = RetryBudget
-    descriptors: Callable[[], int] = current_limit  # how many may be open
 
 
 class Proxy:
@@ -103,6 +84,7 @@ class Proxy:
         log: Logger | None = None,
         metrics: Metrics | None = None,
         around: Surroundings | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -112,6 +94,7 @@ class Proxy:
         self.is_draining = False
         self._is_started = False
         self._around = around or Surroundings()
+        self._seat = seat
         self._stack = contextlib.AsyncExitStack()
         self.listener: Listener | None = None
         self.certificates: Reloader | None = None
@@ -142,7 +125,8 @@ class Proxy:
         """Take no new work: ``/readyz`` turns to 503, new pulls are sent away."""
         self.is_draining = True
         self.metrics.draining.set(1)
-        self.puller.drain()
+        if self.front.leads:
+            self.puller.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -154,8 +138,33 @@ class Proxy:
         return True
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        settings, clock = self.settings, self._around.clock
+        settings = self.settings
         self.metrics.build_info.info({"version": __version__})
+        upstreams = make_upstreams(settings)
+        self.front = Front(make_deadlines(settings))
+        lead = partial(self._lead, upstreams)
+        self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
+        stack.push_async_callback(self.roles.close)
+        await self.roles.start()
+        watch = await stack.enter_async_context(LoopWatch(self.metrics))
+        routes = Routes(upstreams, settings.default_upstream)
+        self.admin_address = await self._serve_admin(stack, watch, routes)
+        self.address = await self._serve_registry(stack, routes)
+        self._is_started = True
+        self.log.info(
+            "serving",
+            listen=str(self.address),
+            admin=str(self.admin_address),
+            upstreams=sorted(settings.upstreams),
+            max_clients=self.listener.state().limit if self.listener else 0,
+            cache=str(settings.cache.dir),
+        )
+
+    async def _lead(
+        self, upstreams: Sequence[Upstream], stack: contextlib.AsyncExitStack
+    ) -> Leader:
+        """Open what one process of a cache directory has. Raises ``CacheDirBusy`` if not this."""
+        settings, clock = self.settings, self._around.clock
         self.store = await self._open_store(stack)
         caps = await make_cap_book(self.store, clock)
         stack.push_async_callback(caps.close)
@@ -166,23 +175,27 @@ class Proxy:
         clients = self.clients = await make_clients(
             settings, self.origins, self.metrics, self.log, clock, self._around.environ
         )
-        self.puller = self._puller(clients)
-        stack.push_async_callback(self.puller.close)
-        self._observe()
-        watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        upstreams = [client.upstream for client in clients.values()]
-        routes = Routes(upstreams, settings.default_upstream)
-        self.admin_address = await self._serve_admin(stack, watch, routes)
-        self.address = await self._serve_registry(stack, routes)
-        self._is_started = True
-        self.log.info(
-            "serving",
-            listen=str(self.address),
-            admin=str(self.admin_address),
-            upstreams=sorted(clients),
-            max_clients=self.listener.state().limit if self.listener else 0,
-            cache=str(settings.cache.dir),
+        self._tags = TagBook(self.store, clock=clock, wall=self._around.wall)
+        self.puller = make_puller(
+            settings, self.store, self._tags, clients, self.metrics, self.log, self._around
         )
+        stack.push_async_callback(self.puller.close)
+        if self.is_draining:  # the last leader was done before this process
+            self.puller.drain()
+        self._observe()
+        self.leader = Leader(
+            self.puller,
+            upstreams=upstreams,
+            settings=common_settings(settings),
+            touch=self.store.touch,
+            status=self._leader_status,
+            hand_over=self.store.hand_over,
+            log=self.log,
+            beat=self._around.beat,
+        )
+        self._tags.on_doubt = self.leader.doubt
+        self.store.tell(gone=self.leader.gone, unlinked=self.leader.unlinked)
+        return self.leader
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
@@ -203,6 +216,7 @@ class Proxy:
             metrics=self.metrics,
             log=self.log,
             wall=self._around.wall,
+            resume=True,
         )
         stack.push_async_callback(store.close)
         return store
@@ -211,6 +225,7 @@ class Proxy:
         self, stack: contextlib.AsyncExitStack, watch: LoopWatch, routes: Routes
     ) -> HostPort:
         host = self.settings.admin.host
+        siblings = await self._siblings(stack)
         admin = Admin(
             metrics=self.metrics,
             is_started=lambda: self._is_started,
@@ -218,7 +233,8 @@ class Proxy:
             loop_lag=watch.lag,
             status=self.status,
             log=self.log,
-            refresh=Refresh(puller=self.puller, routes=routes, host=host).post,
+            refresh=Refresh(puller=self.front, routes=routes, host=host).post,
+            siblings=siblings,
         )
         runner = AdminRunner(
             admin.application(),
@@ -227,16 +243,32 @@ class Proxy:
             shutdown_timeout=CANCEL_PATIENCE,
         )
         # It may have all descriptors that are left: who asks what is wrong must be answered.
-        descriptors = Descriptors(self._around.descriptors())
-        serving = listening(runner, host, self.settings.admin.port, descriptors=descriptors)
+        serving = listening(
+            runner,
+            host,
+            self.settings.admin.port,
+            descriptors=Descriptors(self._around.descriptors()),
+            sockets=() if self._seat is None else self._seat.admin,
+        )
         return HostPort(host, (await stack.enter_async_context(serving)).port)
+
+    async def _siblings(self, stack: contextlib.AsyncExitStack) -> Siblings | None:
+        """The other workers of the same supervisor, if there is one."""
+        if self._seat is None:
+            return None
+        siblings = Siblings(
+            self._seat,
+            metrics=lambda: all_metrics(self.metrics),
+            is_ready=lambda: self._is_started and not self.is_draining,
+        )
+        return await stack.enter_async_context(siblings)
 
     async def _serve_registry(self, stack: contextlib.AsyncExitStack, routes: Routes) -> HostPort:
         clock = self._around.clock
         access_log = AccessLog(self.log, self.metrics, clock)
-        hot = make_hot_path(self.settings, self.puller, access_log, lambda: self.is_draining)
+        hot = make_hot_path(self.settings, self.front.at_hand, access_log, lambda: self.is_draining)
         self.registry = Registry(
-            puller=self.puller,
+            puller=self.front,
             routes=routes,
             metrics=self.metrics,
             access_log=access_log,
@@ -290,6 +322,7 @@ class Proxy:
             address.port,
             tls=tls,
             descriptors=for_clients(self._around.descriptors(), upstream_sockets(self.settings)),
+            sockets=() if self._seat is None else self._seat.registry,
             on_pause=self._accept_paused,
             on_accept=lambda: self.log.info("accepting_again"),
         )
@@ -310,99 +343,27 @@ class Proxy:
 
         return Reloader(files.all, reload, log=self.log)
 
-    def _puller(self, clients: Mapping[str, MirroredClient]) -> Puller:
-        settings, tags = self.settings, self.settings.tags
-        around, clock = self._around, self._around.clock
-        pause, ticks = around.fill_pause, around.fill_clock
-        policy = TagPolicy(
-            ttl=tags.ttl,
-            stale_while_revalidate=tags.stale_while_revalidate,
-            stale_if_error=tags.stale_if_error,
-            negative_ttl=tags.negative_ttl,
-            upstream_timeout=tags.upstream_timeout,
-            check_deadline=settings.queue.manifest_deadline,
-            immutable=tags.immutable,
-        )
-        queue = settings.queue
-        patience = PATIENCE_SHARE * min(queue.header_deadline, queue.manifest_deadline)
-        waits = make_waits(settings, clients, self.metrics)
-        permissions = Permissions(
-            self.store,
-            proofs=Questions(log=self.log, pause=around.short_pause, patience=patience),
-            negative_ttl=tags.negative_ttl,
-            clock=clock,
-        )
-        flights = Flights(
-            store=self.store,
-            settings=FlightSettings(settings.cache.on_abandon, pause=pause, clock=ticks),
-            metrics=self.metrics,
-            log=self.log,
-        )
-        manifests = Manifests(
-            store=self.store,
-            clients=clients,
-            permissions=permissions,
-            book=TagBook(self.store, clock=around.clock, wall=around.wall),
-            policy=policy,
-            memory=settings.cache.manifest_memory,
-            metrics=self.metrics,
-            log=self.log,
-            clock=around.clock,
-            pause=around.short_pause,
-            patience=patience,
-        )
-        blobs = Blobs(
-            store=self.store,
-            flights=flights,
-            clients=clients,
-            permissions=permissions,
-            waits=waits,
-            memory=settings.cache.blob_memory,
-        )
-        return Puller(
-            clients=clients,
-            manifests=manifests,
-            blobs=blobs,
-            flights=flights,
-            permissions=permissions,
-            listings=Questions(log=self.log, pause=around.short_pause, patience=patience),
-            waits=waits,
-            store=self.store,
-            prefetch=make_prefetch(settings, self.store, flights, clients, self.metrics, clock),
-        )
+    async def status(self) -> Mapping[str, Any]:
+        """What `/api/v1/status` says, figures by the leader. Raises ``LeaderMissing``."""
+        connections = asdict(self.listener.state()) if self.listener else None
+        if self.front.leads:
+            return {**self._leader_status(), "connections": connections}
+        own = {"draining": self.is_draining, "role": "follower", "connections": connections}
+        return {**await self.roles.status(), **own}
 
-    def status(self) -> Mapping[str, Any]:
-        """What `/api/v1/status` says: upstreams, flights, queue, cache."""
-        gates, store = self.origins.states(), self.store.state()
-        return {
-            "version": __version__,
-            "connections": asdict(self.listener.state()) if self.listener else None,
-            "draining": self.is_draining,
-            "upstreams": self.origins.details(),
-            "urls": url_states(self.clients),
-            "queue": {gate.upstream: dict(gate.depth) for gate in gates},
-            "flights": [
-                {
-                    "digest": str(flight.digest),
-                    "state": flight.state.value,
-                    "received": flight.received,
-                    "size": flight.size,
-                    "readers": len(flight.readers),
-                }
-                for flight in self.puller.flights.all()
-            ],
-            "questions": self.puller.questions,
-            "cache": {"bytes": store.bytes, "limit": store.limit, "blobs": store.blobs},
-            "fleet": None,
-        }
+    def _leader_status(self) -> Mapping[str, Any]:
+        own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
+        figures = status_of(self.origins, self.clients, self.puller, self.store)
+        return {**own, "followers": len(self.leader), **figures}
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, seat: Seat | None = None) -> int:
     """Serve until a signal; drain; the exit code."""
-    proxy = Proxy(settings)
-    asyncio.get_running_loop().set_exception_handler(_unheard(proxy.log))
+    proxy = Proxy(settings, seat=seat)
+    lifeline = None if seat is None else seat.lifeline[0]
+    asyncio.get_running_loop().set_exception_handler(unheard(proxy.log))
     try:
-        async with signals() as stop, proxy:
+        async with ending(lifeline) as stop, proxy:
             begin_collecting()
             await stop.wait()
             proxy.drain()
@@ -415,21 +376,10 @@ async def serve(settings: Settings) -> int:
     return 0
 
 
-def _unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """What the loop would print about errors that nobody waits for goes to the log."""
-
-    def handler(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        log.error(
-            "unheard_error", message=context.get("message"), exc_info=context.get("exception")
-        )
-
-    return handler
-
-
-def run(settings: Settings) -> int:
+def run(settings: Settings, seat: Seat | None = None) -> int:
     """Serve with these settings on a loop of its own; the exit code."""
     raise_limit()
     hold_collecting()
     factory = loop_factory(fast_transport=settings.fast_transport)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(serve(settings))
+        return runner.run(serve(settings, seat))

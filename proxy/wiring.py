@@ -1,8 +1,9 @@
-"""The upstream clients and the deadlines as the settings want them; with app.py the composition
-root."""
+"""The upstream clients and what is around the pull layer, as the settings want it; with app.py and
+pulling.py the composition root."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,11 +14,12 @@ from proxy.config import Settings
 from proxy.config import Upstream as UpstreamSettings
 from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
-from proxy.pull.deadlines import Deadlines, Waits
-from proxy.pull.flight import Flights
-from proxy.pull.prefetch import Prefetch
-from proxy.pull.serve import Puller
+from proxy.pull.at_hand import Finder
+from proxy.seat import Seat, is_sibling
 from proxy.store.store import Store
+from proxy.surroundings import Surroundings
+from proxy.team.front import Front
+from proxy.team.roles import Lead, Roles
 from proxy.upstream.cap import Learned
 from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
 from proxy.upstream.client import UpstreamClient
@@ -41,6 +43,7 @@ from proxy.upstream.stall import StallLimit
 from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 from proxy.web.access import AccessLog
+from proxy.web.descriptors import BASE, for_clients
 from proxy.web.hot import HotPath
 from proxy.web.registry import ClientThrottles
 from proxy.web.rows import Rows
@@ -48,13 +51,15 @@ from proxy.web.server import Proxies
 
 __all__ = [
     "CannotTrust",
+    "client_room",
+    "common_settings",
     "make_cap_book",
     "make_clients",
     "make_hot_path",
-    "make_prefetch",
     "make_proxies",
+    "make_roles",
     "make_throttles",
-    "make_waits",
+    "make_upstreams",
     "upstream_sockets",
     "url_states",
     "urls_in_use",
@@ -80,20 +85,6 @@ async def make_clients(
     return clients
 
 
-def make_prefetch(
-    settings: Settings,
-    store: Store,
-    flights: Flights,
-    clients: Mapping[str, MirroredClient],
-    metrics: Metrics,
-    clock: Callable[[], float],
-) -> Prefetch | None:
-    """What fetches before anybody asks, if it is wanted."""
-    if settings.cache.prefetch == "off":
-        return None
-    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
-
-
 def upstream_sockets(settings: Settings) -> int:
     """How many sockets to upstreams may be open at once, to the hosts of their content too."""
     return sum(
@@ -102,19 +93,53 @@ def upstream_sockets(settings: Settings) -> int:
     )
 
 
-def make_waits(
-    settings: Settings, clients: Mapping[str, MirroredClient], metrics: Metrics
-) -> Waits:
-    """The deadlines of every kind of request."""
-    queue = settings.queue
-    deadlines = Deadlines(
-        header=queue.header_deadline,
-        blob=queue.blob_deadline,
-        manifest=queue.manifest_deadline,
-        spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
+def client_room(settings: Settings, limit: int) -> int:
+    """How many connections of clients a process holds at least that may have ``limit`` descriptors;
+    what it has open at its start, and so the exact number, is known only then."""
+    return for_clients(limit, upstream_sockets(settings)).left(BASE)
+
+
+def make_roles(
+    settings: Settings,
+    front: Front,
+    lead: Lead,
+    around: Surroundings,
+    log: Logger,
+    seat: Seat | None,
+) -> Roles:
+    """What makes this process lead or follow; ``lead`` opens what only a leader has."""
+    return Roles(
+        front,
+        lead=lead,
+        directory=settings.cache.dir,
+        settings=common_settings(settings),
+        memory=settings.cache.manifest_memory,
+        blob_memory=settings.cache.blob_memory,
+        log=log,
+        clock=around.clock,
+        beat=around.beat,
+        patience=around.role_patience,
+        is_sibling=is_sibling if seat is not None else lambda _: False,
     )
-    gates = {name: client.label for name, client in clients.items()}
-    return Waits(deadlines, metrics=metrics, gates=gates)
+
+
+def make_upstreams(settings: Settings) -> list[Upstream]:
+    """Whom requests may be for: a follower knows that without any client of them."""
+    return [_upstream(name, one, one.urls[0]) for name, one in settings.upstreams.items()]
+
+
+def _upstream(name: str, settings: UpstreamSettings, url: str) -> Upstream:
+    aliases = tuple(settings.aliases)
+    return Upstream(name, url, aliases, settings.repository_prefix, settings.library)
+
+
+def common_settings(settings: Settings) -> str:
+    """A hash of what processes on one cache must agree on: what the names of upstreams stand for.
+
+    The rest may differ, as in two containers: the leader's counts. Secrets are not in it.
+    """
+    upstreams = settings.model_dump_json(include={"upstreams"})
+    return hashlib.sha256(upstreams.encode()).hexdigest()
 
 
 #: Bytes a second that each client has for manifests, however low its rate is: at a rate that a few
@@ -137,7 +162,7 @@ def make_throttles(
 
 def make_hot_path(
     settings: Settings,
-    puller: Puller,
+    at_hand: Finder,
     access_log: AccessLog,
     is_draining: Callable[[], bool],
 ) -> HotPath | None:
@@ -147,7 +172,7 @@ def make_hot_path(
     if not settings.hot_path or not is_open or lines is None:
         return None
     return HotPath(
-        at_hand=puller.at_hand,
+        at_hand=at_hand,
         access_log=access_log,
         rows=Rows(access_log.log, lines),
         memory=settings.cache.manifest_memory + settings.cache.blob_memory,
@@ -255,13 +280,7 @@ class _Parts:
         if settings.rate is not None:
             rate = AsyncLimiter(settings.rate.count, settings.rate.seconds)
         return UpstreamClient(
-            Upstream(
-                self._name,
-                url,
-                tuple(settings.aliases),
-                settings.repository_prefix,
-                settings.library,
-            ),
+            _upstream(self._name, settings, url),
             origin=origins.add(URL(url), limits, rate),
             origins=origins,
             redirect_settings=redirects,

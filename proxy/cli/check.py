@@ -14,9 +14,12 @@ def check_config(context: click.Context, file: Path) -> None:
     """Report every fault in FILE at its key.
 
     PULLPOOL_ variables count as they would for `serve`, and files that the settings name must be
-    there. The exit code is 0 when `serve` would start with it, else 1.
+    there. The exit code is 0 when `serve` would start with it, else 1. Then it says how many
+    clients that holds with the limit of open files that there is here.
     """
     from proxy.config import ConfigError, load_usable, unknown_variables
+    from proxy.web.descriptors import reachable_limit
+    from proxy.wiring import client_room
 
     try:
         settings = load_usable(file, {}, os.environ)
@@ -27,6 +30,10 @@ def check_config(context: click.Context, file: Path) -> None:
     for text in (*settings.warnings(), *unknown_variables(os.environ)):
         click.echo(f"warning: {text}", err=True)
     click.echo("ok")
+    limit = reachable_limit()
+    of_each = f" in each of {settings.workers} workers" if settings.workers > 1 else ""
+    room = client_room(settings, limit)
+    click.echo(f"max_clients: at least {room}{of_each}, with {limit} open files")
 
 
 @click.group("config")

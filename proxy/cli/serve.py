@@ -51,6 +51,11 @@ if TYPE_CHECKING:
     "  [PULLPOOL_MAX_CONNECTIONS]",
 )
 @click.option(
+    "--workers",
+    metavar="N",
+    help="How many processes serve; 1 by default.  [PULLPOOL_WORKERS]",
+)
+@click.option(
     "--log-format",
     metavar="console|json",
     help="Form of log lines; console by default.  [PULLPOOL_LOG_FORMAT]",
@@ -61,7 +66,7 @@ def serve(context: click.Context, /, config: Path | None, **flags: str | None) -
 
     With neither, the well-known public registries are served, docker.io at the root path.
     """
-    from proxy.app import run
+    from proxy.workers import run
 
     context.exit(start(config, flags, run, os.environ))
 

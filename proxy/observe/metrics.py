@@ -113,6 +113,7 @@ class Metrics:
         self._live.before = self._fold
         self._make_queue()
         self._make_upstream()
+        self._make_bodies()
         self._make_flow()
         self._make_process()
 
@@ -251,9 +252,6 @@ class Metrics:
         self.upstream_duration = self._histogram(
             "upstream_request_duration_seconds", "Request to last byte", labels, _DURATION
         )
-        self.upstream_bytes = self._counter(
-            "upstream_bytes_total", "Body bytes received from upstreams", labels
-        )
         self.upstream_errors = self._counter(
             "upstream_errors_total", "Failed requests to upstreams", ("upstream", "kind")
         )
@@ -274,6 +272,18 @@ class Metrics:
         self.upstream_failovers = self._counter(
             "upstream_failovers_total", "Questions that went on at another URL", labels
         )
+        self.upstream_replays = self._counter(
+            "upstream_replays_total", "Requests sent again as their idle socket was closed", labels
+        )
+        self.token_refresh = self._counter(
+            "token_refresh_total", "Token requests by outcome", ("upstream", "result")
+        )
+
+    def _make_bodies(self) -> None:
+        labels = ("upstream",)
+        self.upstream_bytes = self._counter(
+            "upstream_bytes_total", "Body bytes received from upstreams", labels
+        )
         self.upstream_resumes = self._counter(
             "upstream_resumes_total", "Broken bodies continued at their byte", labels
         )
@@ -285,14 +295,8 @@ class Metrics:
         self.upstream_stalls = self._counter(
             "upstream_stalls_total", "Answers given up because they came too slowly", labels
         )
-        self.upstream_replays = self._counter(
-            "upstream_replays_total", "Requests sent again as their idle socket was closed", labels
-        )
         self.upstream_without_range = self._counter(
             "upstream_without_range_total", "Ranges answered with the whole body", labels
-        )
-        self.token_refresh = self._counter(
-            "token_refresh_total", "Token requests by outcome", ("upstream", "result")
         )
 
     def _make_flow(self) -> None:

@@ -6,16 +6,23 @@ of one moment, and the marks in it (``store/marks.py``) hold for as long as it s
 time is up without anybody doing anything: that is for the holder of the hit to look at.
 
 Whatever would need the disk, the index or an upstream is no hit here.
+
+A hit that is found counts as a use wherever an answer would. Where pulled manifests bring their
+blobs (``prefetch.py``), a GET of one begins that too, and is good until any blob goes, for that may
+be a layer of its own: whoever asks next looks anew and begins anew. What else may have become of a
+layer (its fetch was cut) is found when the holder of the hit renews it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from proxy.oci.digest import Digest
 from proxy.oci.reference import Reference
 from proxy.pull.blobs import Blobs
 from proxy.pull.manifests import Manifests
+from proxy.pull.prefetch import Prefetch
 from proxy.pull.tags import Fresh
 from proxy.store.marks import Mark
 from proxy.store.store import Store
@@ -40,15 +47,34 @@ class Hit:
         return self.name.digest
 
 
-class AtHand:
-    """Looks for hits. A hit that is found counts as a use wherever an answer would."""
+class Finder(Protocol):
+    """Looks for hits: ``AtHand``, or whatever stands for one in another process."""
 
-    def __init__(self, store: Store, manifests: Manifests, blobs: Blobs) -> None:
+    def manifest(
+        self, upstream: str, repository: str, reference: Reference, *, head: bool
+    ) -> Hit | None: ...
+
+    def blob(self, upstream: str, repository: str, digest: Digest, *, head: bool) -> Hit | None: ...
+
+
+class AtHand:
+    """Looks for hits."""
+
+    def __init__(
+        self,
+        store: Store,
+        manifests: Manifests,
+        blobs: Blobs,
+        prefetch: Prefetch | None = None,
+    ) -> None:
         self._store = store
         self._manifests = manifests
         self._blobs = blobs
+        self._prefetch = prefetch
 
-    def manifest(self, upstream: str, repository: str, reference: Reference) -> Hit | None:
+    def manifest(
+        self, upstream: str, repository: str, reference: Reference, *, head: bool
+    ) -> Hit | None:
         """The manifest, if a GET of it is a hit."""
         name = self._manifests.fresh(upstream, repository, reference)
         manifest = None if name is None else self._manifests.in_memory(name.digest)
@@ -59,6 +85,9 @@ class AtHand:
         if held is None or linked is None:
             return None
         self._store.touch(name.digest)
+        if self._prefetch is not None and not head:
+            self._prefetch.begin(upstream, repository, manifest)
+            held = self._store.none_gone()  # so it is held, too
         return Hit(name, len(manifest.raw), manifest.raw, held, linked, manifest.media_type)
 
     def blob(self, upstream: str, repository: str, digest: Digest, *, head: bool) -> Hit | None:

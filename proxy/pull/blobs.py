@@ -97,12 +97,12 @@ class Blobs:
                 word = CacheWord.REVALIDATED
             if link is not None and (data := await self._small(digest)) is not None:
                 self._store.touch(digest)
-                return _in_memory(digest, data, wanted, word)
+                return from_memory(digest, data, wanted, word)
             if link is not None and self._store.size_of(digest) is not None:
                 lease = await self._store.lease(digest)
                 if lease is not None:
                     self._store.touch(digest)
-                    return _stored(digest, lease, wanted, word)
+                    return stored(digest, lease, wanted, word)
             if link is not None or not self._needs_proof(ask, digest):
                 return _Missing(link)
 
@@ -288,9 +288,10 @@ def _known(digest: Digest, size: int | None, word: CacheWord) -> BlobAnswer:
     return BlobAnswer(digest, size, None, word, None, lambda: None)
 
 
-def _stored(
+def stored(
     digest: Digest, lease: FileLease, wanted: ByteRange | None, word: CacheWord
 ) -> BlobAnswer:
+    """The answer from a file, which it closes. Raises ``RangeNotSatisfiable``."""
     try:
         span = wanted.resolve(lease.size) if wanted is not None else None
     except BaseException:
@@ -301,9 +302,10 @@ def _stored(
     return BlobAnswer(digest, lease.size, span, word, pieces, lease.close)
 
 
-def _in_memory(
+def from_memory(
     digest: Digest, data: bytes, wanted: ByteRange | None, word: CacheWord
 ) -> BlobAnswer:
+    """The answer from all bytes of a blob. Raises ``RangeNotSatisfiable``."""
     span = wanted.resolve(len(data)) if wanted is not None else None
     part = data if span is None else data[span.start : span.stop]
     return BlobAnswer(digest, len(data), span, word, _bytes(part), lambda: None)

@@ -136,6 +136,7 @@ class Fill:
 
         Raises ``PullError`` when no source is left that is worth another try.
         """
+        await self._take_over(store, on_begun)
         try:
             while not self._is_complete:
                 source = self.sources.next()
@@ -145,6 +146,26 @@ class Fill:
         finally:
             await self._spread.close()
         await self.intake.drain()
+
+    async def _take_over(self, store: Store, on_begun: Callable[[], None]) -> None:
+        """Begin where the process before us was, if it has left something (DESIGN D15)."""
+        size = await self.intake.go_on(store)
+        if not self.intake.has_place:
+            return
+        if size is None and self.intake.verifier.matches():
+            size = self.received
+        try:
+            if size is not None:
+                self._settle_size(size)
+            else:
+                self._crowd.expect(self.received)
+        except SizeMismatch:  # its readers were promised another blob: the upstream has to say
+            await self.intake.begin_anew()
+            return
+        self._log.info("fill_taken_over", digest=str(self.digest), at=self.received)
+        on_begun()
+        self._publish(now=True)
+        self.progress.tell()
 
     async def _go_on(
         self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]

@@ -125,6 +125,27 @@ class Intake:
         except (StoreFull, OSError) as error:
             self._open_window(error)
 
+    async def go_on(self, store: Store) -> int | None:
+        """Take over what a process before has brought of it. Returns the size, if that was known;
+        there is a place then, and bytes ``received``, or else there was nothing."""
+        try:
+            staging = await store.go_on(self._digest)
+            if staging is None:
+                return None
+            self._staging = staging
+            self.verifier = staging.verifier
+            self._lease = staging.lease()
+        except (StoreFull, OSError):
+            await self.begin_anew()
+            return None
+        return staging.size
+
+    async def begin_anew(self) -> None:
+        """What was taken over is of no use: drop it."""
+        self.release()
+        await self.discard()
+        self._staging, self.verifier = None, self._digest.verifier()
+
     def _open_window(self, error: Exception) -> None:
         self._on_full(error)
         self.window = Window(self.received, self._windows.take())

@@ -43,6 +43,7 @@ from proxy.pull.tags import (
     TagPolicy,
     Verdict,
     covers,
+    fresh_for,
     judge,
 )
 from proxy.store.blobs import StoreFull
@@ -109,6 +110,13 @@ class Manifests:
         if isinstance(reference, Tag):
             return await self._by_tag(ask, reference, head=head)
         return await self._by_digest(ask, reference, CacheWord.HIT, head=head)
+
+    def fresh_for(self, ask: Ask, tag: Tag, digest: Digest) -> float:
+        """Seconds for which ``tag`` is ``digest`` without a question."""
+        entry = self._book.known((ask.upstream, ask.repository, str(tag)))
+        if entry is None or entry.digest != digest:
+            return 0.0
+        return fresh_for(entry, str(tag), self._clock(), self._policy)
 
     async def _by_digest(
         self, ask: Ask, digest: Digest, word: CacheWord, *, head: bool, warning: str | None = None

@@ -9,6 +9,10 @@ would.
 What is fetched is the image that was asked for: an index names images of other platforms, so it
 brings nothing. Bytes come through the repository whose manifest names them (DESIGN D12).
 
+A manifest that is a hit brings what is missing too: layers were evicted, or the first pull of them
+was cut. So do the hits that the hot path answers (``at_hand.py``: it looks anew when a blob has
+gone, and every moment besides), and those of followers, which tell the leader (``team/``).
+
 A prefetch is a guess, and costs nobody anything who knows what he wants. It takes at most half of
 the room that is not in use, and no blob a second time within ``AGAIN`` seconds, however that went;
 its failure is a line in the log. With the drain those that nobody has joined end.
@@ -23,7 +27,6 @@ from cachetools import TTLCache
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.manifest import Descriptor, Manifest
-from proxy.pull.asks import Ask
 from proxy.pull.flight import Flight, Flights
 from proxy.store.store import Store
 from proxy.upstream.mirrored import MirroredClient
@@ -70,15 +73,15 @@ class Prefetch:
         self._lately: TTLCache[Digest, None] = TTLCache(MEMORY, AGAIN, timer=clock)
         self._is_draining = False
 
-    def begin(self, ask: Ask, manifest: Manifest) -> None:
-        """Fetch what is missing of an image that ``ask`` got the manifest of."""
+    def begin(self, upstream: str, repository: str, manifest: Manifest) -> None:
+        """Fetch what is missing of an image that was pulled through this repository."""
         if self._is_draining or manifest.is_index:
             return
         self._begun = {flight for flight in self._begun if not flight.is_over}
         most, room = MAX_FLIGHTS - len(self._begun), self._store.state().spare // 2
-        client = self._clients[ask.upstream]
+        client = self._clients[upstream]
         for digest in chosen(manifest.children, self._is_there, room, most):
-            flight = self._flights.begin(client.blob(ask.repository, digest))
+            flight = self._flights.begin(client.blob(repository, digest))
             if flight is not None:
                 self._lately[digest] = None
                 self._begun.add(flight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 from urllib.parse import urlencode
 
 from proxy.oci.digest import Digest
@@ -22,6 +23,22 @@ from proxy.store.store import Store
 from proxy.upstream.client import Page
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
+
+
+class Answerer(Protocol):
+    """What the listeners ask: a ``Puller``, or whatever stands for one in another process."""
+
+    async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer: ...
+
+    async def refresh(self, ask: Ask, tag: Tag) -> Checked: ...
+
+    async def blob(
+        self, ask: Ask, digest: Digest, wanted: ByteRange | None, *, head: bool
+    ) -> BlobAnswer: ...
+
+    async def listing(
+        self, ask: Ask, kind: Kind, tail: str, query: Sequence[tuple[str, str]]
+    ) -> Page: ...
 
 
 class Puller:
@@ -48,7 +65,8 @@ class Puller:
         self._listings = listings
         self._waits = waits
         self.flights = flights
-        self.at_hand = AtHand(store, manifests, blobs)
+        self._store = store
+        self.at_hand = AtHand(store, manifests, blobs, prefetch)
 
     async def manifest(self, ask: Ask, reference: Reference, *, head: bool) -> ManifestAnswer:
         """GET or HEAD of a manifest, answered before the manifest deadline. Raises PullError."""
@@ -57,8 +75,26 @@ class Puller:
         # A stale answer says that the upstream is in no state to be asked for more.
         is_useful = not head and answer.cache is not CacheWord.STALE
         if self._prefetch is not None and is_useful and answer.manifest is not None:
-            self._prefetch.begin(ask, answer.manifest)
+            self._prefetch.begin(ask.upstream, ask.repository, answer.manifest)
         return answer
+
+    @property
+    def wants_pulls(self) -> bool:
+        """Is it of use to be told of hits that another process answers?"""
+        return self._prefetch is not None
+
+    async def pulled(self, upstream: str, repository: str, digest: Digest) -> None:
+        """Another process has answered this manifest: a hit like one here. Raises PullError."""
+        if self._prefetch is None:
+            return
+        manifest = await self._manifests.held(digest)
+        linked = await self._store.linked(upstream, repository, digest)
+        if manifest is not None and linked is not None:
+            self._prefetch.begin(upstream, repository, manifest)
+
+    def fresh_for(self, ask: Ask, tag: Tag, digest: Digest) -> float:
+        """Seconds for which ``tag`` is ``digest`` without a question."""
+        return self._manifests.fresh_for(ask, tag, digest)
 
     async def refresh(self, ask: Ask, tag: Tag) -> Checked:
         """Ask the upstream what the tag is now, whatever is known. Raises PullError."""

@@ -96,6 +96,15 @@ def judge(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -> Ve
     return Verdict.CHECK
 
 
+def fresh_for(entry: TagEntry | None, tag: str, now: float, policy: TagPolicy) -> float:
+    """Seconds for which the entry needs no question, as ``judge`` would say it then."""
+    if entry is None:
+        return 0.0
+    if policy.is_immutable(tag):
+        return policy.ttl
+    return 0.0 if entry.checked is None else max(0.0, entry.checked + policy.ttl - now)
+
+
 #: The mark of a name that never changes: a digest's.
 _ALWAYS = Mark()
 
@@ -151,6 +160,12 @@ class TagBook:
         self._memory: LRUCache[TagKey, TagEntry] = LRUCache(MAX_TAGS)
         self._refused: LRUCache[TagKey, float] = LRUCache(MAX_TAGS)  # when that was asked
         self._marks: Marks[TagKey] = Marks()
+        #: Told of every tag that is not what it was, or may not be: others may believe it still.
+        self.on_doubt: Callable[[TagKey], None] = lambda _: None
+
+    def known(self, key: TagKey) -> TagEntry | None:
+        """What is in memory."""
+        return self._memory.get(key)
 
     def fresh(self, key: TagKey, policy: TagPolicy) -> Fresh | None:
         """What the tag is if that is known from memory alone, and fresh."""
@@ -187,6 +202,8 @@ class TagBook:
         if self._refused.get(key, asked) > asked:
             return
         self._refused.pop(key, None)
+        if known is not None and known.digest != digest:
+            self.on_doubt(key)
         self._keep(key, TagEntry(digest, wall, checked=now, asked=asked))
         await self._store.put_tag(*key, digest, wall)
 
@@ -198,6 +215,7 @@ class TagBook:
 
     def doubt(self, key: TagKey) -> None:
         """Ask the upstream before this tag is believed again."""
+        self.on_doubt(key)
         entry = self._memory.get(key)
         if entry is not None:
             self._keep(key, replace(entry, checked=None, failed=None, failure=None))
@@ -211,6 +229,7 @@ class TagBook:
         self._refused[key] = max(asked, self._refused.get(key, asked))
         self._memory.pop(key, None)
         self._marks.withdraw(key)
+        self.on_doubt(key)
         await self._store.drop_tag(*key)
         return True
 

@@ -64,7 +64,7 @@ class Cache(Section):
 
     dir: Annotated[FilePath, Shown("path", "pullpool in the user's cache directory")] = Field(
         default_factory=lambda: default_cache_dir(os.environ),
-        description="Directory of the cache; one process at a time may use it.",
+        description="Directory of the cache; processes of one machine and one user may share it.",
     )
     max_size: Size = Field(default=50 * 2**30, gt=0, description="Most bytes that blobs may take.")
     min_free: Size = Field(
@@ -190,6 +190,9 @@ class Settings(BaseSettings):
     )
     max_connections: Limit = Field(
         default=16, description="Most sockets to an upstream that sets no limit of its own."
+    )
+    workers: Limit = Field(
+        default=1, description="How many processes serve; one of them asks the upstreams."
     )
     client_rate: MaybeBytesInTime = Field(
         default=None, description="Most bytes in a time to each client, such as 20MiB/s."

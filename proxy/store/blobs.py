@@ -1,7 +1,6 @@
 """Bytes on disk: how a fill is written, how it gets its name, and what readers hold.
 
-Theory of operation. A fill writes into a staging file of its own, never shared and never seen by
-the next process. Its life:
+Theory of operation. A fill writes into a staging file of its own, which is never shared. Its life:
 
     filling --append*--> filling --commit--> stored
        |                    |
@@ -13,14 +12,14 @@ the next process. Its life:
 * put: pwrite beyond the mark, where another part of the blob came first (D9). It counts for nothing
   until `advance` has read it back, hashed it and moved the mark over it. Between mark and put the
   file has holes, which read as zeros: that is why nobody may read beyond the mark who was not told
-  that a put is there.
+  that a put is there, and why the mark is noted for the next process (counted.py).
 * commit: fsync the file, rename it to blobs/<algorithm>/<2 hex>/<hex>, fsync the directory, enter
   it. The fsync comes before the rename, so nothing carries a final name whose bytes are not on
   the disk: after a kill or a power cut a blob is whole or absent. A file whose fsync failed is
   never tried again (the kernel may have dropped the very pages that failed). Less durability
   leaves out the second fsync, or both; then the file carries a mark (durability.py).
 * discard: unlink. A process that dies before it leaves its staging files to the next start,
-  which removes them.
+  which removes them, or goes on with them (recovery.py).
 
 Append, put, advance, commit and discard of one fill exclude one another. Cancelled, each one first
 ends the step that a thread is doing, so that the mark always says what is written and hashed, and a
@@ -31,27 +30,22 @@ the name.
 """
 
 import asyncio
+import contextlib
 import errno
-import hashlib
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, TypeVar
 
 from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
-from proxy.store.durability import Durability, is_marked
+from proxy.store.counted import STEP, write_count
+from proxy.store.files import HASH_STEP, Disk, StagingFile, write_at
 from proxy.store.work import finish
 
 T = TypeVar("T")
 
-# The kernel takes so many buffers in one call (IOV_MAX).
-_BUFFERS = 1024
-_HASH_STEP = 1 << 20
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -61,65 +55,6 @@ class StoreFull(Exception):
 
 class NoRoom(StoreFull):
     """The store has no room for a blob of this size, even after evicting all it may."""
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes that this user may still write to the file system of `directory`."""
-    figures = os.statvfs(directory)
-    return figures.f_bavail * figures.f_frsize
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """The calls that a full or dying disk fails, in the order of the write protocol."""
-
-    free: Callable[[Path], int] = free_bytes
-    write: Callable[[int, Sequence[memoryview], int], int] = os.pwritev
-    sync: Callable[[int], None] = os.fsync
-    rename: Callable[[Path, Path], None] = os.replace
-    sync_directory: Callable[[Path], None] = sync_directory
-    unlink: Callable[[Path], None] = os.unlink
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where things lie in a cache directory."""
-
-    root: Path
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "LOCK"
-
-    @property
-    def index(self) -> Path:
-        return self.root / "index.db"
-
-    @property
-    def boot(self) -> Path:
-        """During which boot all that is marked was written or proved (durability.py)."""
-        return self.root / "BOOT"
-
-    @property
-    def staging(self) -> Path:
-        return self.root / "staging"
-
-    @property
-    def blobs(self) -> Path:
-        return self.root / "blobs"
-
-    def blob(self, digest: Digest) -> Path:
-        """Two hex digits of fan-out keep directories short; the name is the digest itself."""
-        return self.blobs / digest.algorithm / digest.hex[:2] / digest.hex
 
 
 class FileLease:
@@ -161,36 +96,6 @@ class FileLease:
 
     def __repr__(self) -> str:
         return f"<FileLease {'closed' if self._release is None else self.size}>"
-
-
-@dataclass(frozen=True, slots=True)
-class StagingFile:
-    """The open descriptors of a fill: one that writes, one that readers duplicate."""
-
-    path: Path
-    writer: int
-    reader: int
-
-    @classmethod
-    def create(cls, path: Path, durability: Durability = Durability.FULL) -> "StagingFile":
-        """Make the file, which must not exist. Raises OSError and leaves nothing then."""
-        flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, durability.mode
-        try:
-            writer = os.open(path, flags, mode)
-        except FileNotFoundError:  # somebody has emptied the cache directory under us
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = os.open(path, flags, mode)
-        try:
-            reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(writer)
-            os.unlink(path)
-            raise
-        return cls(path, writer, reader)
-
-    def close(self) -> None:
-        os.close(self.writer)
-        os.close(self.reader)
 
 
 class _State(StrEnum):
@@ -250,6 +155,7 @@ class Staging:
         self._disk = disk
         self._turn = asyncio.Lock()
         self._state = _State.FILLING
+        self._noted: int | None = None  # the mark that the next process would read, if it is noted
 
     def __repr__(self) -> str:
         size = "?" if self.size is None else self.size
@@ -283,8 +189,7 @@ class Staging:
                 raise ValueError(f"{self!r} was given byte {position} again")
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, position + count)
-            call = partial(write_at, self._disk.write, self.file.writer, chunks, position)
-            await self._written(call, count)
+            await self._written(lambda: self._put(position, chunks), count)
             self.ahead += count
 
     async def advance(self, upto: int) -> None:
@@ -331,16 +236,32 @@ class Staging:
         for chunk in chunks:
             self.verifier.update(chunk)
         self.mark += count
+        self._note_mark()
+
+    def _put(self, position: int, chunks: Sequence[Chunk]) -> None:
+        # In a thread. From here on the file's length does not say what is in it.
+        if self._noted is None:
+            write_count(self.file.path, self.mark)
+            self._noted = self.mark
+        write_at(self._disk.write, self.file.writer, chunks, position)
 
     def _hash(self, upto: int) -> None:
         # In a thread; the mark moves with the hash.
-        buffer = memoryview(bytearray(min(_HASH_STEP, max(0, upto - self.mark))))
+        buffer = memoryview(bytearray(min(HASH_STEP, max(0, upto - self.mark))))
         while (left := upto - self.mark) > 0:
             count = os.preadv(self.file.reader, [buffer[:left]], self.mark)
             if count <= 0:
                 raise OSError(errno.EIO, "the file is shorter than what was written")
             self.verifier.update(buffer[:count])
             self.mark += count
+        self._note_mark()
+
+    def _note_mark(self) -> None:
+        # In a thread.
+        if self._noted is not None and self.mark >= self._noted + STEP:
+            with contextlib.suppress(OSError):  # what is noted may say too little
+                write_count(self.file.path, self.mark)
+                self._noted = self.mark
 
     def lease(self) -> FileLease:
         """Open the growing file for one more reader, who must not read beyond the mark.
@@ -390,73 +311,3 @@ class Staging:
     def _require(self, state: _State) -> None:
         if self._state is not state:
             raise StoreFailed(f"the fill of {self.digest} is {self._state}")
-
-
-# In a thread
-
-
-def write_at(
-    write: Callable[[int, Sequence[memoryview], int], int],
-    fd: int,
-    chunks: Sequence[Chunk],
-    offset: int,
-) -> None:
-    """Write all chunks from `offset` on, however little the kernel takes at a time."""
-    left = [memoryview(chunk) for chunk in chunks if chunk]
-    while left:
-        taken = write(fd, left[:_BUFFERS], offset)
-        if taken <= 0:
-            raise OSError(errno.EIO, "the file takes no bytes")
-        offset += taken
-        while left and taken >= len(left[0]):
-            taken -= len(left.pop(0))
-        if taken:
-            left[0] = left[0][taken:]
-
-
-def store_file(
-    disk: Disk, file: StagingFile, target: Path, durability: Durability
-) -> OSError | None:
-    """The steps that make a staging file a blob. Raises OSError when it is not one afterwards.
-
-    Returns the error of the last step, which does no harm: a name that a power cut takes away is
-    a blob to be fetched again, never a short one.
-    """
-    # A file system that keeps no mark (vfat, say) could not tell the next start what to doubt.
-    if durability is not Durability.NONE or not is_marked(os.fstat(file.writer).st_mode):
-        disk.sync(file.writer)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    disk.rename(file.path, target)
-    if durability is not Durability.FULL:
-        return None
-    try:
-        disk.sync_directory(target.parent)
-    except OSError as error:
-        return error
-    return None
-
-
-def open_blob(path: Path, size: int) -> BinaryIO | None:
-    """Open a stored blob; None when the file does not have the size that it should."""
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 -- handed to a lease
-    if os.fstat(file.fileno()).st_size == size:
-        return file
-    file.close()
-    return None
-
-
-def read_blob(path: Path, digest: Digest) -> bytes | None:
-    """All bytes of a small blob; None when they are not (any more) what the name says."""
-    data = path.read_bytes()
-    return data if Digest.of(data, digest.algorithm) == digest else None
-
-
-def hash_file(path: Path, digest: Digest, stopped: Callable[[], bool]) -> bool | None:
-    """Whether a file is what its name says; None when stopped before the end."""
-    running = hashlib.new(digest.algorithm)
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_HASH_STEP):
-            if stopped():
-                return None
-            running.update(chunk)
-    return running.hexdigest() == digest.hex

@@ -1,8 +1,9 @@
-"""One process per cache directory, held by `flock` on the file LOCK.
+"""One process that writes per cache directory (its leader), held by `flock` on the file LOCK.
 
 The kernel drops a flock when its holder dies, however it dies, so there is no stale lock to break.
 The file itself stays: removing it would let two processes lock two files of the same name. The
-process id inside is for the person who reads the refusal; nothing decides by it.
+process id inside is for the person who reads the refusal. Nobody leads by it: a worker that starts
+knows by it only whether it is worth to wait, because the holder is another worker of its service.
 """
 
 import fcntl

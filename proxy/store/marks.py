@@ -7,6 +7,9 @@ rely on it, and none for facts that nobody relies on: the book holds marks weakl
 
 A fact that comes back (a blob that is fetched again) gets a new mark: what was prepared before
 stays withdrawn.
+
+Who relies on many facts (an image on all its layers) takes the one mark that stands for all of a
+kind. It is withdrawn by any change; then he looks again at those that matter to him.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Marks(Generic[K]):
 
     def __init__(self) -> None:
         self._marks: weakref.WeakValueDictionary[K, Mark] = weakref.WeakValueDictionary()
+        self._all = Mark()
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -46,8 +50,23 @@ class Marks(Generic[K]):
             mark = self._marks[key] = Mark()
         return mark
 
+    def all(self) -> Mark:
+        """A mark that holds until any of the facts changes."""
+        return self._all
+
     def withdraw(self, key: K) -> None:
         """The fact has changed."""
         mark = self._marks.pop(key, None)
         if mark is not None:
             mark.holds = False
+        self._withdraw_all()
+
+    def clear(self) -> None:
+        """Any of the facts may have changed."""
+        for key in list(self._marks):
+            self.withdraw(key)
+        self._withdraw_all()
+
+    def _withdraw_all(self) -> None:
+        self._all.holds = False
+        self._all = Mark()

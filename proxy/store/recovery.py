@@ -2,7 +2,11 @@
 
 The files are right and the index is a memory of them. There are six cases:
 
-1. A staging file: its fill died with its process. Removed; nobody ever saw it under a name.
+1. A staging file: its fill died with its process. Removed, for nobody ever saw it under a name;
+   unless the store may *resume*: then a fill of the same digest goes on in it, from the bytes that
+   are there on, which are hashed again first: as many as the file is long, or, if it was written
+   out of order, as its count says (counted.py). They were written before the process died, not
+   necessarily before the machine did: what is older than the machine's start is removed.
 2. A row whose file has the row's size: the usual case, taken as it is. No marker of a clean
    shutdown is needed for that: the fsync comes before the rename, so a file that has its name had
    all its bytes on the disk.
@@ -17,15 +21,18 @@ Anything whose name is not a digest in its place is not ours and is left alone.
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
-from proxy.store.blobs import Layout, StagingFile
+from proxy.store.counted import counted_file
 from proxy.store.durability import is_marked
+from proxy.store.files import Layout, StagingFile
 from proxy.store.index import Contents
+from proxy.store.remains import Remains, counting_length, read_staging_name
 
 # By the name that a digest would have; size in bytes, modification in microseconds since the epoch,
 # and whether it was not synced.
@@ -48,10 +55,11 @@ def make_directories(layout: Layout) -> None:
     layout.root.mkdir(parents=True, exist_ok=True)
 
 
-def prepare(layout: Layout) -> int:
-    """Make the directories, try to write, and remove what is in staging; returns how many.
+def prepare(layout: Layout, *, resume: bool = False) -> tuple[int, dict[Digest, Remains]]:
+    """Make the directories, try to write, and remove what is in staging.
 
-    Raises OSError when the directory cannot be written.
+    Returns how many were removed, and what was kept for fills to go on with: nothing unless
+    `resume`. Raises OSError when the directory cannot be written.
     """
     for directory in (layout.staging, layout.blobs):
         directory.mkdir(exist_ok=True)
@@ -60,12 +68,46 @@ def prepare(layout: Layout) -> int:
         StagingFile.create(probe).close()
         probe.unlink()
     removed = 0
+    kept: dict[Digest, Remains] = {}
+    counts: list[Path] = []
     with os.scandir(layout.staging) as files:
         for file in files:
-            if not file.is_dir(follow_symlinks=False):
+            if file.is_dir(follow_symlinks=False):
+                continue
+            if counted_file(Path(file.path)) is not None:
+                counts.append(Path(file.path))
+                continue
+            found = _remains(file) if resume else None
+            if found is None:
                 os.unlink(file.path)
                 removed += 1
-    return removed
+                continue
+            other = kept.get(found.digest)
+            if other is not None:
+                found, other = sorted((found, other), key=lambda one: -one.length)
+                os.unlink(other.path)
+                removed += 1
+            kept[found.digest] = found
+    paths = {remains.path for remains in kept.values()}
+    for count in counts:
+        if counted_file(count) not in paths:
+            count.unlink(missing_ok=True)
+    return removed, kept
+
+
+def _remains(file: "os.DirEntry[str]") -> Remains | None:
+    """What a fill can go on with; None when there is nothing, or it cannot be relied on."""
+    named = read_staging_name(file.name)
+    if named is None or not file.is_file(follow_symlinks=False):
+        return None
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if file.stat(follow_symlinks=False).st_mtime < booted:
+        return None  # after a power cut a file may be longer than what is in it
+    length = counting_length(Path(file.path))
+    digest, size = named
+    if not length or (size is not None and length > size):
+        return None
+    return Remains(digest, size, Path(file.path), length)
 
 
 def scan(layout: Layout) -> Found:

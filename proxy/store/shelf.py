@@ -15,32 +15,32 @@ its failures are counted and logged and go no further.
 
 import asyncio
 import errno
-import secrets
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import StoreFailed
-from proxy.store.blobs import (
-    Disk,
-    Layout,
-    NoRoom,
-    Staging,
-    StagingFile,
-    hash_file,
-    store_file,
-)
+from proxy.store.blobs import NoRoom, Staging, StoreFull
+from proxy.store.counted import remove_count
 from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
+from proxy.store.files import Disk, Layout, StagingFile, hash_file, store_file
 from proxy.store.index import Index, IndexFailed
 from proxy.store.marks import Marks
+from proxy.store.remains import Remains, reopen, staging_name
 from proxy.store.work import Threads, finish
 
 T = TypeVar("T")
+
+# Files of fills that another process has left wait so long for somebody who goes on, in seconds.
+_REMAINS_LIFE = 60.0
+# Bytes of them that are hashed at once.
+_LOT = 8 << 20
 
 
 class Shelf:
@@ -68,7 +68,12 @@ class Shelf:
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
         self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
+        #: Told of blobs that are not held any more, at once and when file and row have gone.
+        self.on_gone: Callable[[Sequence[Digest]], None] = lambda _: None
+        self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
+        self._sweeping: asyncio.TimerHandle | None = None
         self.is_closing = False
+        self.hands_over = False  # another process goes on with the fills that are under way
         self._disk = disk
         self._min_free = min_free
         self._durability = durability
@@ -127,10 +132,15 @@ class Shelf:
         """A new staging file with room promised for `size` bytes. Raises NoRoom."""
         promised = size or 0
         await self.reserve(promised)
-        # Two fills of one digest (or one after a crash) must never share a file.
-        path = self.layout.staging / f"{digest.hex[:16]}-{secrets.token_hex(8)}"
+        path = self.layout.staging / staging_name(digest, size)
+        make = partial(StagingFile.create, path, self._durability)
+        return await self._fill(digest, size, promised, make)
+
+    async def _fill(
+        self, digest: Digest, size: int | None, promised: int, make: Callable[[], StagingFile]
+    ) -> Staging:
+        """A fill in the file that `make` opens. Raises NoRoom, and gives the room back then."""
         try:
-            make = partial(StagingFile.create, path, self._durability)
             file = await self.off_loop(make, self._scrap)
         except OSError as error:
             self.ledger.release(promised)
@@ -140,12 +150,57 @@ class Shelf:
             self.ledger.release(promised)
             raise
         fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
+        fill.reserved = promised
         self.fills.add(fill)  # in the same turn of the loop, so that `settle` misses none
         return fill
 
+    def expect(self, remains: dict[Digest, Remains]) -> None:
+        """Keep what fills have left for a while: somebody may go on with it."""
+        self._remains = remains
+        if remains:
+            loop = asyncio.get_running_loop()
+            self._sweeping = loop.call_later(_REMAINS_LIFE, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = None
+        _ = self.spawn(self._drop_remains())
+
+    async def go_on(self, digest: Digest) -> Staging | None:
+        """The fill that another process has left, with what it had brought; None: there is none."""
+        remains = self._remains.pop(digest, None)
+        if remains is None:
+            return None
+        promised = remains.length if remains.size is None else remains.size
+        try:
+            await self.reserve(promised)
+        except BaseException:
+            self._remains[digest] = remains
+            raise
+        make = partial(reopen, remains)
+        fill = await self._fill(digest, remains.size, promised, make)
+        try:
+            while fill.mark < remains.length and not self.is_closing:
+                await fill.advance(min(remains.length, fill.mark + _LOT))
+            if fill.mark < remains.length or (fill.mark == fill.size and not fill.verified()):
+                raise StoreFull("what was left is not the blob")
+        except StoreFailed as error:
+            await fill.discard()
+            raise StoreFull(str(error)) from error
+        except BaseException:
+            await fill.discard()
+            raise
+        return fill
+
+    async def _drop_remains(self) -> None:
+        """Nobody went on with these."""
+        left, self._remains = self._remains, {}
+        for remains in left.values():
+            await self._unlink_staging(remains.path)
+        self._metrics.recovered.inc(len(left))
+
     def _scrap(self, file: StagingFile) -> None:
         file.close()
-        _ = self.spawn(self._unlink_staging(file))
+        _ = self.spawn(self._unlink_staging(file.path))
 
     async def keep(self, fill: Staging) -> None:
         """Give a fill's file its name and enter the blob. Raises StoreFailed."""
@@ -167,17 +222,20 @@ class Shelf:
             await self.record(self.index.put_blob(str(digest), entry.size, entry.used))
 
     async def drop(self, fill: Staging) -> None:
-        """Remove a fill's file and give its room back."""
-        await self._unlink_staging(fill.file)
+        """Remove a fill's file, unless it is handed over, and give its room back."""
+        is_whole = fill.mark == fill.size  # and yet it is dropped: it is not the blob
+        if not (self.hands_over and fill.mark) or is_whole:
+            await self._unlink_staging(fill.file.path)
         self._end(fill)
 
     def _end(self, fill: Staging) -> None:
         self.fills.discard(fill)
         self.ledger.release(fill.reserved)
 
-    async def _unlink_staging(self, file: StagingFile) -> None:
+    async def _unlink_staging(self, path: Path) -> None:
         try:
-            await self.threads.slow(partial(self._disk.unlink, file.path))
+            await self.threads.slow(partial(self._disk.unlink, path))
+            await self.threads.slow(partial(remove_count, path))  # only now: it says what is in it
         except OSError as error:  # the next start removes it
             self.failed("unlink", error)
 
@@ -191,8 +249,7 @@ class Shelf:
         """Remove the files and rows of blobs that have left the ledger."""
         if not victims:
             return
-        for digest in victims:
-            self._forget(digest)
+        self._forget(victims)
         self._metrics.evictions.labels(reason).inc(len(victims))
         await finish(self.spawn(self._remove(victims)))
 
@@ -203,7 +260,7 @@ class Shelf:
                 if digest not in self.ledger and await self._unlink_blob(digest):
                     gone.append(digest)
         # What was stored anew since has a row that is on its way, or newer than this.
-        await self.record(self.index.drop_blobs(str(d) for d in gone if d not in self.ledger))
+        await self._drop_rows([digest for digest in gone if digest not in self.ledger])
 
     async def _unlink_blob(self, digest: Digest) -> bool:
         try:
@@ -214,10 +271,16 @@ class Shelf:
                 return False
         return True
 
-    def _forget(self, digest: Digest) -> None:
-        self.types.pop(digest, None)
-        self.unverified.discard(digest)
-        self.held.withdraw(digest)
+    async def _drop_rows(self, digests: Sequence[Digest]) -> None:
+        await self.record(self.index.drop_blobs(map(str, digests)))
+        self.on_gone(digests)
+
+    def _forget(self, digests: Sequence[Digest]) -> None:
+        for digest in digests:
+            self.types.pop(digest, None)
+            self.unverified.discard(digest)
+            self.held.withdraw(digest)
+        self.on_gone(digests)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
         """Look again at a blob that somebody could not use, and drop it if it really is bad.
@@ -235,10 +298,10 @@ class Shelf:
                 self.failed("read", error)
                 return
             self.ledger.remove(digest)
-            self._forget(digest)
+            self._forget([digest])
             self._log.warning("stored blob dropped", digest=str(digest), reason=why)
             if await self._unlink_blob(digest):
-                await self.record(self.index.drop_blobs([str(digest)]))
+                await self._drop_rows([digest])
 
     async def adopt(self, digest: Digest) -> bool:
         """Hash a file that has no row, or may have lost bytes: enter it if it is what its name
@@ -265,9 +328,9 @@ class Shelf:
             self._metrics.digest_mismatch.labels("store").inc()
             self._log.warning("file is not what its name says", digest=str(digest))
             self.ledger.remove(digest)
-            self._forget(digest)
+            self._forget([digest])
             if await self._unlink_blob(digest):
-                await self.record(self.index.drop_blobs([str(digest)]))
+                await self._drop_rows([digest])
                 return True
             return False
 
@@ -309,6 +372,10 @@ class Shelf:
 
     async def settle(self) -> None:
         """Drop all fills and wait for everything that is under way."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if not self.hands_over:
+            await self._drop_remains()
         while self.fills or self._tasks or self.threads.running:
             for fill in list(self.fills):
                 await fill.discard()

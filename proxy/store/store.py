@@ -1,9 +1,10 @@
 """The store: bytes by digest in files, everything else in an index, one object to ask.
 
 What is held is known from memory alone: `size_of` is a lookup, and a request that finds nothing
-costs no system call. The parts: blobs.py writes and names files, eviction.py decides what has to
-go, shelf.py carries that out, index.py remembers across restarts, recovery.py compares the two at
-the start, lock.py keeps other processes out.
+costs no system call. The parts: blobs.py writes what is filled, by the steps of files.py,
+eviction.py decides what has to go, shelf.py carries that out, index.py remembers across restarts,
+start.py opens all of it, recovery.py compares files and index then, lock.py keeps other processes
+out.
 
 Nothing here decides who may have a blob: links say which repositories have it, and whoever serves
 asks for them.
@@ -11,7 +12,7 @@ asks for them.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,24 +26,15 @@ from proxy.observe.metrics import Metrics, StoreState
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestMismatch, StoreFailed
 from proxy.oci.manifest import Manifest
-from proxy.store.blobs import (
-    Disk,
-    FileLease,
-    Layout,
-    NoRoom,
-    Staging,
-    StoreFull,
-    open_blob,
-    read_blob,
-)
-from proxy.store.durability import Durability, boot_id, was_proved_in
+from proxy.store.blobs import FileLease, NoRoom, Staging, StoreFull
+from proxy.store.durability import Durability, boot_id
 from proxy.store.eviction import Ledger
-from proxy.store.index import Index, IndexFailed, IndexUnusable
-from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable, DirectoryLock
+from proxy.store.files import Disk, Layout, open_blob, read_blob
+from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable
 from proxy.store.marks import Mark, Marks
-from proxy.store.recovery import Plan, make_directories, prepare, reconcile, scan
 from proxy.store.shelf import Shelf
-from proxy.store.work import Threads, finish
+from proxy.store.start import Taken, recover, report, restore, take, unusable
+from proxy.store.work import finish
 
 __all__ = [
     "CacheDirBusy",
@@ -63,9 +55,6 @@ __all__ = [
 _LINKS_IN_MEMORY = 16_384
 # Times of use are worth little: a crash loses this much of them, in seconds.
 _WRITE_BACK = 5.0
-# A link of which nobody has heard for so long, and whose bytes are gone, is proved anew by the
-# upstream; seconds.
-_LINK_LIFE = 30 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +72,9 @@ class TagRow:
     checked_at: float
 
 
+LinkKey = tuple[str, str, Digest]  # upstream, repository, digest
+
+
 @dataclass(frozen=True, slots=True)
 class CapRow:
     """What was learned of an origin, and how many seconds ago."""
@@ -95,9 +87,7 @@ class CapRow:
 class Store:
     """All bytes and all that is known of them. Belongs to one event loop and one directory."""
 
-    def __init__(
-        self, shelf: Shelf, plan: Plan, boot: str | None, resources: AsyncExitStack
-    ) -> None:
+    def __init__(self, shelf: Shelf, taken: Taken, resources: AsyncExitStack) -> None:
         """For `open`, which is the way to get one."""
         self._shelf = shelf
         self._ledger = shelf.ledger
@@ -105,13 +95,14 @@ class Store:
         self._threads = shelf.threads
         self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._links: LRUCache[tuple[str, str, Digest], Link] = LRUCache(_LINKS_IN_MEMORY)
+        self._links: LRUCache[LinkKey, Link] = LRUCache(_LINKS_IN_MEMORY)
         self._unlinks = 0
-        self._linked: Marks[tuple[str, str, Digest]] = Marks()
+        self._linked: Marks[LinkKey] = Marks()
+        self._on_unlinked: Callable[[LinkKey], None] = lambda _: None
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._recovery = asyncio.create_task(self._recover(plan, boot), name="store recovery")
+        self._recovery = asyncio.create_task(recover(shelf, taken), name="store recovery")
 
     @classmethod
     async def open(
@@ -128,39 +119,24 @@ class Store:
         log: Logger,
         wall: Callable[[], float] = time.time,
         disk: Disk | None = None,
+        resume: bool = False,
     ) -> "Store":
         """Take the directory, which is made if missing, and know what is in it.
 
-        `max_size` and `min_free` are bytes, the water marks parts of `max_size`. Raises
-        CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be written
-        or belongs to a newer version. Files that the index does not know, or that may have lost
-        bytes, are hashed afterwards, in the background; `boot` says which boot this is.
+        `max_size` and `min_free` are bytes, the water marks parts of `max_size`. With `resume`
+        unfinished fills of the process before can be gone on with. `boot` says which boot this is.
+        Raises CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be
+        written or belongs to a newer version.
         """
-        layout = Layout(directory)
         ledger = Ledger(max_size=max_size, high_water=high_water, low_water=low_water)
-        try:
+        with unusable(directory):
             async with AsyncExitStack() as undo:
-                threads = Threads()
-                undo.push_async_callback(threads.close)
-                await threads.slow(partial(make_directories, layout))
-                lock = await threads.slow(
-                    partial(DirectoryLock.acquire, layout.lock), DirectoryLock.release
-                )
-                undo.callback(lock.release)
-                unfinished = await threads.slow(partial(prepare, layout))
-                index = await Index.open(layout.index)
-                undo.push_async_callback(index.close)
-                contents = await index.load()
-                running = await threads.slow(boot)
-                proved = await threads.slow(partial(was_proved_in, layout.boot, running))
-                plan = await threads.slow(
-                    lambda: reconcile(contents, scan(layout), doubts=not proved)
-                )
+                taken = await take(Layout(directory), undo, boot, resume=resume)
                 shelf = Shelf(
-                    layout=layout,
+                    layout=taken.layout,
                     ledger=ledger,
-                    index=index,
-                    threads=threads,
+                    index=taken.index,
+                    threads=taken.threads,
                     disk=disk or Disk(),
                     min_free=min_free,
                     durability=durability,
@@ -168,26 +144,9 @@ class Store:
                     log=log,
                     wall=wall,
                 )
-                await threads.slow(partial(_fill_ledger, shelf, plan))
-                store = cls(shelf, plan, running, undo.pop_all())
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise CacheDirUnusable(directory, f"{error.strerror}{where}") from error
-        except (IndexUnusable, IndexFailed) as error:
-            raise CacheDirUnusable(directory, str(error)) from error
-        metrics.recovered.inc(unfinished)
-        if index.was_lost:
-            log.warning("index was corrupt and is rebuilt from the files", directory=str(directory))
-        log.info(
-            "store opened",
-            directory=str(directory),
-            blobs=len(ledger),
-            bytes=ledger.held,
-            durability=durability.value,
-            unfinished=unfinished,
-            unverified=len(plan.unverified),
-            lost=len(plan.missing),
-        )
+                await restore(shelf, taken)
+                store = cls(shelf, taken, undo.pop_all())
+        report(taken, ledger, durability, metrics, log)
         return store
 
     async def close(self) -> None:
@@ -212,6 +171,16 @@ class Store:
         """Wait until every file that was found without a row has been judged."""
         await asyncio.wait([self._recovery])
 
+    def tell(
+        self,
+        *,
+        gone: Callable[[Sequence[Digest]], None],
+        unlinked: Callable[[LinkKey], None],
+    ) -> None:
+        """Call these when blobs are held no more, or a repository's link is taken back: at once,
+        and again when nobody finds them in the directory any more."""
+        self._shelf.on_gone, self._on_unlinked = gone, unlinked
+
     def __repr__(self) -> str:
         state = " closed" if self._shelf.is_closing else ""
         return f"<Store{state} {self._ledger} {len(self._shelf.fills)} fills>"
@@ -234,6 +203,10 @@ class Store:
     def held(self, digest: Digest) -> Mark | None:
         """A mark that holds for as long as the blob is held; None when it is not."""
         return None if self.size_of(digest) is None else self._shelf.held.of(digest)
+
+    def none_gone(self) -> Mark:
+        """A mark that holds until any blob is held no more."""
+        return self._shelf.held.all()
 
     async def lease(self, digest: Digest) -> FileLease | None:
         """Open a blob and keep it from eviction; None when it is not held.
@@ -295,6 +268,16 @@ class Store:
         """
         self._require_open()
         return await self._shelf.begin(digest, size)
+
+    async def go_on(self, digest: Digest) -> Staging | None:
+        """The fill that the process before has left unfinished, with what it had brought, hashed;
+        None when there is none. End it as one of `create`. Raises StoreFull when it is no use."""
+        self._require_open()
+        return await self._shelf.go_on(digest)
+
+    def hand_over(self) -> None:
+        """From here on, leave unfinished fills to the process that takes the directory next."""
+        self._shelf.hands_over = True
 
     async def put(self, digest: Digest, data: bytes) -> None:
         """Store a small blob. Raises DigestMismatch, NoRoom, StoreFull, StoreFailed."""
@@ -384,10 +367,13 @@ class Store:
 
     async def unlink(self, upstream: str, repository: str, digest: Digest) -> None:
         """Forget that this repository has it: the upstream says no."""
+        key = (upstream, repository, digest)
         self._unlinks += 1
-        self._links.pop((upstream, repository, digest), None)
-        self._linked.withdraw((upstream, repository, digest))
+        self._links.pop(key, None)
+        self._linked.withdraw(key)
+        self._on_unlinked(key)
         await self._shelf.record(self._index.unlink(upstream, repository, str(digest)))
+        self._on_unlinked(key)
 
     # Tags
 
@@ -424,36 +410,9 @@ class Store:
             for origin, value, ceiling, learned in rows
         }
 
-    # The start
-
-    async def _recover(self, plan: Plan, boot: str | None) -> None:
-        """Carry out what the comparison of files and rows has found; see recovery.py."""
-        shelf = self._shelf
-        await shelf.record(self._index.drop_blobs(plan.missing))
-        wrong = [digest for digest in plan.wrong if digest not in self._ledger]
-        await shelf.evict(wrong, "wrong_size")
-        await shelf.evict(self._ledger.shrink(), "room")
-        await shelf.record(self._index.prune_links(shelf.now() / 1_000_000 - _LINK_LIFE))
-        is_settled = True
-        for digest in plan.unverified:
-            if shelf.is_closing:
-                return
-            is_settled &= await shelf.adopt(digest)
-        if is_settled:
-            await shelf.note_proved(boot)
-
     def _require_open(self) -> None:
         if self._shelf.is_closing:
             raise StoreFailed("the store is closed")
-
-
-def _fill_ledger(shelf: Shelf, plan: Plan) -> None:
-    # In a thread, before anybody else has the shelf: it takes a while with many blobs.
-    shelf.ledger.restore(plan.entries)
-    for digest, (media_type, children) in plan.manifests.items():
-        shelf.types[digest] = media_type
-        shelf.ledger.set_children(digest, children)
-    shelf.unverified.update(plan.unverified)
 
 
 def _close_file(file: BinaryIO | None) -> None:

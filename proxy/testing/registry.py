@@ -124,19 +124,27 @@ class FakeRegistry:
         self.signed_urls = SignedUrls(self.content, clock)
         self.signed_url_ttl = signed_url_ttl
         self._cdn = redirect_blobs_to
-        self._auth = auth
-        self._policy = Policy(
-            Accounts(users, private, identities), token_ttl, opaque_tokens, harbor
-        )
-        self.token_service = token_service or self
+        accounts = Accounts(users, private, identities)
+        self._make_door(auth, Policy(accounts, token_ttl, opaque_tokens, harbor), token_service)
         self._manners = Manners(ranges, page_size)
         self._script = Script()
         self._holds: list[Hold] = []
-        self._guard: Guard | None = None
         self._listener = Listener(self._handle, limit, self._note_accept, ssl_context, greeting)
         self.counters = Counters(self._listener.established, keep_seen=keep_seen, clock=clock)
         self._load = Load(overload, self.counters.note_progress)
         self._transmitter = Transmitter(rate, self.stalls, self._note_body, self.counters.note_raw)
+
+    def _make_door(
+        self,
+        auth: Literal["basic", "bearer"] | None,
+        policy: Policy,
+        token_service: FakeRegistry | None,
+    ) -> None:
+        """Who comes in, and who gives tokens for that; the guard begins with the listener."""
+        self._auth = auth
+        self._policy = policy
+        self.token_service = token_service or self
+        self._guard: Guard | None = None
 
     async def start(self) -> None:
         """Listen. Raises OSError when the port is taken."""

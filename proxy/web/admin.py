@@ -19,6 +19,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
+from proxy.oci.errors import PullError
+from proxy.web.siblings import Siblings
 
 #: Seconds the loop may lag before the process counts as dead.
 MAX_LAG = 30.0
@@ -36,10 +38,12 @@ class Admin:
         is_started: Callable[[], bool],
         is_draining: Callable[[], bool],
         loop_lag: Callable[[], float],
-        status: Callable[[], Mapping[str, Any]],
+        status: Callable[[], Awaitable[Mapping[str, Any]]],
         log: Logger,
         refresh: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
+        """``siblings`` are the other workers, for which this process speaks too."""
         self._metrics = metrics
         self._is_started = is_started
         self._is_draining = is_draining
@@ -47,6 +51,7 @@ class Admin:
         self._status = status
         self._log = log
         self._refresh = refresh
+        self._siblings = siblings
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._answer_defects])
@@ -96,22 +101,34 @@ class Admin:
     async def _readyz(self, request: web.Request) -> web.Response:
         if self._is_draining():
             return web.Response(status=503, text="draining\n")
+        if self._siblings is not None and not await self._siblings.are_ready():
+            return web.Response(status=503, text="not all workers serve\n")
         return await self._startupz(request)
 
     async def _render_metrics(self, _request: web.Request) -> web.Response:
-        # The process's figures come from files below /proc, ours from objects of this loop.
-        process = await asyncio.to_thread(process_metrics)
         headers = {"Content-Type": self._metrics.content_type}
-        return web.Response(body=self._metrics.render() + process, headers=headers)
+        if self._siblings is not None:
+            return web.Response(body=await self._siblings.metrics(), headers=headers)
+        return web.Response(body=await all_metrics(self._metrics), headers=headers)
 
     async def _render_status(self, _request: web.Request) -> web.Response:
-        return web.json_response(self._status())
+        try:
+            return web.json_response(await self._status())
+        except PullError as error:
+            return _refusal(error.status, error.message)
 
 
 def _refusal(status: int, words: str) -> web.Response:
     response = web.json_response({"error": words}, status=status)
     response.force_close()
     return response
+
+
+async def all_metrics(metrics: Metrics) -> bytes:
+    """The exposition of this process."""
+    # The process's figures come from files below /proc, ours from objects of this loop.
+    process = await asyncio.to_thread(process_metrics)
+    return metrics.render() + process
 
 
 def process_metrics() -> bytes:

@@ -62,6 +62,15 @@ def raise_limit() -> int:
     return current_limit()
 
 
+def reachable_limit() -> int:
+    """How many a start would come to. This process goes on with as many as it had."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return raise_limit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def current_limit() -> int:
     """How many descriptors this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -27,10 +27,12 @@ answered, and the pull layer says what the next one like it would be answered wi
 repository has it, the tag is that digest), withdrawn in the step in which that changes: eviction,
 a refusal, a refresh, a new answer about the tag. A tag's ttl is looked at each time. Whoever finds
 the hit no longer good looks for it anew, as at a request of the slow path, and else goes there. So
-between an eviction and the answer there is either no turn of the loop, or a mark that is seen.
+between an eviction and the answer there is either no turn of the loop, or a mark that is seen. In a
+process that follows another one, the step is that in which the leader's word arrives (``team/``).
 
-**Use.** Looking anew counts as a use for the store and for the caches behind it. It is done every
-``RENEW`` seconds at least for what is asked for, so that the order of eviction is right to that.
+**Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
+what is fetched ahead. It is done every ``RENEW`` seconds at least for what is asked for, so that
+the order of eviction is right to that.
 
 **What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
 a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
@@ -46,13 +48,10 @@ keep-alive time of aiohttp counts from the last answer, so it is moved on here.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import time
 from collections.abc import Callable
 from email.utils import formatdate
 from functools import partial
-from typing import Any
 
 from aiohttp import HttpVersion11, web
 
@@ -61,7 +60,7 @@ from proxy.oci.digest import Digest
 from proxy.oci.manifest import acceptable
 from proxy.oci.paths import Kind, Target
 from proxy.pull.asks import Ask, CacheWord
-from proxy.pull.at_hand import AtHand, Hit
+from proxy.pull.at_hand import Finder, Hit
 from proxy.upstream.routing import Route
 from proxy.web.access import AccessLog, Visit
 from proxy.web.forwarded import Network, client_address
@@ -69,8 +68,6 @@ from proxy.web.plain import Head, has_secret, is_plain_line, parse_head, settled
 from proxy.web.prepared import Entry, Prepared, Table
 from proxy.web.registry import content_headers, contract_headers
 from proxy.web.rows import Row, Rows
-from proxy.web.server import ClientProtocol, RegistryServer
-from proxy.web.tls import certificate_name
 
 #: Seconds after which a hit is looked for anew.
 RENEW = 1.0
@@ -78,7 +75,8 @@ RENEW = 1.0
 MOST = 64 << 10
 #: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
 MAX_HEADS, MAX_TYPES = 1024, 64
-_END = b"\r\n\r\n"
+#: The end of a head.
+END = b"\r\n\r\n"
 _MASK = (1 << 64) - 1
 
 #: What a request is answered with, and the head that it had.
@@ -91,7 +89,7 @@ class HotPath:
     def __init__(
         self,
         *,
-        at_hand: AtHand,
+        at_hand: Finder,
         access_log: AccessLog,
         rows: Rows,
         memory: int,
@@ -102,7 +100,7 @@ class HotPath:
         self.table = Table(memory)
         self.clock = access_log.clock
         self.is_draining = is_draining
-        self.number = secrets.randbits(64)  # of the last request
+        self._number = secrets.randbits(64)  # of the last request
         self.rows = rows
         self.metrics = access_log.metrics
         self._at_hand = at_hand
@@ -111,7 +109,7 @@ class HotPath:
         self.heads: dict[bytes, Head] = {}
         self._seen = [0] * MAX_HEADS
         self._second = -1
-        self._date = ""
+        self._date = b""
 
     def __repr__(self) -> str:
         return f"<HotPath {self.table} {len(self.heads)} heads {self.rows}>"
@@ -136,10 +134,10 @@ class HotPath:
         self, method: str, route: Route, target: Target
     ) -> Callable[[], Hit | None] | None:
         upstream, repository, reference = route.upstream.name, route.repository, target.reference
+        is_head = method == "HEAD"
         if reference is not None and target.kind is Kind.MANIFEST:
-            return partial(self._at_hand.manifest, upstream, repository, reference)
+            return partial(self._at_hand.manifest, upstream, repository, reference, head=is_head)
         if isinstance(reference, Digest) and target.kind is Kind.BLOB:
-            is_head = method == "HEAD"
             return partial(self._at_hand.blob, upstream, repository, reference, head=is_head)
         return None
 
@@ -167,13 +165,10 @@ class HotPath:
         unchanged = prepared("304 Not Modified", b"") if kind is Kind.MANIFEST else None
         return Entry(hit, again, self.clock() + RENEW, whole, unchanged)
 
-    def find(self, line: bytes, rest: bytes, now: float) -> Answer | None:
-        """The answer to a request line and the rest of its head; None: ask the slow path."""
+    def find(self, line: bytes, head: Head, now: float) -> Prepared | None:
+        """The answer to a request line with this head; None: ask the slow path."""
         entry = self.table.entries.get(line)
         if entry is None:
-            return None
-        head = self.heads.get(rest) or self.head(rest)
-        if head is None:
             return None
         hit, name = entry.hit, entry.hit.name
         if (
@@ -182,26 +177,28 @@ class HotPath:
             or now - name.checked >= name.ttl
         ) and not self._renewed(line, entry, now):
             return None
-        if hit.media_type is not None and not self._takes(head, hit.media_type):
-            return None
+        if hit.media_type is not None:
+            takes = head.takes.get(hit.media_type)
+            if not (self._takes(head, hit.media_type) if takes is None else takes):
+                return None
         if head.if_none_match is None:
-            return entry.whole, head
+            return entry.whole
         if entry.unchanged is None:
             return None
-        is_unchanged = etag_matches(head.if_none_match, hit.digest)
-        return (entry.unchanged if is_unchanged else entry.whole), head
+        return entry.unchanged if etag_matches(head.if_none_match, hit.digest) else entry.whole
 
     def find_all(self, data: bytes, now: float) -> tuple[list[Answer], int]:
         """The answers to the first of several plain requests, and how many bytes those were."""
         found: list[Answer] = []
         done = size = 0
         while done < len(data) and size < MOST:
-            end, eol = data.find(_END, done) + 4, data.find(b"\r\n", done)
-            answer = self.find(data[done:eol], data[eol:end], now)
-            if answer is None:
+            end, eol = data.find(END, done) + 4, data.find(b"\r\n", done)
+            head = self.head(data[eol:end])
+            answer = None if head is None else self.find(data[done:eol], head, now)
+            if head is None or answer is None:
                 break
-            found.append(answer)
-            done, size = end, size + answer[0].size
+            found.append((answer, head))
+            done, size = end, size + answer.size
         return found, done
 
     def _renewed(self, line: bytes, entry: Entry, now: float) -> bool:
@@ -216,15 +213,16 @@ class HotPath:
 
     @staticmethod
     def _takes(head: Head, media_type: str) -> bool:
-        takes = head.takes.get(media_type)
-        if takes is None:
-            if len(head.takes) >= MAX_TYPES:
-                head.takes.clear()
-            takes = head.takes[media_type] = acceptable(media_type, head.accept)
+        if len(head.takes) >= MAX_TYPES:
+            head.takes.clear()
+        takes = head.takes[media_type] = acceptable(media_type, head.accept)
         return takes
 
     def head(self, rest: bytes) -> Head | None:
-        """Read a head that is not known as it stands; None when it is not plain."""
+        """Read a head; None when it is not plain."""
+        known = self.heads.get(rest)
+        if known is not None:
+            return known
         left = settled(rest)
         if left is None:
             return None
@@ -246,7 +244,7 @@ class HotPath:
     def are_plain(self, data: bytes) -> bool:
         """Is this one whole plain request after the other?"""
         done = 0
-        while (end := data.find(_END, done) + 4) > 3:
+        while (end := data.find(END, done) + 4) > 3:
             eol = data.find(b"\r\n", done)
             if not is_plain_line(data[done:eol]) or self.head(data[eol:end]) is None:
                 return False
@@ -260,12 +258,16 @@ class HotPath:
 
     # -- what differs ----------------------------------------------------------------------
 
-    def date(self, wall: float) -> str:
+    def name(self) -> str:
+        """An id for one more request."""
+        self._number = number = (self._number + 1) & _MASK
+        return "%016x" % number  # noqa: UP031 -- half of what an f-string takes
+
+    def date(self, wall: float) -> bytes:
         """The last header with the empty line, for this second."""
-        second = int(wall)
-        if second != self._second:
-            self._second = second
-            self._date = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n"
+        if not 0.0 <= wall - self._second < 1.0:
+            self._second = int(wall)
+            self._date = f"Date: {formatdate(self._second, usegmt=True)}\r\n\r\n".encode()
         return self._date
 
     def row(self, prepared: Prepared, head: Head, peer: str, user: str | None) -> Row:
@@ -277,140 +279,3 @@ class HotPath:
         if shape is None:
             shape = prepared.shapes[named] = self.rows.shape(prepared.fields, named=named)
         return self.rows.row(shape, peer, head.agent, user)
-
-
-class HotServer(RegistryServer):
-    """A server whose connections answer hot where they can. ``hot`` None: nowhere."""
-
-    def __init__(self, *args: Any, hot: HotPath | None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._hot = hot
-
-    def __call__(self) -> web.RequestHandler:
-        return super().__call__() if self._hot is None else self._made(partial(_Hot, self._hot))
-
-    async def shutdown(self, timeout: float | None = None) -> None:
-        await super().shutdown(timeout)
-        if self._hot is not None:
-            self._hot.rows.flush()
-
-
-class _Hot(ClientProtocol):
-    __slots__ = (
-        "_has_given",
-        "_held",
-        "_hot",
-        "_last_head",
-        "_last_prepared",
-        "_peer_and_user",
-        "_row",
-    )
-
-    def __init__(self, hot: HotPath, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._hot: HotPath | None = hot  # None: slow for good
-        self._has_given = False  # anything to aiohttp
-        self._held: list[bytes] = []  # received, and neither answered nor given
-        self._peer_and_user: tuple[str, str | None] | None = None
-        # What was answered last, for which head, and its row: most ask the same again.
-        self._last_prepared: Prepared | None = None
-        self._last_head: Head | None = None
-        self._row: Row
-
-    def data_received(self, data: bytes) -> None:
-        hot = self._hot
-        # Without data it is aiohttp's own call, to parse what it holds.
-        if hot is None or self._header is not None or not data:
-            super().data_received(data)
-            return
-        if self._held:
-            self._held.append(bytes(data))
-        elif self._is_free():
-            self._take(hot, bytes(data))
-        elif self._messages or self._request_in_progress:
-            self._give(hot, bytes(data))
-        else:
-            # The handler has ended and the client has its answer, but aiohttp hears of that in this
-            # turn of the loop. (Or the handler begins in it: then this is its turn's, afterwards.)
-            self._held.append(bytes(data))
-            self._loop.call_soon(self._go_on, hot)
-
-    def _go_on(self, hot: HotPath) -> None:
-        held, self._held = self._held, []
-        for data in held:
-            if self._hot is not None and self._is_free():
-                self._take(hot, data)
-            else:
-                self._give(hot, data)
-
-    def _is_free(self) -> bool:
-        """Does the slow path owe nothing?"""
-        waiter = self._waiter
-        if waiter is None or waiter.done():
-            return not self._has_given
-        return not self._messages
-
-    def _take(self, hot: HotPath, data: bytes) -> None:
-        """Answer what can be answered, and give the rest to the slow path."""
-        if self._close or self._force_close or self.transport is None:
-            return
-        done = 0
-        if not self._paused and not hot.is_draining():
-            began, wall, eol = hot.clock(), time.time(), data.find(b"\r\n")
-            rest = data[eol:]
-            found: list[Answer] = []
-            # What is known as a head ends with the empty line and holds no other.
-            if rest in hot.heads or data.find(_END) + 4 == len(data):
-                answer = hot.find(data[:eol], rest, began)
-                if answer is not None:
-                    found, done = [answer], len(data)
-            elif hot.are_plain(data):
-                # Else none: aiohttp answers nothing that came together with what is malformed.
-                found, done = hot.find_all(data, began)
-            if found:
-                self._say(hot, self.transport, found, began, wall)
-        if done < len(data):
-            self._give(hot, data[done:])
-
-    def _say(
-        self,
-        hot: HotPath,
-        transport: asyncio.Transport,
-        found: list[Answer],
-        began: float,
-        wall: float,
-    ) -> None:
-        """Send these answers, count them, note them for the log."""
-        date, out, names = hot.date(wall), [], []
-        for prepared, _ in found:
-            hot.number = number = (hot.number + 1) & _MASK
-            name = "%016x" % number  # noqa: UP031 -- half of what an f-string takes
-            names.append(name)
-            out.append(f"{prepared.first}{name}{prepared.second}{date}".encode())
-            out.append(prepared.body)
-        transport.write(b"".join(out))
-        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        seconds, rows = hot.clock() - began, hot.rows
-        for (prepared, head), name in zip(found, names, strict=True):
-            hot.metrics.count_hot(prepared.tally, seconds, len(prepared.body))
-            if rows.is_on:
-                if prepared is not self._last_prepared or head is not self._last_head:
-                    self._last_prepared, self._last_head = prepared, head
-                    self._row = hot.row(prepared, head, *self._whom())
-                rows.note(self._row, name, wall, seconds)
-
-    def _whom(self) -> tuple[str, str | None]:
-        """Who is at the other end: the same for all its requests."""
-        if self._peer_and_user is None:
-            peer = self.peername
-            name = str(peer[0] if isinstance(peer, list | tuple) else peer or "unknown")
-            certificate = self.transport and self.transport.get_extra_info("peercert")
-            self._peer_and_user = name, certificate_name(certificate or None)
-        return self._peer_and_user
-
-    def _give(self, hot: HotPath, data: bytes) -> None:
-        """This is the slow path's; for good, unless it ends where a plain request does."""
-        if not hot.are_plain(data):
-            self._hot = None
-        self._has_given = True
-        super().data_received(data)

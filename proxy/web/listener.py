@@ -24,10 +24,11 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from proxy.observe.metrics import ListenerState
+from proxy.store.work import finish
 from proxy.web.descriptors import Descriptors, lowest_free
 from proxy.web.server import AdminRunner, RegistryRunner, RegistryServer
 
@@ -75,9 +76,12 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         *,
         descriptors: Descriptors,
+        sockets: Sequence[socket.socket] = (),
         on_pause: Callable[[OSError | None], None] = lambda _error: None,
         on_accept: Callable[[], None] = lambda: None,
     ) -> None:
+        """``sockets`` that are bound already take the place of ``host`` and ``port``; they stay
+        the caller's."""
         self._server = server
         self._host = host
         self._port = port
@@ -85,7 +89,7 @@ class Listener:
         self._descriptors = descriptors
         self._on_pause = on_pause
         self._on_accept = on_accept
-        self._sockets: list[socket.socket] = []
+        self._sockets = [sock.dup() for sock in sockets]
         self._connecting: set[asyncio.Task[None]] = set()
         self._next_look: asyncio.Handle | None = None  # set while it pauses
         self._looks_soon = False
@@ -219,14 +223,10 @@ class Listener:
             self._next_look = None
 
     async def _bind(self) -> None:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(
-            self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, _, _, _, address in dict.fromkeys(found):
-            if self._sockets and self._port == 0:
-                return  # the system would choose another port for each
-            self._sockets.append(_bound(family, address))
+        if not self._sockets:
+            loop = asyncio.get_running_loop()
+            binding = loop.run_in_executor(None, bound_sockets, self._host, self._port)
+            self._sockets = await finish(binding, _close_all)
 
     def __repr__(self) -> str:
         state = "paused" if self._next_look is not None else "accepting"
@@ -251,16 +251,38 @@ async def listening(
         await runner.cleanup()
 
 
+def bound_sockets(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
+    """A socket for each address that ``host`` means. ``shared``: others may be bound beside them.
+    Looks up names, which may take a while. Raises ``OSError``; then none is open."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with contextlib.ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        for family, _, _, _, address in dict.fromkeys(found):
+            if sockets and port == 0:
+                break  # the system would choose another port for each
+            sockets.append(_bound(family, address, shared=shared))
+            stack.callback(sockets[-1].close)
+        stack.pop_all()
+    return sockets
+
+
 def unsent(clients: int) -> int:
     """Bytes that the kernel may hold unsent for one more client when there are ``clients``."""
     return max(LEAST_UNSENT, min(MOST_UNSENT, ALL_UNSENT // clients))
 
 
-def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+def _close_all(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def _bound(family: int, address: tuple[object, ...], *, shared: bool) -> socket.socket:
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:  # "::" is not 0.0.0.0 too
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:

@@ -11,6 +11,10 @@ A head is mostly the same bytes again. What differs are lines that the answer do
 id for tracing, credentials for somebody else): ``settled`` takes them out, so that what is left can
 be looked up. They are taken out as whole, well-formed lines; one that is not stays and is refused.
 
+Whoever puts another id into each head mostly puts it in the same place: a ``Stencil`` is such a
+head but for the one value, and tells whether another head differs from it in nothing else. Then
+``settled`` would leave the same of both.
+
 Pure: bytes in, values out.
 """
 
@@ -36,6 +40,7 @@ _REFUSED_NAME = re.compile(_REFUSED)
 _ORDINARY = re.compile(
     rb"\r\n(?!(?i:" + _UNDERSTOOD + rb"|" + _REFUSED + rb"):)" + _TOKEN + rb":[\t -~]*(?=\r\n)"
 )
+_VALUE = re.compile(rb"[\t -~]*")
 _SECRET = re.compile(rb"(?i)\r\n(?:proxy-)?(?:authorization|cookie):")
 
 
@@ -49,6 +54,39 @@ class Head:
     forwarded: tuple[str, ...] = ()
     #: By media type: does the client take it? For whoever asks often.
     takes: dict[str, bool] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Stencil:
+    """Heads that begin with ``start`` and end with ``stop``, with any value in between."""
+
+    start: bytes
+    stop: bytes
+
+    @classmethod
+    def of(cls, one: bytes, other: bytes) -> Stencil | None:
+        """That of two heads of which ``settled`` leaves the same; None if more differs than one
+        value, or if they hold what must not stay in memory."""
+        lines, others = one.split(b"\r\n"), other.split(b"\r\n")
+        if len(lines) != len(others) or has_secret(one) or has_secret(other):
+            return None
+        unlike = [at for at, line in enumerate(lines) if line != others[at]]
+        if len(unlike) != 1:
+            return None
+        at = unlike[0]
+        name, colon, _ = lines[at].partition(b":")
+        if not others[at].startswith(name + colon):
+            return None
+        return cls(b"\r\n".join([*lines[:at], name + colon]), b"\r\n".join([b"", *lines[at + 1 :]]))
+
+    def fits(self, rest: bytes) -> bool:
+        """Does this head differ from the two in that value alone?"""
+        return (
+            rest.startswith(self.start)
+            and rest.endswith(self.stop)
+            and len(rest) <= MAX_HEAD
+            and _VALUE.fullmatch(rest, len(self.start), len(rest) - len(self.stop)) is not None
+        )
 
 
 def is_plain_line(line: bytes) -> bool:

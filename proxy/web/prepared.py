@@ -40,8 +40,8 @@ class Prepared:
         of the log line. Raises ``ValueError`` for a value that cannot stand in a header."""
         lines = [f"{name}: {_checked(value)}\r\n" for name, value in headers.items()]
         at = list(headers).index("X-Request-Id")
-        self.first = f"HTTP/1.1 {status}\r\n{''.join(lines[:at])}X-Request-Id: "
-        self.second = f"\r\n{''.join(lines[at + 1 :])}"
+        self.first = f"HTTP/1.1 {status}\r\n{''.join(lines[:at])}X-Request-Id: ".encode()
+        self.second = f"\r\n{''.join(lines[at + 1 :])}".encode()
         self.body = body
         self.size = len(self.first) + len(self.second) + len(body)
         self.tally = tally

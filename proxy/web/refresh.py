@@ -29,7 +29,7 @@ from proxy.oci.errors import NameUnknown, PullError, RequestInvalid
 from proxy.oci.image import ImageName
 from proxy.oci.reference import Tag
 from proxy.pull.asks import Ask
-from proxy.pull.serve import Puller
+from proxy.pull.serve import Answerer
 from proxy.upstream.routing import DOCKER_HUB_NAMES, Route, Routes
 
 #: Images of one request, at most.
@@ -41,7 +41,7 @@ CLIENT = "admin"
 class Refresh:
     """``post`` is the handler. ``host`` is what the admin listener was told to be called."""
 
-    def __init__(self, *, puller: Puller, routes: Routes, host: str) -> None:
+    def __init__(self, *, puller: Answerer, routes: Routes, host: str) -> None:
         self._puller = puller
         self._routes = routes
         self._host = host

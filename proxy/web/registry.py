@@ -46,7 +46,7 @@ from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.deadlines import COME_AGAIN
-from proxy.pull.serve import Puller
+from proxy.pull.serve import Answerer
 from proxy.upstream.routing import Route, Routes
 from proxy.upstream.throttle import Stream, Throttles
 from proxy.web.access import AccessLog, Visit
@@ -87,7 +87,7 @@ class Registry:
     def __init__(
         self,
         *,
-        puller: Puller,
+        puller: Answerer,
         routes: Routes,
         metrics: Metrics,
         access_log: AccessLog,

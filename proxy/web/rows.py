@@ -29,21 +29,20 @@ class Row:
     """The pieces of a line around the request's id, its two times and when it was: in this order,
     or backwards where that is not ``usual``."""
 
-    __slots__ = ("is_usual", "pieces")
+    __slots__ = ("is_usual", "template")
 
     def __init__(self, pieces: tuple[str, ...], order: tuple[str, ...]) -> None:
         ends = order[0], order[-1]
         self.is_usual = ends == ("request_id", "timestamp")
         if not self.is_usual and ends != ("timestamp", "request_id"):
             raise ValueError(f"a log line with its values in another order: {order}")
-        self.pieces = pieces
+        self.template = "%s".join(piece.replace("%", "%%") for piece in pieces)
 
     def line(self, request_id: str, took: str, time: str) -> str:
         """The line; ``took`` stands for both times."""
-        a, b, c, d, e = self.pieces
         if self.is_usual:
-            return f"{a}{request_id}{b}{took}{c}{took}{d}{time}{e}"
-        return f"{a}{time}{b}{took}{c}{took}{d}{request_id}{e}"
+            return self.template % (request_id, took, took, time)
+        return self.template % (time, took, took, request_id)
 
 
 class Rows:
@@ -110,11 +109,13 @@ class Rows:
 
     def _line(self, row: Row, request_id: str, wall: float, seconds: float) -> str:
         took = "0.0" if seconds < _NOTHING else str(round(seconds * 1000, 1))
-        second = int(wall)
-        if second != self._second:
-            self._second = second
-            self._stamp = datetime.fromtimestamp(second, UTC).isoformat().replace("+00:00", "")
-        micros = int((wall - second) * 1_000_000)
+        micros = int((wall - self._second) * 1_000_000)
+        if not 0 <= micros < 1_000_000:
+            self._second = int(wall)
+            self._stamp = (
+                datetime.fromtimestamp(self._second, UTC).isoformat().removesuffix("+00:00")
+            )
+            micros = int((wall - self._second) * 1_000_000)
         # As isoformat has it: without a fraction when that is zero.
         time = f"{self._stamp}.{micros:06d}Z" if micros else f"{self._stamp}Z"
         return row.line(request_id, took, time)

@@ -71,11 +71,13 @@ class Front:
 
     `connections`: requests in progress at once, 401 beyond (it does not count idle connections).
     `rate`: bytes a second of one answer, as nginx writes it ("20m").
+    `ranges`: whether it heeds Range; else every answer is the whole blob.
     `certificate`: PEM file of key and chain, for TLS. `token_port`: where `/token` is answered.
     """
 
     connections: int | None = None
     rate: str | None = None
+    ranges: bool = True
     certificate: Path | None = None
     token_port: int | None = None
     port: int = field(default_factory=free_port)
@@ -88,6 +90,11 @@ def _limits(front: Front) -> str:
     if front.rate is not None:
         lines.append(f"limit_rate {front.rate};")
     return "\n".join(lines)
+
+
+def _ranges(front: Front) -> str:
+    # max_ranges is for what nginx cuts itself; the registry behind it must not be asked to cut.
+    return "" if front.ranges else 'max_ranges 0; proxy_set_header Range "";'
 
 
 def _token(front: Front) -> str:
@@ -118,6 +125,7 @@ def _configuration(front: Front, registry_port: int, status_port: int, place: Pa
             proxy_http_version 1.1;
             proxy_set_header Host $http_host;
             proxy_set_header X-Forwarded-Proto $scheme;
+            {_ranges(front)}
             proxy_buffering on;
             proxy_max_temp_file_size 0;
             server {{

@@ -89,6 +89,7 @@ class Serving:
 
     url: str
     max_connections: int = 8
+    segments: int = 8
     on_abandon: str = "finish"
     credentials: tuple[str, str] | None = None
     ca_file: Path | None = None
@@ -101,7 +102,11 @@ class Serving:
 
 def _toml(serving: Serving, cache: Path, port: int, admin: int) -> str:
     # A JSON string is a TOML basic string.
-    upstream: dict[str, object] = {"url": serving.url, "max_connections": serving.max_connections}
+    upstream: dict[str, object] = {
+        "url": serving.url,
+        "max_connections": serving.max_connections,
+        "segments": serving.segments,
+    }
     if serving.credentials is not None:
         upstream["username"], upstream["password"] = serving.credentials
     if serving.ca_file is not None:

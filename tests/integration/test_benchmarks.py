@@ -25,6 +25,7 @@ GROUPS = (
     (("scale", "manifests", "image", "segments"), ()),
     (("memory", "herd", "crowd"), ()),
     (("warm",), ("nginx",)),
+    (("workers",), ("one",)),
     (("overload",), ("nothing",)),
     (("cold",), ("registry", "nginx", "varnish")),
 )
@@ -38,6 +39,7 @@ NEEDS = {
     "image": ("nginx", "containerd", "ctr"),
     "memory": ("nginx", "openssl"),
     "scale": ("nginx", "wrk"),
+    "workers": ("nginx", "wrk"),
 }
 
 
@@ -170,6 +172,26 @@ def test_little_and_much_are_measured_alike(runs: Mapping[str, Future[Run]]) -> 
     for measure in ("images", "arrival", "stall", "start", "turn"):
         assert min(values[f"{measure}_little"], values[f"{measure}_much"]) > 0
     assert values.keys() >= {"readers_little", "readers_much"}
+
+
+def test_two_workers_answer_as_one_does_and_a_killed_leader_fails_no_pull(
+    runs: Mapping[str, Future[Run]],
+) -> None:
+    scenario = found(runs, "workers").scenario("workers")
+    loads, takeover = scenario["figures"]["loads"], scenario["figures"]["takeover"]
+    for subject in ("one", "pullpool"):
+        (values,) = loads[subject]
+        assert values["failed"] == 0
+        for load in ("hot", "handler", "blob"):
+            assert min(values[f"{load}_{key}"] for key in ("rate", "economy", "cores")) > 0
+    assert "workers = 2\nhot_path = false" in scenario["configurations"]["pullpool, two workers"]
+    assert "workers = " not in scenario["configurations"]["pullpool, one worker"]
+    assert takeover.keys() == {"cap 1", "cap 8"}
+    for rounds in takeover.values():
+        (values,) = rounds["pullpool"]
+        assert (values["failed"], values["refused"]) == (0, 0)
+        assert min(values["leads"], values["goes_on"]) > 0
+        assert 1 <= values["upstream"] < 2  # resumed; from the start it would be fetched anew
 
 
 def test_every_scenario_has_a_fast_run_here() -> None:

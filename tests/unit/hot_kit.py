@@ -24,7 +24,7 @@ from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.clients import Clients
 from proxy.web.forwarded import Network
-from proxy.web.hot import HotServer
+from proxy.web.hot_server import HotServer
 from proxy.web.registry import Registry
 from proxy.wiring import make_hot_path
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, pulling
@@ -182,7 +182,7 @@ def make_side(
     draining = [False]
     access_log = AccessLog(make_logger(log_format, stream), metrics, clock)
     settings = proxy.settings.model_copy(update={"trusted_proxies": trusted, "hot_path": hot})
-    path = make_hot_path(settings, proxy.puller, access_log, lambda: draining[0])
+    path = make_hot_path(settings, proxy.puller.at_hand, access_log, lambda: draining[0])
     assert (path is not None) is hot
     upstreams = [client.upstream for client in proxy.clients.values()]
     registry = Registry(

@@ -45,6 +45,10 @@ async def scrape(pool: Pullpool) -> dict[tuple[str, tuple[tuple[str, str], ...]]
     }
 
 
+async def nothing() -> dict[str, object]:
+    return {}
+
+
 class TestHealth:
     async def test_a_running_proxy_is_well(self, served: Served) -> None:
         for path in ("/livez", "/readyz", "/startupz"):
@@ -79,7 +83,7 @@ class TestHealth:
             is_started=lambda: started,
             is_draining=lambda: False,
             loop_lag=lambda: lag,
-            status=dict,
+            status=nothing,
             log=make_logger("json", io.StringIO()),
         )
         assert await statuses(admin) == {"/livez": live, "/readyz": ready, "/startupz": ready}
@@ -147,7 +151,7 @@ class TestWhatIsWrong:
     async def test_a_defect_of_ours_is_a_500_with_one_line(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        def broken() -> dict[str, object]:
+        async def broken() -> dict[str, object]:
             raise RuntimeError("a defect")
 
         log = io.StringIO()

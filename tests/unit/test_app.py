@@ -32,6 +32,7 @@ from tests.unit.proxy_kit import (
     pulling,
     settings_for,
 )
+from tests.unit.store_kit import stored_files
 
 UNUSED = "http://127.0.0.1:1"
 
@@ -126,11 +127,11 @@ class TestStart:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         async with silent_proxy(tmp_path):
-            code = await serve(settings_for(tmp_path, UNUSED, log_format="json"))
+            code = await serve(settings_for(tmp_path, f"{UNUSED}0", log_format="json"))
         assert code == 1
         line = json.loads(capsys.readouterr().err.splitlines()[-1])
         assert line["event"] == "cannot_start"
-        assert str(os.getpid()) in line["error"]
+        assert "its upstreams are configured otherwise" in line["error"]
 
 
 class Process:
@@ -306,7 +307,9 @@ async def test_without_any_descriptor_the_listener_waits_for_one(tmp_path: Path)
         assert len(pauses) == await crowd.figure("accept_pauses_total") == 1
 
 
-async def test_killed_in_the_middle_of_a_fill_nothing_half_is_kept(tmp_path: Path) -> None:
+async def test_a_fill_that_a_kill_has_cut_is_no_blob_and_goes_on_at_its_byte(
+    tmp_path: Path,
+) -> None:
     async with FakeRegistry() as fake:
         fake.push(IMAGE)
         async with Process.serving(tmp_path, fake.url) as pullpool:
@@ -317,10 +320,13 @@ async def test_killed_in_the_middle_of_a_fill_nothing_half_is_kept(tmp_path: Pat
                 await client.rest(1)
                 pullpool.process.kill()
                 await pullpool.process.wait()
-        async with pulling(tmp_path) as (pool, _):
-            assert await pool.stored() == set()
-            assert pool.count("store_recovered_temp_total") == 1
+        async with pulling(tmp_path) as (pool, other):
+            assert await asyncio.to_thread(stored_files, tmp_path) == set()
             assert (await pool.get(blob_path())).body == LAYER.data
+            [taken] = pool.events("fill_taken_over")
+            assert taken["at"] > 0
+            assert other.counters.bytes_by_digest[LAYER.digest] == LAYER.size - taken["at"]
+            assert await pool.stored() == {str(LAYER.digest)}
 
 
 async def test_it_starts_and_serves_its_cache_while_the_upstream_is_down(tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def test_the_table_names_those_that_are_not_installed_and_those_that_failed() ->
     )
 
 
+def test_a_table_may_compare_with_another_rival_than_nginx() -> None:
+    found = board(varnish=[{"wall": 2.0}], pullpool=[{"wall": 1.0}])
+    sheet = found.sheet("a title", (WALL,), rival="varnish")
+    assert sheet.columns == ("in front", "done", f"{TIMES} varnish")
+    assert sheet.rows[2] == ("pullpool", "1.00 s", f"0.50 {TIMES}")
+
+
 def test_the_table_counts_what_must_not_happen_in_the_worst_round() -> None:
     found = board(pullpool=[{"failed": 0.0}, {"failed": 3.0}, {"failed": 0.0}])
     assert found.sheet("", (count("failed", "failed"),)).rows[2] == ("pullpool", "3")

@@ -95,6 +95,43 @@ def test_cpu_and_memory_are_those_of_all_descendants() -> None:
     assert cpu_seconds(parent.pid) == 0
 
 
+# Says a line when its child has burnt CPU, is dead, and is buried; waits for one after each.
+BURIER = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE)
+child.stdout.readline()
+print(flush=True)
+sys.stdin.readline()
+child.kill()
+os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+print(flush=True)
+sys.stdin.readline()
+child.wait()
+print(flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_cpu_of_a_child_that_was_killed_is_not_lost() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", BURIER, CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        spent = 0.28
+        for alive in (2, 2, 1):  # a dead one that nobody has buried is still there
+            assert parent.stdout.readline() == "\n"
+            assert len(processes(parent.pid)) == alive
+            assert cpu_seconds(parent.pid) >= spent
+            spent = cpu_seconds(parent.pid)
+            parent.stdin.write("\n")
+
+
 # -- clients -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,11 @@
 """The commands: exit codes, words and streams."""
 
 import json
+import os
+import re
+import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +20,7 @@ from proxy.cli.health import ask
 from proxy.cli.main import cli
 from proxy.cli.serve import overrides, start
 from proxy.config import HostPort, Settings
+from proxy.web.descriptors import BASE
 
 
 def invoke(*arguments: str, env: Mapping[str, str | None] | None = None) -> Result:
@@ -83,6 +89,7 @@ def test_help_of_serve_names_the_variable_of_every_flag() -> None:
         "cache-dir",
         "cache-size",
         "max-connections",
+        "workers",
         "log-format",
     )
     for flag in flags:
@@ -95,7 +102,63 @@ def test_help_of_serve_names_the_variable_of_every_flag() -> None:
 
 def test_a_right_file_is_ok(tmp_path: Path) -> None:
     result = invoke("check-config", write(tmp_path, "max_connections = 4"))
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "ok\n", "")
+    assert (result.exit_code, result.stdout.splitlines()[0], result.stderr) == (0, "ok", "")
+
+
+ROOM = re.compile(
+    r"ok\nmax_clients: at least (\d+)( in each of 3 workers)?, with (\d+) open files\n"
+)
+
+
+def under_limits(*arguments: str) -> list[str]:
+    """The command, where 256 files may be open, and 2048 if one asks for it."""
+    limits = 'ulimit -Sn 256 && ulimit -Hn 2048 && exec "$@"'
+    return ["sh", "-c", limits, "sh", sys.executable, "-m", "proxy", *arguments]
+
+
+def without_variables() -> dict[str, str]:
+    return {key: text for key, text in os.environ.items() if not key.startswith("PULLPOOL_")}
+
+
+def test_a_check_says_for_how_many_clients_a_start_has_room(tmp_path: Path) -> None:
+    text = f"""
+        listen = "127.0.0.1:0"
+        admin = "127.0.0.1:0"
+        log_format = "json"
+        cache.dir = "{tmp_path / "cache"}"
+        [upstreams.h]
+        max_connections = 100
+        max_redirect_connections = 200
+    """
+    file, env = write(tmp_path, text), without_variables()
+    checked = subprocess.run(
+        under_limits("check-config", file), env=env, capture_output=True, text=True, check=True
+    )
+    found = ROOM.fullmatch(checked.stdout)
+    assert found is not None, checked.stdout
+    assert found[3] == "2048"
+    serving = under_limits("serve", "--config", file)
+    with subprocess.Popen(serving, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = map(json.loads, process.stderr)
+        started = next(line for line in lines if line["event"] == "serving")
+        process.terminate()
+    assert 0 <= started["max_clients"] - int(found[1]) <= BASE
+
+
+def test_a_check_leaves_the_limit_as_it_is_and_says_it_of_each_worker(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = min(200, before[0]), before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, low)
+    try:
+        result = invoke("check-config", write(tmp_path, "workers = 3"))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == low
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    found = ROOM.fullmatch(result.stdout)
+    assert found is not None, result.stdout
+    assert found[2]
+    assert int(found[3]) == before[1]
 
 
 def test_every_fault_of_a_file_is_on_its_own_line(tmp_path: Path) -> None:
@@ -122,7 +185,7 @@ def test_a_missing_configuration_is_a_fault_and_no_traceback(tmp_path: Path) -> 
 
 def test_a_warning_is_shown_and_the_file_is_still_ok(tmp_path: Path) -> None:
     result = invoke("check-config", write(tmp_path, "[queue]\nblob_deadline = '10m'"))
-    assert (result.exit_code, result.stdout) == (0, "ok\n")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "ok")
     assert result.stderr.startswith("warning: queue.blob_deadline")
 
 

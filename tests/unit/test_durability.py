@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from proxy.observe.metrics import Metrics
-from proxy.store.blobs import Disk, Layout
 from proxy.store.durability import Durability, is_marked, settle
+from proxy.store.files import Disk, Layout
 from tests.unit.store_kit import blob, count, name, opened, roomy, stored_files
 
 A, B, C = blob(1, 3000), blob(2, 3000), blob(3, 3000)

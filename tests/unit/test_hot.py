@@ -411,6 +411,26 @@ async def test_what_is_remembered_of_heads_is_bounded_and_holds_no_secret(hot: H
     assert not any(b"c2Vj" in head for head in hot.path.heads)
 
 
+async def test_heads_that_differ_in_an_id_are_read_for_all_else_that_they_say(hot: Hot) -> None:
+    """After two such heads in a row the connection knows the third by what they have in common."""
+    await hot.warm(MANIFEST)
+    for number in range(4):
+        assert await hot.is_hot(MANIFEST, X_Id=f"{number}")
+    answer = await hot.ask(MANIFEST, X_Id="4", Accept="text/plain")
+    assert answer.startswith("HTTP/1.1 404 ")
+    for number in range(5, 8):
+        assert (await hot.ask(MANIFEST, X_Id=f"{number}")).startswith("HTTP/1.1 200 ")
+        assert await hot.is_hot(MANIFEST, X_Id=f"{number}", User_Agent="another")
+    answer = await hot.ask(MANIFEST, X_Id="8", If_None_Match="*")
+    assert answer.startswith("HTTP/1.1 304 ")
+    assert not await hot.is_hot(blob_path(SMALL.digest), X_Id="9")
+    assert await hot.is_hot(blob_path(SMALL.digest), X_Id="10")
+    agents = [line["agent"] for line in hot.side.lines()[-9:-3]]
+    assert agents == ["-", "another"] * 3
+    answer = await hot.ask(blob_path(SMALL.digest), X_Id="11", Range="bytes=0-1")
+    assert answer.startswith("HTTP/1.1 206 ")
+
+
 async def test_prepared_answers_are_bounded_in_bytes(tmp_path: Path) -> None:
     memory = {"manifest_memory": 6_000, "blob_memory": 0}
     async with two_sides(tmp_path, FakeClock(), cache=memory) as (fast, _, pool, fake):

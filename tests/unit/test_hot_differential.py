@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.pull.prefetch import AGAIN
 from proxy.testing import FakeClock
 from tests.unit.hot_kit import Side, exchange, request, two_sides
 from tests.unit.proxy_kit import IMAGE, NAME, UPSTREAM, Pullpool, blob_path, manifest_path
@@ -207,10 +208,13 @@ def counted(side: Side) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_both_paths_say_the_same_to_whatever_is_sent(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "prefetch"), [*((n, "off") for n in range(6)), (6, "manifest")])
+async def test_both_paths_say_the_same_to_whatever_is_sent(
+    tmp_path: Path, seed: int, prefetch: str
+) -> None:
     generator = Generator(seed)
-    async with two_sides(tmp_path, FakeClock()) as (fast, slow, pool, _):
+    cache = {"prefetch": prefetch}
+    async with two_sides(tmp_path, FakeClock(), cache=cache) as (fast, slow, pool, _):
         await prime(pool)
         for _ in range(STREAMS):
             data = generator.stream()
@@ -221,3 +225,24 @@ async def test_both_paths_say_the_same_to_whatever_is_sent(tmp_path: Path, seed:
             assert fast.lines() == slow.lines(), chunks
         assert counted(fast) == counted(slow)
         assert fast.hot_hits > STREAMS / 3  # it was the hot path that was compared
+
+
+async def test_whichever_path_answers_nothing_is_left_to_fetch_ahead(tmp_path: Path) -> None:
+    """Blobs go, time passes, manifests are asked for."""
+    pick, clock = random.Random(7), FakeClock()
+    cache = {"prefetch": "manifest"}
+    async with two_sides(tmp_path, clock, cache=cache) as (fast, slow, pool, fake):
+        await prime(pool)
+        shelf, prefetch = pool.proxy.store._shelf, pool.proxy.puller._prefetch
+        assert prefetch is not None
+        for _ in range(200):
+            clock.advance(pick.choice((0.0, 0.1, 2.0, AGAIN + 1)))
+            gone = pick.sample([blob.digest for blob in IMAGE.blobs], pick.choice((0, 0, 1, 2)))
+            await shelf.evict([digest for digest in gone if shelf.ledger.remove(digest)], "room")
+            target = pick.choice((MANIFEST, MANIFEST, manifest_path("v1")))
+            await exchange(pick.choice((fast, fast, slow)).server, [request(target)], [-1])
+            assert all(prefetch._is_there(blob.digest) for blob in IMAGE.blobs)
+            if pick.random() < 0.5:
+                await pool.stored()
+        assert fast.hot_hits > 50
+        assert sum(fake.counters.gets[blob.digest] for blob in IMAGE.blobs) > 20

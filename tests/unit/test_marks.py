@@ -1,6 +1,7 @@
 """Marks: one for a fact, withdrawn for good, and none that nobody relies on."""
 
 import gc
+from functools import partial
 
 from proxy.store.marks import Mark, Marks
 
@@ -20,6 +21,18 @@ def test_a_withdrawn_mark_never_holds_again() -> None:
     assert not before.holds
     assert after.holds
     assert repr(before) == "<Mark withdrawn>"
+
+
+def test_any_change_withdraws_the_mark_of_all() -> None:
+    marks: Marks[str] = Marks()
+    marks.of("a")
+    for change in (partial(marks.withdraw, "a"), partial(marks.withdraw, "b"), marks.clear):
+        everything = marks.all()
+        assert everything is marks.all()
+        assert everything.holds
+        change()
+        assert not everything.holds
+    assert marks.all().holds
 
 
 def test_what_nobody_relies_on_costs_nothing() -> None:

@@ -8,7 +8,15 @@ from aiohttp.http import HttpRequestParser, RawRequestMessage
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.web.plain import MAX_HEAD, Head, has_secret, is_plain_line, parse_head, settled
+from proxy.web.plain import (
+    MAX_HEAD,
+    Head,
+    Stencil,
+    has_secret,
+    is_plain_line,
+    parse_head,
+    settled,
+)
 
 END = b"\r\n\r\n"
 
@@ -147,3 +155,68 @@ def test_what_is_plain_is_one_request_to_aiohttp_too(lines: list[tuple[str, str,
     assert message.headers.get("If-None-Match") == found.if_none_match
     assert tuple(message.headers.getall("Accept", ())) == found.accept
     assert parse_head(rest) == found
+
+
+def test_a_stencil_fits_whatever_differs_in_the_same_value() -> None:
+    stencil = Stencil.of(head(b"X-Id: 1", b"Accept: a/b"), head(b"X-Id: 22", b"Accept: a/b"))
+    assert stencil is not None
+    for value in (b"", b"3", b": ~\t", b"traceparent"):
+        assert stencil.fits(head(b"X-Id:" + value, b"Accept: a/b"))
+    for other in (
+        head(b"X-Id: 1", b"Accept: a/c"),
+        head(b"X-Id: 1\r\nRange: bytes=0-1", b"Accept: a/b"),
+        head(b"X-Id: 1\n", b"Accept: a/b"),
+        head(b"X-Id: \xe9", b"Accept: a/b"),
+        head(b"X-Ids: 1", b"Accept: a/b")[: -len(END)],
+        head(b"X-Id: " + b"1" * MAX_HEAD, b"Accept: a/b"),
+        head(b"X-Id: 1", b"Accept: a/b") + head(b"X-Id: 1", b"Accept: a/b"),
+    ):
+        assert not stencil.fits(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((b"X-Id: 1", b"X-More: 1"), (b"X-Id: 2", b"X-More: 2")),
+        ((b"X-Id: 1",), (b"X-Id: 2", b"X-More: 2")),
+        ((b"X-Id: 1",), (b"X-Di: 1",)),
+        ((b"X-Id: 1",), (b"X-Id: 1",)),
+        ((b"Authorization: Basic eA==",), (b"Authorization: Basic eQ==",)),
+        ((b"Cookie: a", b"X-Id: 1"), (b"Cookie: a", b"X-Id: 2")),
+    ],
+)
+def test_there_is_no_stencil_of_heads_that_differ_in_more_or_hold_a_secret(
+    one: tuple[bytes, ...], other: tuple[bytes, ...]
+) -> None:
+    assert Stencil.of(head(*one), head(*other)) is None
+
+
+lines_of_ids = st.lists(st.tuples(names, colons, values), max_size=3)
+ids = st.text(alphabet="a:\t ~", max_size=4)
+
+
+@given(
+    before=lines_of_ids,
+    after=lines_of_ids,
+    name=names | st.just("X-Id"),
+    three=st.tuples(ids, ids, ids | values),
+)
+def test_what_fits_a_stencil_settles_to_the_same(
+    before: list[tuple[str, str, str]],
+    after: list[tuple[str, str, str]],
+    name: str,
+    three: tuple[str, str, str],
+) -> None:
+    """And nothing else is asked of it: what is left is what the answer depends on."""
+
+    def with_id(value: str) -> bytes:
+        lines = [*before, (name, ":", value), *after]
+        return head(*(f"{name}{colon}{text}".encode("latin-1") for name, colon, text in lines))
+
+    one, other, third = map(with_id, three)
+    left = settled(one)
+    if left is None or left != settled(other) or parse_head(left) is None:
+        return
+    stencil = Stencil.of(one, other)
+    if stencil is not None and stencil.fits(third):
+        assert settled(third) == left

@@ -165,6 +165,80 @@ async def test_the_drain_ends_what_nobody_asked_for_and_nothing_else(tmp_path: P
         assert not pool.events("fill_failed")
 
 
+# -- manifests that are hits -----------------------------------------------------------------------
+
+BY_DIGEST = manifest_path(IMAGE.digest)
+
+
+async def evicted(pool: Pullpool, digest: Digest) -> None:
+    """The store gives it up, as for room."""
+    shelf = pool.proxy.store._shelf
+    assert shelf.ledger.remove(digest)
+    await shelf.evict([digest], "room")
+
+
+async def is_hot(pool: Pullpool, method: str = "GET", **headers: str) -> bool:
+    """Is the manifest answered by the hot path?"""
+    before = pool.count("http_hot_requests_total", kind="manifest")
+    answer = await pool.ask(method, BY_DIGEST, **headers)
+    assert (answer.status, answer.word) in ((200, "hit"), (304, "hit"))
+    return pool.count("http_hot_requests_total", kind="manifest") > before
+
+
+async def hot_and_not_lately(pool: Pullpool, clock: FakeClock) -> None:
+    """The image is held, its manifest is hot, and what it has begun is a while ago."""
+    await pull(pool)
+    await pool.stored()
+    for method in ("GET", "HEAD"):
+        await pool.ask(method, BY_DIGEST)
+    clock.advance(AGAIN + 1)
+    for method in ("GET", "HEAD"):  # renewed now: the next answers come straight from the table
+        assert await is_hot(pool, method)
+    assert pool.count("prefetches_total") == len(BLOBS)
+
+
+@pytest.mark.parametrize("digest", BLOBS)
+@pytest.mark.parametrize("headers", [{}, {"If_None_Match": f'"{IMAGE.digest}"'}])
+async def test_a_hot_hit_brings_what_was_evicted(
+    tmp_path: Path, digest: str, headers: dict[str, str]
+) -> None:
+    clock = FakeClock()
+    async with prefetching(tmp_path, clock) as (pool, fake):
+        await hot_and_not_lately(pool, clock)
+        await evicted(pool, Digest.parse(digest))
+        assert await is_hot(pool, **headers)
+        assert await pool.stored() == {*BLOBS, str(IMAGE.digest)}
+        assert blobs_asked(fake).count(digest) == 2
+        for _ in range(3):
+            assert await is_hot(pool, **headers)
+        assert len(blobs_asked(fake)) == len(BLOBS) + 1
+
+
+async def test_a_hot_hit_brings_what_was_never_there(tmp_path: Path) -> None:
+    clock = FakeClock()
+    async with prefetching(tmp_path, clock) as (pool, fake):
+        fake.script(Fault(Answer(403), kind="blob", reference=str(LAYER.digest)))
+        await pull(pool)
+        await pool.stored()
+        assert not await is_hot(pool)
+        assert await is_hot(pool)
+        assert blobs_asked(fake).count(str(LAYER.digest)) == 1
+        clock.advance(AGAIN + 1)
+        assert await is_hot(pool)
+        assert str(LAYER.digest) in await pool.stored()
+
+
+async def test_a_hot_head_brings_nothing(tmp_path: Path) -> None:
+    clock = FakeClock()
+    async with prefetching(tmp_path, clock) as (pool, fake):
+        await hot_and_not_lately(pool, clock)
+        await evicted(pool, LAYER.digest)
+        clock.advance(AGAIN + 1)
+        assert await is_hot(pool, "HEAD")
+        assert str(LAYER.digest) not in await pool.stored()
+        assert len(blobs_asked(fake)) == len(BLOBS)
+
+
 def test_as_many_are_chosen_as_there_is_room_for() -> None:
     sizes = (50, 30, 200, 20, 10)
     children = [Descriptor("x", Digest.of(bytes([n])), size) for n, size in enumerate(sizes)]

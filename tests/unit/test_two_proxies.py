@@ -3,9 +3,6 @@
 import asyncio
 from pathlib import Path
 
-import pytest
-
-from proxy.store.lock import CacheDirBusy
 from proxy.testing import FakeRegistry, make_image
 from tests.unit.proxy_kit import (
     IMAGE,
@@ -65,15 +62,6 @@ async def test_one_proxy_behind_another_serves_the_same_bytes(tmp_path: Path) ->
             await second.stored()
         await first.stored()
         assert fake.counters.gets[LAYER.digest] == 1
-
-
-async def test_a_second_proxy_on_the_same_cache_is_refused(tmp_path: Path) -> None:
-    async with pulling(tmp_path) as (first, fake):
-        with pytest.raises(CacheDirBusy):
-            async with running(tmp_path, fake.url):
-                pass
-        # The refusal has taken nothing from the first one.
-        assert (await first.get(blob_path())).body == LAYER.data
 
 
 async def test_a_restart_keeps_what_was_stored(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from proxy.oci.errors.client import (
 )
 from proxy.oci.errors.ours import (
     InternalError,
+    LeaderMissing,
     ShuttingDown,
     StoreFailed,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "EndpointUnknown",
     "ErrorCode",
     "InternalError",
+    "LeaderMissing",
     "ManifestInvalid",
     "MethodNotAllowed",
     "NameInvalid",

@@ -19,6 +19,18 @@ class StoreFailed(InternalError):
     default_message = "the cache failed"
 
 
+class LeaderMissing(InternalError):
+    """The process that leads does not answer, and nobody can take its place yet."""
+
+    reason = "leader_missing"
+    default_message = "the process that asks the upstreams does not answer at the moment"
+    status = 503
+    code = ErrorCode.UNAVAILABLE
+
+    def __init__(self, retry_after: float = 5.0) -> None:
+        super().__init__(retry_after=retry_after)
+
+
 class ShuttingDown(InternalError):
     """The process drains and takes no new work. `retry_after` in seconds."""
 

@@ -1,0 +1,139 @@
+"""The pull layer as the settings want it; with app.py and wiring.py the composition root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from proxy.config import Settings
+from proxy.observe.logs import Logger
+from proxy.observe.metrics import Metrics
+from proxy.pull.asking import PATIENCE_SHARE, Questions
+from proxy.pull.blobs import Blobs
+from proxy.pull.deadlines import Deadlines, Waits
+from proxy.pull.flight import Flights, FlightSettings
+from proxy.pull.manifests import Manifests
+from proxy.pull.permissions import Permissions
+from proxy.pull.prefetch import Prefetch
+from proxy.pull.serve import Puller
+from proxy.pull.tags import TagBook, TagPolicy
+from proxy.store.store import Store
+from proxy.surroundings import Surroundings
+from proxy.upstream.mirrored import MirroredClient
+
+
+def make_puller(
+    settings: Settings,
+    store: Store,
+    book: TagBook,
+    clients: Mapping[str, MirroredClient],
+    metrics: Metrics,
+    log: Logger,
+    around: Surroundings,
+) -> Puller:
+    """What answers requests, of all these upstreams."""
+    permissions = Permissions(
+        store,
+        proofs=Questions(log=log, pause=around.short_pause, patience=_patience(settings)),
+        negative_ttl=settings.tags.negative_ttl,
+        clock=around.clock,
+    )
+    flights = Flights(
+        store=store,
+        settings=FlightSettings(
+            settings.cache.on_abandon, pause=around.fill_pause, clock=around.fill_clock
+        ),
+        metrics=metrics,
+        log=log,
+    )
+    waits = _waits(settings, clients, metrics)
+    blobs = Blobs(
+        store=store,
+        flights=flights,
+        clients=clients,
+        permissions=permissions,
+        waits=waits,
+        memory=settings.cache.blob_memory,
+    )
+    return Puller(
+        clients=clients,
+        manifests=_manifests(settings, store, book, clients, permissions, metrics, log, around),
+        blobs=blobs,
+        flights=flights,
+        permissions=permissions,
+        listings=Questions(log=log, pause=around.short_pause, patience=_patience(settings)),
+        waits=waits,
+        store=store,
+        prefetch=_prefetch(settings, store, flights, clients, metrics, around.clock),
+    )
+
+
+def _manifests(
+    settings: Settings,
+    store: Store,
+    book: TagBook,
+    clients: Mapping[str, MirroredClient],
+    permissions: Permissions,
+    metrics: Metrics,
+    log: Logger,
+    around: Surroundings,
+) -> Manifests:
+    tags = settings.tags
+    policy = TagPolicy(
+        ttl=tags.ttl,
+        stale_while_revalidate=tags.stale_while_revalidate,
+        stale_if_error=tags.stale_if_error,
+        negative_ttl=tags.negative_ttl,
+        upstream_timeout=tags.upstream_timeout,
+        check_deadline=settings.queue.manifest_deadline,
+        immutable=tags.immutable,
+    )
+    return Manifests(
+        store=store,
+        clients=clients,
+        permissions=permissions,
+        book=book,
+        policy=policy,
+        memory=settings.cache.manifest_memory,
+        metrics=metrics,
+        log=log,
+        clock=around.clock,
+        pause=around.short_pause,
+        patience=_patience(settings),
+    )
+
+
+def _patience(settings: Settings) -> float:
+    """Seconds in which a short question is tried again."""
+    queue = settings.queue
+    return PATIENCE_SHARE * min(queue.header_deadline, queue.manifest_deadline)
+
+
+def _prefetch(
+    settings: Settings,
+    store: Store,
+    flights: Flights,
+    clients: Mapping[str, MirroredClient],
+    metrics: Metrics,
+    clock: Callable[[], float],
+) -> Prefetch | None:
+    """What fetches before anybody asks, if it is wanted."""
+    if settings.cache.prefetch == "off":
+        return None
+    return Prefetch(store=store, flights=flights, clients=clients, metrics=metrics, clock=clock)
+
+
+def _waits(settings: Settings, clients: Mapping[str, MirroredClient], metrics: Metrics) -> Waits:
+    """The deadlines of every kind of request."""
+    gates = {name: client.label for name, client in clients.items()}
+    return Waits(make_deadlines(settings), metrics=metrics, gates=gates)
+
+
+def make_deadlines(settings: Settings) -> Deadlines:
+    """How long a client waits, for what."""
+    queue = settings.queue
+    return Deadlines(
+        header=queue.header_deadline,
+        blob=queue.blob_deadline,
+        manifest=queue.manifest_deadline,
+        spill=frozenset(n for n, up in settings.upstreams.items() if up.overload == "spill"),
+    )
