@@ -19,7 +19,7 @@ from tests.integration.rig import Rig, wait_until
 from tests.integration.seeding import MIB, push_image
 from tests.integration.sockets import Sampler
 
-RATE = "4m"
+RATE = "12m"
 """Of each connection: the blob takes some time, and its first bytes come at once."""
 
 SIZE = 40 * MIB + 1

@@ -234,7 +234,8 @@ async def test_an_answer_before_the_question_is_not_believed(tmp_path: Path) -> 
 
 async def test_a_head_that_trickles_has_its_time_and_no_more(tmp_path: Path) -> None:
     hasty = {UPSTREAM: {"read_timeout": "0.2s"}}
-    async with pulling(tmp_path, upstreams=hasty) as (pool, fake):
+    soon = {"manifest_deadline": "3s"}
+    async with pulling(tmp_path, upstreams=hasty, queue=soon) as (pool, fake):
         fake.script(Fault(Raw(OK, b"X: y\r\n", pause=0.05), times=None))
         answer = await pool.get(manifest_path("v1"))
         assert (answer.status, answer.code) == (504, "UNAVAILABLE")
