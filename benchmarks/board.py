@@ -149,11 +149,17 @@ class Board:
         return measure.text(value) if any(p.values for p in self.plays[subject]) else "failed"
 
     def promise(
-        self, what: str, key: str, sign: str, limit: float, rival: str = RIVAL
+        self,
+        what: str,
+        key: str,
+        sign: str,
+        limit: float,
+        rival: str = RIVAL,
+        subject: str = "pullpool",
     ) -> Iterator[Promise]:
-        """pullpool's ratio to a rival has to be `sign` ("≤", "≥") `limit`; nothing when one of
+        """The subject's ratio to a rival has to be `sign` ("≤", "≥") `limit`; nothing when one of
         them did not run."""
-        ratio = self.ratio("pullpool", key, rival)
+        ratio = self.ratio(subject, key, rival)
         if ratio is not None:
             kept = ratio <= limit if sign == "≤" else ratio >= limit
             yield Promise(

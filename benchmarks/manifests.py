@@ -18,17 +18,19 @@ from benchmarks.load import Want
 from benchmarks.parts import KIB, cpu_seconds, settled
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
-from benchmarks.subjects import NGINX, PULLPOOL, REGISTRY, Front, Place, Subject
+from benchmarks.subjects import NGINX, PULLPOOL, REGISTRY, Front, Place, Subject, two_workers
 from benchmarks.warm import fetch
 from benchmarks.wrk import wrk
 
 CAP = 16
+TWO = Subject("pullpool-2", "pullpool, two workers", "", two_workers)
 CONNECTIONS = 64
 
 ABOUT = """\
 Each subject holds a manifest, for which wrk asks by digest over 64 connections, with access logs on
 everywhere: in the same bytes each time, and with a header in each request that no other has. CPU is
-that of the subject with all its processes; wrk has one thread and shares the cores with them.
+that of the subject with all its processes; wrk has one thread and shares the cores with them. nginx
+has two processes, pullpool one, and where it says so two.
 """
 
 
@@ -91,7 +93,7 @@ def measure(options: Options) -> Findings:
         want = shelf.image(image)
         board = play_in_turn(
             "manifests",
-            (REGISTRY, NGINX, PULLPOOL),
+            (REGISTRY, NGINX, PULLPOOL, TWO),
             options,
             lambda subject, directory: play(subject, directory, upstream.port, want, size),
         )
@@ -116,5 +118,7 @@ def _promises(board: Board) -> Iterator[Promise]:
     yield from board.promise("CPU a request", "cpu", "≤", 0.9)
     yield from board.promise("CPU a request, unique headers", "unique_cpu", "≤", 1.1)
     yield from board.promise("rate", "rate", "≥", 1.0)
+    words = "rate with as many processes"
+    yield from board.promise(words, "rate", "≥", 1.0, subject=TWO.name)
     yield from board.promise("rate", "rate", "≥", 80, rival="registry")
     yield from board.bound(UNIQUE[-1], "requests that failed", 0)

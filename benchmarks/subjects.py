@@ -166,6 +166,11 @@ def pullpool(place: Place) -> Iterator[Front]:
         yield Front(port, part, shown(text, directory), admin)
 
 
+def two_workers(place: Place) -> AbstractContextManager[Front]:
+    """The product in two processes, as many as nginx has here."""
+    return pullpool(replace(place, settings=f"workers = 2\n{place.settings}"))
+
+
 def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:
     """Those that are asked for and that this machine can run; says which it cannot.
 

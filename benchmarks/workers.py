@@ -11,7 +11,6 @@ from __future__ import annotations
 import resource
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,7 +23,7 @@ from benchmarks.parts import KIB, LOOPBACK, MIB, cpu_seconds, settled
 from benchmarks.rounds import unleash
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
-from benchmarks.subjects import Front, Place, Subject, pullpool
+from benchmarks.subjects import Front, Place, Subject, pullpool, two_workers
 from benchmarks.warm import fetch
 from benchmarks.wrk import wrk
 
@@ -65,10 +64,6 @@ class Size:
 
 
 FULL, FAST = Size(8, 4.0, 64 * MIB, 16), Size(8, 1.0, 2 * MIB, 32)
-
-
-def two_workers(place: Place) -> AbstractContextManager[Front]:
-    return pullpool(replace(place, settings=f"workers = 2\n{place.settings}"))
 
 
 ONE = Subject("one", "pullpool, one worker", "", pullpool)

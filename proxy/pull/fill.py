@@ -25,6 +25,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from proxy.observe.logs import Logger
@@ -32,6 +33,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, SizeMismatch, UpstreamError, UpstreamUnavailable
 from proxy.pull.intake import Intake
+from proxy.pull.pace import Pace
 from proxy.pull.progress import Progress
 from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd, Piece
@@ -63,7 +65,7 @@ MAX_PAUSE = 30.0
 class FlightSettings:
     """What a flight may do: sizes in bytes; ``patience`` in seconds; ``pause`` gives the seconds to
     wait before try ``n`` (1, 2, …); ``clock`` is monotonic; ``gather``: seconds in which bytes that
-    nobody waits for yet may come together."""
+    nobody waits for yet may come together; ``stopwatch`` tells how long work takes."""
 
     on_abandon: str = "finish"
     window_bytes: int = WINDOW_BYTES
@@ -73,6 +75,7 @@ class FlightSettings:
     clock: Callable[[], float] = time.monotonic
     segment_bytes: int = SEGMENT_BYTES
     gather: float = GATHER
+    stopwatch: Callable[[], float] = time.monotonic
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""
@@ -109,6 +112,7 @@ class Fill:
             progress=self._publish,
             on_full=self._disk_full,
         )
+        self._pace = Pace(settings.stopwatch)  # of the lead
         self._spread = Spread(
             str(digest),
             intake=self.intake,
@@ -119,6 +123,7 @@ class Fill:
             count=self._count_segment,
             moved=self.progress.went_ahead,
             delay=settings.gather,
+            pace=self._pace,
         )
         self._crowd = crowd
         self._settings = settings
@@ -291,24 +296,33 @@ class Fill:
         """Take in the turn's bytes; true when its body came to its end."""
 
         async def take(chunks: list[Chunk]) -> None:
-            count = sum(map(len, chunks))
-            total = segment.at + count
-            if self.size is not None and total > self.size:
-                raise SizeMismatch(self.size, total)
-            if self.size is None:
-                self._crowd.expect(total)
-            if leads and segment.at == self.received:
-                await self.intake.take(chunks, wait=not body.is_part)
-            else:
-                await self.intake.put(segment.at, chunks)
-            self._spread.wrote(segment, count)
-            await self._spread.catch_up()
-            self._publish(now=False)
-            self.progress.went_ahead()
+            with self._pace.taking() if leads else nullcontext():
+                count = await self._put(segment, chunks, leads=leads, may_cut=body.is_part)
             if segment.at > self.received and count < GATHER_BYTES:
                 await asyncio.sleep(self._settings.gather)
 
         return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+
+    async def _put(
+        self, segment: Segment, chunks: list[Chunk], *, leads: bool, may_cut: bool
+    ) -> int:
+        """Put bytes where the segment is, and let readers have what is whole with them; their
+        number."""
+        count = sum(map(len, chunks))
+        total = segment.at + count
+        if self.size is not None and total > self.size:
+            raise SizeMismatch(self.size, total)
+        if self.size is None:
+            self._crowd.expect(total)
+        if leads and segment.at == self.received:
+            await self.intake.take(chunks, wait=not may_cut)
+        else:
+            await self.intake.put(segment.at, chunks)
+        self._spread.wrote(segment, count)
+        await self._spread.catch_up()
+        self._publish(now=False)
+        self.progress.went_ahead()
+        return count
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()

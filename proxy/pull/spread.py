@@ -37,6 +37,7 @@ from collections.abc import Awaitable, Callable
 
 from proxy.oci.errors import PullError, SizeMismatch, UnexpectedAnswer, UpstreamUnavailable
 from proxy.pull.intake import Intake
+from proxy.pull.pace import Pace
 from proxy.pull.segments import Segment, Segments, cut
 from proxy.pull.sources import Source, TurnBody
 from proxy.store.blobs import StoreFull
@@ -50,6 +51,8 @@ TRIES = 6
 LOOK_AGAIN = 1.0
 #: Bytes that are hashed at once when the gap before them has closed.
 CATCH_UP = 8 << 20
+#: The part of its time in which the lead takes bytes in, from which on others would be of no use.
+BUSY = 0.5
 
 #: Moves a turn's body to its segment's place; whether it came to its end.
 Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
@@ -87,7 +90,8 @@ class Spread:
     it, ``count`` with the outcome of each further turn: ``done``, ``broken`` or ``distrusted``,
     ``moved`` when somebody ceased to bring something, for those who counted on that. ``delay``:
     seconds from the head of the first answer to further turns; what they need to begin (sockets, at
-    first) would have the first reader wait for the first bytes.
+    first) would have the first reader wait for the first bytes. ``pace``: the lead's; there are no
+    further turns while its bytes come faster than they are taken in.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Spread:
         count: Callable[[Source, str], None],
         moved: Callable[[], None],
         delay: float,
+        pace: Pace,
     ) -> None:
         self.plan: Segments | None = None
         self._name = name
@@ -122,6 +127,9 @@ class Spread:
         self._is_alone = False  # there are no further turns any more
         self._is_void = False  # … and the plan has to go
         self._pause: asyncio.TimerHandle | None = None
+        self._pace = pace
+        # Do the lead's bytes wait for us, and would those of others? Yes, until it was looked at.
+        self._is_behind = bool(delay)
         self._defect: Exception | None = None
         self._changed = asyncio.Event()
 
@@ -210,6 +218,7 @@ class Spread:
             if body.total is not None and body.total > stop:
                 self.plan = Segments(body.total, least=self._least, done=segment.at)
                 self.plan.adopt(segment, stop)
+                self._pace.share()  # from here on
                 if self._delay and self._pause is None:
                     loop = asyncio.get_running_loop()
                     self._pause = loop.call_later(self._delay, self._paused)
@@ -277,7 +286,7 @@ class Spread:
     def _is_wide(self, source: Source) -> bool:
         """Does, or could, anybody bring something at the same time as the lead?"""
         is_helped = any(helper.has_begun for helper in self._helpers)
-        return self._may_spread(source) and (is_helped or source.spare > 1)
+        return self._may_spread(source) and not self._is_behind and (is_helped or source.spare > 1)
 
     def _begin(self, source: Source, segment: Segment) -> None:
         ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)
@@ -348,8 +357,15 @@ class Spread:
             self._pause = asyncio.get_running_loop().call_later(seconds, self._paused)
 
     def _paused(self) -> None:
+        """Widen, unless the lead alone brings more than is taken in: then look again."""
         self._pause = None
-        self.widen()
+        if self._delay and not self._helpers and (share := self._pace.share()) is not None:
+            self._is_behind = share >= BUSY
+        if self._is_behind and not self._helpers and not self._is_void:
+            loop = asyncio.get_running_loop()
+            self._pause = loop.call_later(self._delay, self._paused)
+        else:
+            self.widen()
 
     # -- the end ---------------------------------------------------------------------------
 

@@ -279,12 +279,22 @@ async def flying(
     max_size: int = 64 << 20,
     disk: Disk | None = None,
     segment_bytes: int = 20 * KIB,
+    gather: float = 0.0,
+    clock: Pauses | None = None,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
-    metrics, clock = Metrics(), Pauses()
+    metrics, clock = Metrics(), clock or Pauses()
     async with opened(directory, max_size=max_size, disk=disk, metrics=metrics) as store:
         settings = FlightSettings(
-            on_abandon, window, far, patience, pause or clock.pause, clock, segment_bytes, 0.0
+            on_abandon,
+            window,
+            far,
+            patience,
+            pause or clock.pause,
+            clock,
+            segment_bytes,
+            gather,
+            clock,
         )
         flights = Flights(store=store, settings=settings, metrics=metrics, log=silent())
         rig = Rig(directory, store, flights, metrics)

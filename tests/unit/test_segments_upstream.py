@@ -272,12 +272,14 @@ async def test_a_flight_that_comes_later_waits_for_the_end_of_one_segment_only(
 
 # -- a whole proxy -------------------------------------------------------------------------------
 
+#: Bytes a second of a connection: fewer than are taken in, or it would remain the only one.
+RATE = 20_000_000
 #: Large enough for several segments of the size that a proxy gives them.
 LARGE = noise(24 * MIB)
 
 
 async def test_parts_go_on_at_another_url_of_the_upstream(tmp_path: Path) -> None:
-    async with FakeRegistry() as first, FakeRegistry() as second:
+    async with FakeRegistry(rate=RATE) as first, FakeRegistry(rate=RATE) as second:
         digest = first.put_blob(NAME, LARGE)
         second.put_blob(NAME, LARGE)
         urls = {UPSTREAM: {"url": first.url, "fallback_urls": [second.url]}}
@@ -299,7 +301,7 @@ async def test_parts_go_on_at_another_url_of_the_upstream(tmp_path: Path) -> Non
 
 
 async def test_a_client_of_wrong_parts_is_reset_and_the_next_one_is_served(tmp_path: Path) -> None:
-    async with FakeRegistry() as registry:
+    async with FakeRegistry(rate=RATE) as registry:
         digest = registry.put_blob(NAME, LARGE)
         async with (
             running(tmp_path, registry.url) as pool,

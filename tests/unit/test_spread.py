@@ -1,7 +1,8 @@
 """A flight that takes several turns at once, while there are slots that nobody else needs (D9)."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, DigestMismatch, InternalError, UpstreamBusy
 from proxy.pull.spread import TRIES
+from proxy.store.files import Disk
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.flight_kit import (
     KIB,
@@ -25,6 +27,7 @@ from tests.unit.flight_kit import (
     flying,
     until,
 )
+from tests.unit.proxy_kit import Pauses
 from tests.unit.store_kit import FullDisk, blob, count, roomy
 
 DATA = blob(3, 200 * KIB)
@@ -78,6 +81,30 @@ async def test_nothing_is_begun_beside_the_first_turn_until_its_answer_has_come(
         assert source.waiting == 1
         source.queue.set()
         assert await task == DATA
+
+
+@pytest.mark.parametrize(("arriving", "writing"), [(0.0, 1.0), (1.0, 0.0)])
+async def test_there_are_no_further_turns_while_bytes_wait_for_us(
+    tmp_path: Path, arriving: float, writing: float
+) -> None:
+    """It is looked at again and again, and each time tells by what time has passed for."""
+    clock = Pauses()
+
+    def write(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        clock.now += writing
+        return os.pwritev(fd, buffers, offset)
+
+    def arrives(position: int, length: int) -> int:
+        clock.now += arriving * (position >= 0)
+        return length
+
+    source = source_of()
+    source.valve.allowed = arrives  # type: ignore[method-assign]
+    disk = Disk(write=write)
+    async with flying(tmp_path, disk=disk, clock=clock, gather=1e-6) as rig:
+        assert await rig.pull(source) == DATA
+        assert source.sent == len(DATA)
+        assert bool(of_class(source, TurnClass.SEGMENT)) is (writing == 0.0)
 
 
 async def test_readers_follow_in_order_while_later_parts_are_there_already(tmp_path: Path) -> None:
