@@ -4,6 +4,9 @@ Unit tests that are coroutines run twice: on asyncio's own loop in debug mode, w
 never awaited and what is called from the wrong thread, and on the loop that serves, uvloop with
 aiofastnet, whose transports behave otherwise at the edges. Whatever of ours blocks either loop is
 an error (blockbuster), and so is a task or an unheard exception that outlives its test.
+
+What Hypothesis tries is the same each time, so that a change fails by what it changed and not by
+what somebody else's luck has found. To look for more: ``tests/run --hypothesis-profile hunt``.
 """
 
 import asyncio
@@ -14,11 +17,16 @@ from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
+from hypothesis import settings
 from pytest_asyncio import is_async_test
 from xdist.scheduler import LoadScopeScheduling
 
 from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
+
+settings.register_profile("hunt", print_blob=True)
+settings.register_profile("same", derandomize=True, print_blob=True)
+settings.load_profile("same")  # pytest's option comes later, and wins
 
 UNIT = Path(__file__).parent / "unit"
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]

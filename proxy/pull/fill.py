@@ -296,19 +296,18 @@ class Fill:
         """Take in the turn's bytes; true when its body came to its end."""
 
         async def take(chunks: list[Chunk]) -> None:
-            with self._pace.taking() if leads else nullcontext():
-                count = await self._put(segment, chunks, leads=leads, may_cut=body.is_part)
+            count = sum(map(len, chunks))
+            with self._pace.taking(count) if leads else nullcontext():
+                await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
             if segment.at > self.received and count < GATHER_BYTES:
                 await asyncio.sleep(self._settings.gather)
 
         return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
 
     async def _put(
-        self, segment: Segment, chunks: list[Chunk], *, leads: bool, may_cut: bool
-    ) -> int:
-        """Put bytes where the segment is, and let readers have what is whole with them; their
-        number."""
-        count = sum(map(len, chunks))
+        self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
+    ) -> None:
+        """Put ``count`` bytes where the segment is; let readers have what is complete with them."""
         total = segment.at + count
         if self.size is not None and total > self.size:
             raise SizeMismatch(self.size, total)
@@ -322,7 +321,6 @@ class Fill:
         await self._spread.catch_up()
         self._publish(now=False)
         self.progress.went_ahead()
-        return count
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()

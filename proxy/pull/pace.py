@@ -3,6 +3,10 @@
 Several connections bring a blob faster where each has a limit of its own. Where the bytes of one
 already wait for us they bring nothing, and cost more: what is not next has to be read again to be
 hashed. So whoever takes a body in says when it does; in between it waits.
+
+Small pieces say nothing of that, however long they take: on a busy machine the way to a thread and
+back is most of it, and a body that is outrun comes in small pieces. One that outruns us comes in
+large ones, since more arrives while the last is taken in.
 """
 
 from __future__ import annotations
@@ -10,37 +14,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+#: The part of the time that is spent taking bytes in, from which on we are who holds a body up.
+BUSY = 0.5
+#: Bytes of a large piece.
+LARGE = 512 << 10
+
 
 class Pace:
-    """How much of the time is spent taking bytes in. ``clock`` is monotonic."""
+    """How the time is spent, and on what. ``clock`` is monotonic."""
 
-    __slots__ = ("_clock", "_is_taking", "_since", "_taking", "_waiting")
+    __slots__ = ("_bytes", "_clock", "_is_taking", "_pieces", "_since", "_taking", "_waiting")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._is_taking = False
         self._since = clock()
         self._taking = self._waiting = 0.0
+        self._bytes = self._pieces = 0
 
     @contextmanager
-    def taking(self) -> Iterator[None]:
-        """Inside, bytes that have come are taken in."""
+    def taking(self, size: int) -> Iterator[None]:
+        """Inside, a piece of so many bytes is taken in."""
         self._go_on()
         self._is_taking = True
+        self._bytes += size
+        self._pieces += 1
         try:
             yield
         finally:
             self._go_on()
             self._is_taking = False
 
-    def share(self) -> float | None:
-        """The part of the time since the last call in which bytes were taken in: 0 … 1; None when
-        no time has passed."""
+    def is_outrun(self) -> bool | None:
+        """Has the body brought more than was taken in, since the last call? None when no time has
+        passed, or no piece has come while one is being taken in."""
         self._go_on()
         total = self._taking + self._waiting
-        share = self._taking / total if total > 0 else None
+        if total <= 0 or (not self._pieces and self._is_taking):
+            return None
+        is_large = self._pieces > 0 and self._bytes >= LARGE * self._pieces
+        is_outrun = is_large and self._taking >= BUSY * total
         self._taking = self._waiting = 0.0
-        return share
+        self._bytes = self._pieces = 0
+        return is_outrun
 
     def _go_on(self) -> None:
         now = self._clock()

@@ -51,8 +51,6 @@ TRIES = 6
 LOOK_AGAIN = 1.0
 #: Bytes that are hashed at once when the gap before them has closed.
 CATCH_UP = 8 << 20
-#: The part of its time in which the lead takes bytes in, from which on others would be of no use.
-BUSY = 0.5
 
 #: Moves a turn's body to its segment's place; whether it came to its end.
 Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
@@ -218,7 +216,7 @@ class Spread:
             if body.total is not None and body.total > stop:
                 self.plan = Segments(body.total, least=self._least, done=segment.at)
                 self.plan.adopt(segment, stop)
-                self._pace.share()  # from here on
+                self._pace.is_outrun()  # from here on
                 if self._delay and self._pause is None:
                     loop = asyncio.get_running_loop()
                     self._pause = loop.call_later(self._delay, self._paused)
@@ -359,8 +357,8 @@ class Spread:
     def _paused(self) -> None:
         """Widen, unless the lead alone brings more than is taken in: then look again."""
         self._pause = None
-        if self._delay and not self._helpers and (share := self._pace.share()) is not None:
-            self._is_behind = share >= BUSY
+        if self._delay and not self._helpers and (outrun := self._pace.is_outrun()) is not None:
+            self._is_behind = outrun
         if self._is_behind and not self._helpers and not self._is_void:
             loop = asyncio.get_running_loop()
             self._pause = loop.call_later(self._delay, self._paused)

@@ -19,10 +19,10 @@ from tests.integration.rig import Rig, wait_until
 from tests.integration.seeding import MIB, push_image
 from tests.integration.sockets import Sampler
 
-RATE = "12m"
+RATE = "6m"
 """Of each connection: the blob takes some time, and its first bytes come at once."""
 
-SIZE = 40 * MIB + 1
+SIZE = 24 * MIB + 1
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, DigestMismatch, InternalError, UpstreamBusy
+from proxy.pull.pace import LARGE
 from proxy.pull.spread import TRIES
 from proxy.store.files import Disk
 from proxy.upstream.turns import Ticket, TurnClass
@@ -98,12 +99,13 @@ async def test_there_are_no_further_turns_while_bytes_wait_for_us(
         clock.now += arriving * (position >= 0)
         return length
 
-    source = source_of()
+    data = blob(4, 8 * LARGE)
+    source = source_of(data, chunk=LARGE, turn_bytes=len(data))
     source.valve.allowed = arrives  # type: ignore[method-assign]
     disk = Disk(write=write)
-    async with flying(tmp_path, disk=disk, clock=clock, gather=1e-6) as rig:
-        assert await rig.pull(source) == DATA
-        assert source.sent == len(DATA)
+    async with flying(tmp_path, disk=disk, clock=clock, segment_bytes=LARGE, gather=1e-6) as rig:
+        assert await rig.pull(source) == data
+        assert source.sent == len(data)
         assert bool(of_class(source, TurnClass.SEGMENT)) is (writing == 0.0)
 
 
