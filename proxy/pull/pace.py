@@ -16,14 +16,23 @@ from contextlib import contextmanager
 
 #: The part of the time that is spent taking bytes in, from which on we are who holds a body up.
 BUSY = 0.5
-#: Bytes of a large piece.
-LARGE = 512 << 10
+#: Bytes of a large piece: more than a receiver waits for before it wakes anybody (512 KiB).
+LARGE = 640 << 10
 
 
 class Pace:
     """How the time is spent, and on what. ``clock`` is monotonic."""
 
-    __slots__ = ("_bytes", "_clock", "_is_taking", "_pieces", "_since", "_taking", "_waiting")
+    __slots__ = (
+        "_bytes",
+        "_clock",
+        "_is_first",
+        "_is_taking",
+        "_pieces",
+        "_since",
+        "_taking",
+        "_waiting",
+    )
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -31,14 +40,18 @@ class Pace:
         self._since = clock()
         self._taking = self._waiting = 0.0
         self._bytes = self._pieces = 0
+        self._is_first = True
 
     @contextmanager
     def taking(self, size: int) -> Iterator[None]:
         """Inside, a piece of so many bytes is taken in."""
         self._go_on()
         self._is_taking = True
-        self._bytes += size
-        self._pieces += 1
+        if self._is_first:
+            self._is_first = False  # what had come by then says nothing
+        else:
+            self._bytes += size
+            self._pieces += 1
         try:
             yield
         finally:
@@ -46,14 +59,14 @@ class Pace:
             self._is_taking = False
 
     def is_outrun(self) -> bool | None:
-        """Has the body brought more than was taken in, since the last call? None when no time has
-        passed, or no piece has come while one is being taken in."""
+        """Has the body brought more than was taken in, since this was told the last time? None:
+        there is no second piece yet, by whose size it could be told."""
         self._go_on()
         total = self._taking + self._waiting
-        if total <= 0 or (not self._pieces and self._is_taking):
+        is_busy = self._taking >= BUSY * total
+        if is_busy and not self._pieces:
             return None
-        is_large = self._pieces > 0 and self._bytes >= LARGE * self._pieces
-        is_outrun = is_large and self._taking >= BUSY * total
+        is_outrun = is_busy and self._bytes >= LARGE * self._pieces
         self._taking = self._waiting = 0.0
         self._bytes = self._pieces = 0
         return is_outrun
