@@ -4,9 +4,9 @@ Several connections bring a blob faster where each has a limit of its own. Where
 already wait for us they bring nothing, and cost more: what is not next has to be read again to be
 hashed. So whoever takes a body in says when it does; in between it waits.
 
-Small pieces say nothing of that, however long they take: on a busy machine the way to a thread and
-back is most of it, and a body that is outrun comes in small pieces. One that outruns us comes in
-large ones, since more arrives while the last is taken in.
+The time alone does not tell: on a busy machine a small piece takes long, too, for most of it is the
+way to a thread and back. But a body that outruns us comes in large pieces, since more arrives while
+the last is taken in.
 """
 
 from __future__ import annotations

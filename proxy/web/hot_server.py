@@ -1,6 +1,8 @@
 """Connections that answer hot where they may: who may answer when, and what each remembers.
 
-The theory of operation is in ``hot.py``.
+The theory of operation is in ``hot.py``. A connection remembers the last request whose head is
+known, up to two heads of ``MAX_STENCIL`` bytes, and its last answer's row: nothing that grows, and
+nothing that holds a secret.
 """
 
 from __future__ import annotations

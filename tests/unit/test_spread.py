@@ -22,6 +22,7 @@ from tests.unit.flight_kit import (
     ScriptedBody,
     ScriptedSource,
     Sipper,
+    Valve,
     a_while,
     drink,
     ended,
@@ -95,13 +96,14 @@ async def test_there_are_no_further_turns_while_bytes_wait_for_us(
         clock.now += writing
         return os.pwritev(fd, buffers, offset)
 
-    def arrives(position: int, length: int) -> int:
-        clock.now += arriving * (position >= 0)
-        return length
+    class Arrival(Valve):
+        def allowed(self, position: int, length: int) -> int:
+            clock.now += arriving
+            return super().allowed(position, length)
 
     data = blob(4, 8 * LARGE)
     source = source_of(data, chunk=LARGE, turn_bytes=len(data))
-    source.valve.allowed = arrives  # type: ignore[method-assign]
+    source.valve = Arrival()
     disk = Disk(write=write)
     async with flying(tmp_path, disk=disk, clock=clock, segment_bytes=LARGE, gather=1e-6) as rig:
         assert await rig.pull(source) == data

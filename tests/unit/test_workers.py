@@ -1,9 +1,11 @@
 """A supervisor and its workers: one cap, one scrape, deaths that nobody notices (DESIGN D15)."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -15,6 +17,8 @@ from proxy.workers import GROWN, LONGEST_PAUSE, PAUSE, Place
 from tests.unit.process_kit import ROOT, Child, child
 from tests.unit.proxy_kit import IMAGE, NAME, RawClient, blob_path, manifest_path, until
 from tests.unit.upstream_kit import MIB, noise
+
+SIZE = 2 * MIB
 
 REQUESTS = "pullpool_http_requests_total"
 
@@ -159,15 +163,21 @@ async def test_sigterm_ends_all_with_exit_code_0(tmp_path: Path) -> None:
         await until(lambda: len(three.events("stopped")) == 3)
 
 
+@contextlib.asynccontextmanager
+async def half_way(both: Child, fake: FakeRegistry) -> AsyncIterator[RawClient]:
+    """A client in the middle of a cold blob of SIZE bytes, until the fake lets its rest go."""
+    digest = fake.put_blob(NAME, noise(SIZE))
+    fake.script(Fault(Stall(MIB), kind="blob"))
+    async with RawClient.connected(both.address) as client:
+        await client.ask(blob_path(digest))
+        await fake.stalls.arrived()
+        yield client
+
+
 async def test_a_signal_to_the_whole_group_lets_pulls_end(tmp_path: Path) -> None:
     """As by ^C, or by systemd: each worker is told once, and once more by the supervisor."""
-    size = 2 * MIB
     async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
-        digest = fake.put_blob(NAME, noise(size))
-        fake.script(Fault(Stall(MIB), kind="blob"))
-        async with RawClient.connected(both.address) as client:
-            await client.ask(blob_path(digest))
-            await fake.stalls.arrived()
+        async with half_way(both, fake) as client:
             await client.until(lambda data: len(data) > MIB // 2)
             for pid in workers_of(both).values():
                 os.kill(pid, signal.SIGINT)
@@ -175,20 +185,15 @@ async def test_a_signal_to_the_whole_group_lets_pulls_end(tmp_path: Path) -> Non
             both.send(signal.SIGINT)
             await both.logged("workers_ending")
             fake.release()
-            assert await client.rest(size) == noise(size)
+            assert await client.rest(SIZE) == noise(SIZE)
         assert await both.process.wait() == 0
 
 
 async def test_no_client_waits_for_a_worker_that_has_ended_while_another_drains(
     tmp_path: Path,
 ) -> None:
-    size = 2 * MIB
     async with FakeRegistry() as fake, child(tmp_path, fake.url, workers=2) as both:
-        digest = fake.put_blob(NAME, noise(size))
-        fake.script(Fault(Stall(MIB), kind="blob"))
-        async with RawClient.connected(both.address) as client:
-            await client.ask(blob_path(digest))
-            await fake.stalls.arrived()
+        async with half_way(both, fake) as client:
             both.send(signal.SIGTERM)
             await both.logged("worker_ended")
             for _ in range(12):  # each by a connection of its own
@@ -198,7 +203,7 @@ async def test_no_client_waits_for_a_worker_that_has_ended_while_another_drains(
                 ):
                     assert answer.status == 503
             fake.release()
-            assert await client.rest(size) == noise(size)
+            assert await client.rest(SIZE) == noise(SIZE)
         assert await both.process.wait() == 0
 
 
