@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import shaped
 from benchmarks.carried import FAST as CARRIED_FAST
 from benchmarks.carried import Carried, promises
 from benchmarks.full_cache import hold_blobs, hold_manifests
@@ -20,6 +22,7 @@ from benchmarks.memory import FULL, within_limits
 from benchmarks.parts import MIB, cpu_seconds, make_certificate, processes, resident_bytes
 from benchmarks.scale import Stalls
 from benchmarks.setups import DIRECTORY, fill
+from benchmarks.wire import PACE_STEP, client_socket
 from proxy.oci.digest import Digest
 from proxy.testing import Cut, FakeRegistry, Fault
 from tests.integration.rig import has
@@ -146,6 +149,17 @@ async def test_a_client_with_a_slow_line_gets_everything_no_faster_than_that(ver
         assert answer.is_served
         assert answer.size == LAYER.size
         assert time.monotonic() - began >= 0.4  # it may begin with a burst
+
+
+def test_a_client_with_a_slow_line_has_room_for_all_that_comes_between_two_looks() -> None:
+    with client_socket(shaped.LINE) as sock:
+        # Half of it is for the kernel's own needs (socket(7), SO_RCVBUF).
+        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+        assert room >= min(shaped.LINE * PACE_STEP, kernel_limit())
+
+
+def kernel_limit() -> int:
+    return int(Path("/proc/sys/net/core/rmem_max").read_text())
 
 
 async def test_a_body_that_ends_early_fails_a_client_with_a_slow_line() -> None:
