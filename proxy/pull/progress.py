@@ -82,13 +82,14 @@ class Progress:
             self._due = asyncio.get_running_loop().call_at(due, self.tell)
 
     def reach(self, mark: int, *, now: bool = False) -> None:
-        """Let readers have the bytes before ``mark``; tell them in a step's time, or ``now``."""
+        """Let readers have the bytes before ``mark``; tell them in a step's time, or ``now``. The
+        first bytes of all are told of at once: whoever reads may have waited since it asked."""
         self.mark = max(self.mark, mark)
         if self.mark == self._told:
             return
         loop = asyncio.get_running_loop()
         due = self._told_at + STEP_SECONDS
-        if now or self.mark - self._told >= STEP_BYTES or loop.time() >= due:
+        if now or not self._told or self.mark - self._told >= STEP_BYTES or loop.time() >= due:
             self.tell()
         elif self._due is None:
             self._due = loop.call_at(due, self.tell)

@@ -92,6 +92,15 @@ async def test_small_steps_are_told_together_and_none_is_kept_back() -> None:
         assert progress.mark == 3
 
 
+async def test_the_first_bytes_are_told_of_at_once_though_the_place_for_them_just_was() -> None:
+    progress = Progress()
+    progress.tell()  # as a fill does when it has begun
+    async with Waiters(progress, 1) as waiters:
+        progress.reach(1)
+        await asyncio.sleep(0)
+        assert waiters.woken == 1
+
+
 async def test_a_large_step_is_told_at_once() -> None:
     progress = Progress()
     progress.reach(1)
