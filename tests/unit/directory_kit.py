@@ -1,4 +1,4 @@
-"""A directory on a real server, for tests: quick to come back, with metrics and a log to look at."""
+"""A directory on a real server, for tests: quick to come back, with metrics and a log to read."""
 
 import contextlib
 import io

@@ -367,9 +367,21 @@ async def redis_cluster(directory: Path) -> AsyncIterator[Cluster]:
         ):
             await server.ask("CLUSTER", "SET-CONFIG-EPOCH", number)
             await server.ask("CLUSTER", "ADDSLOTSRANGE", first, last)
-        for server in (two, three):
-            bus = await server.ask("CONFIG", "GET", "cluster-port")
-            await one.ask("CLUSTER", "MEET", LOOPBACK, server.port, bus[1])
+
+        async def met() -> bool:
+            """Each knows the others? A handshake that fails is forgotten, so they meet again."""
+            for server in (one, two, three):
+                for other in (one, two, three):
+                    bus = await other.ask("CONFIG", "GET", "cluster-port")
+                    await server.ask("CLUSTER", "MEET", LOOPBACK, other.port, bus[1])
+            await asyncio.sleep(0.5)
+            nodes = [await server.ask("CLUSTER", "NODES") for server in (one, two, three)]
+            return all(
+                text.count(b" connected") == len(shares) and b"handshake" not in text
+                for text in nodes
+            )
+
+        await until(met)
 
         async def whole() -> bool:
             for server in (one, two, three):
