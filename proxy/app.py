@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
@@ -66,6 +66,9 @@ from proxy.wiring import (
     urls_in_use,
 )
 
+if TYPE_CHECKING:
+    from proxy.fleet.members import Members
+
 #: Seconds an idle client connection is kept, and the most a request's head may take (D18).
 KEEPALIVE = 75.0
 #: Lines of a request's head longer than this are refused, in bytes.
@@ -99,6 +102,7 @@ class Proxy:
         self.listener: Listener | None = None
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
+        self.members: Members | None = None  # of the fleet, if there is one and this one leads
 
     @property
     def url(self) -> str:
@@ -182,6 +186,7 @@ class Proxy:
         stack.push_async_callback(self.puller.close)
         if self.is_draining:  # the last leader was done before this process
             self.puller.drain()
+        await self._join_fleet(stack)
         self._observe()
         self.leader = Leader(
             self.puller,
@@ -196,6 +201,22 @@ class Proxy:
         self._tags.on_doubt = self.leader.doubt
         self.store.tell(gone=self.leader.gone, unlinked=self.leader.unlinked)
         return self.leader
+
+    async def _join_fleet(self, stack: contextlib.AsyncExitStack) -> None:
+        self.members = None
+        if self.settings.fleet.directory is None:
+            return
+        from proxy.fleeting import open_fleet  # its client is an extra
+
+        self.members = await open_fleet(
+            self.settings.fleet,
+            stack,
+            flights=lambda: len(self.puller.flights),
+            metrics=self.metrics,
+            log=self.log,
+            clock=self._around.clock,
+            environ=self._around.environ,
+        )
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
@@ -354,7 +375,8 @@ class Proxy:
     def _leader_status(self) -> Mapping[str, Any]:
         own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
         figures = status_of(self.origins, self.clients, self.puller, self.store)
-        return {**own, "followers": len(self.leader), **figures}
+        fleet = None if self.members is None else self.members.status()
+        return {**own, "followers": len(self.leader), **figures, "fleet": fleet}
 
 
 async def serve(settings: Settings, seat: Seat | None = None) -> int:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ class Directory:
         self, error: RedisError | OSError, server: Server, script: Script
     ) -> tuple[str, _Outcome]:
         """What a failure says of the server, and to the caller."""
-        words = f"{server.address}: {str(error) or type(error).__name__}"
+        words = f"{server.address}: {_words(error)}"
         if isinstance(error, TryAgainError):
             return "failed", _failed(words)
         if isinstance(error, ResponseError) and not isinstance(error, _UNABLE):
@@ -299,7 +300,7 @@ class Directory:
         try:
             await server.probe()
         except (RedisError, OSError) as error:
-            words = f"{address}: {str(error) or type(error).__name__}"
+            words = f"{address}: {_words(error)}"
             if address not in self._down and self.is_up:
                 self._log.warning("directory_down", error=words)
             self._down[address] = words
@@ -314,3 +315,12 @@ class Directory:
 
 def _failed(words: str) -> _Outcome:
     return _Outcome(error=DirectoryDown(f"{DirectoryDown.default_message}: {words}"))
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong; redis-py does not always name the fault in a certificate."""
+    words = str(error) or type(error).__name__
+    cause = error.__context__
+    if isinstance(cause, ssl.SSLError) and str(cause) not in words:
+        return f"{words} {cause}"
+    return words

@@ -118,7 +118,7 @@ class Node:
             words = json.loads(text[:MAX_NODE])
             load = words.pop("load")
             node = cls(id=id, load=Load(int(load["lending"]), int(load["flights"])), **words)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             return None
         texts = (node.name, node.zone, node.url, node.version)
         return node if all(isinstance(text, str) for text in texts) else None
@@ -172,12 +172,15 @@ class Members:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self.stop()
         with contextlib.suppress(DirectoryDown):  # then it expires
             await self._directory.run(_LEAVE, TAG, [self.node.id])
+
+    async def stop(self) -> None:
+        """Beat no more; the others miss this node when it expires."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def _beats(self) -> None:
         while True:
