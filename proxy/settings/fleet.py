@@ -1,7 +1,7 @@
 """[fleet]: the nodes that share one directory, and how this one takes part."""
 
-import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -226,9 +226,13 @@ class Fleet(Section):
             if HostPort(host, 1).is_loopback and not self.listen.is_loopback:
                 yield "fleet.advertise: other machines do not reach this one by a loopback address"
 
-    def missing(self, environ: Mapping[str, str]) -> Iterator[Fault]:
+    def missing(
+        self,
+        environ: Mapping[str, str],
+        is_installed: Callable[[str], bool] = lambda name: find_spec(name) is not None,
+    ) -> Iterator[Fault]:
         """What these keys need and is not there (looks at disk)."""
-        if self.directory is not None and importlib.util.find_spec("redis") is None:
+        if self.directory is not None and not is_installed("redis"):
             words = "needs the package redis, which is not installed: pip install 'pullpool[fleet]'"
             yield Fault("fleet.directory", words)
         unread = list(unreadable(self, "fleet"))

@@ -1,5 +1,7 @@
 """[fleet] in the configuration: where the directory is, and every way to have it wrong."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,22 @@ def test_a_fleet_that_is_right_is_loaded(tmp_path: Path) -> None:
     assert settings.fleet.uplink.per_second == 100 << 20
     assert settings.warnings() == []
     assert load(tmp_path).fleet.directory is None
+
+
+def test_without_a_fleet_its_client_is_not_even_imported() -> None:
+    words = "import sys, proxy.app, proxy.config; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+
+
+def test_a_client_that_is_not_installed_is_a_fault_at_the_directory(tmp_path: Path) -> None:
+    settings = load(tmp_path, fleet())
+    found = settings.fleet.missing({}, is_installed=lambda _: False)
+    assert [(fault.path, fault.message) for fault in found] == [
+        (
+            "fleet.directory",
+            "needs the package redis, which is not installed: pip install 'pullpool[fleet]'",
+        )
+    ]
 
 
 def test_without_a_secret_only_this_machine_may_reach_a_node(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.fleet.members import Load, Members, Node, new_id
 from proxy.observe.metrics import Metrics
+from proxy.oci.errors import DirectoryDown
 from proxy.testing import FakeClock
 from tests.unit.directory_kit import SHORT, Asking, asking
 from tests.unit.redis_kit import Server, needs_redis, redis_server, until
@@ -49,7 +50,10 @@ async def sees(members: Members, *names: str) -> None:
     """Wait until it sees just these."""
 
     async def so() -> bool:
-        return [one.name for one in await members.look()] == list(names)
+        try:
+            return [one.name for one in await members.look()] == list(names)
+        except DirectoryDown:
+            return False
 
     await until(so)
 
