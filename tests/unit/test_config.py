@@ -43,6 +43,7 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
     networks = {"trusted_proxies": "10.0.0.0/8"}
     of_the_fleet = {"fleet.directory": "redis://redis", "fleet.secret": "7" * 16}
     of_the_fleet["fleet.advertise"] = "http://seven"
+    of_the_fleet |= dict.fromkeys(("fleet.secret_env", "fleet.directory_password_env"), "SEVEN")
     fleet = {
         "PULLPOOL_FLEET_DIRECTORY": "rediss://seven",
         "PULLPOOL_FLEET_LISTEN": "127.0.0.1:8",
@@ -291,7 +292,7 @@ def test_every_setting_is_described() -> None:
     assert by_key["upstreams.NAME.access"].type == "public or shared or passthrough"
 
 
-SECTIONS = ("cache", "queue", "tags", "tls", "auth")
+SECTIONS = ("cache", "queue", "tags", "tls", "auth", "fleet")
 
 
 def test_the_schema_names_every_key_and_no_default_that_the_file_could_not_hold() -> None:
