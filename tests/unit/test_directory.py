@@ -27,25 +27,17 @@ from tests.unit.redis_kit import (
 
 pytestmark = needs_redis
 
-SLOW = Script(
-    "slow",
-    """
-    redis.call('INCR', KEYS[1] .. ':begun')
-    local function now()
-      local time = redis.call('TIME')
-      return time[1] * 1000000 + time[2]
-    end
-    local till = now() + 300000
-    while now() < till do end
-    return redis.call('INCR', KEYS[1] .. ':ended')
-    """,
-)
-
 
 async def clients(server: Server) -> int:
     """Connections of directories to this server."""
     listed = (await server.ask("CLIENT", "LIST")).decode().splitlines()
     return sum("name=pullpool" in line for line in listed)
+
+
+async def connections(server: Server) -> set[str]:
+    """The same by their ids, which no other connection gets again."""
+    listed = (await server.ask("CLIENT", "LIST")).decode().splitlines()
+    return {line.split()[0] for line in listed if "name=pullpool" in line}
 
 
 class TestAsking:
@@ -123,19 +115,26 @@ class TestAsking:
 
 
 class TestLeaving:
-    async def test_a_caller_that_leaves_does_not_stop_its_script(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("turns", [1, 2, 4])
+    async def test_a_caller_that_leaves_stops_neither_its_script_nor_a_connection(
+        self, tmp_path: Path, turns: int
+    ) -> None:
         async with redis_server(tmp_path) as server, asking(server.url) as ours:
-            call = asyncio.create_task(ours.run(SLOW))
-            await asyncio.sleep(0.05)  # it is on its way or in the script by now: either will do
+            await ours.run(ECHO)
+            before = await connections(server)
+            call = asyncio.create_task(ours.run(WRITE))
+            for _ in range(turns):
+                await asyncio.sleep(0)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
 
             async def ended() -> bool:
-                return bool(await server.ask("GET", "pp:{x}:ended") == b"1")
+                return bool(await server.ask("GET", "pp:{x}:n") == b"1")
 
             await until(ended)
-            assert ours.directory.is_up
+            await ours.run(ECHO)
+            assert await connections(server) == before
 
     async def test_the_answer_of_one_that_left_is_never_anothers(self, tmp_path: Path) -> None:
         async with redis_server(tmp_path) as server, asking(server.url) as ours:
