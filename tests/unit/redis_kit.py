@@ -30,7 +30,7 @@ ASK_AGAIN = 0.02  # seconds between two looks at a server that is not yet where 
 ADMIN, ADMIN_PASSWORD = "admin", "kit's own"
 USER, PASSWORD = "pullpool", "p@ss word"
 # What a node needs in its directory, and no more: see README, "ACL".
-RULES = "~pp:* +@all -@admin -@dangerous +info +role"
+RULES = "~pp:* +@all -@admin -@dangerous +info"
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,8 +423,8 @@ class Cable:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await self._relay(reader, writer)
+        with contextlib.suppress(OSError, asyncio.CancelledError, ExceptionGroup):
+            await self._relay(reader, writer)  # either end may close at any time
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there: asyncio.StreamWriter | None = None
