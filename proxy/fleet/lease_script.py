@@ -10,18 +10,20 @@ The prologue says what time it is and which server this is; tests put their own 
 
 from __future__ import annotations
 
-#: The names of an origin's keys, behind its hash tag.
+from proxy.fleet.script import Script
+
+#: The names of an origin's keys, behind the root of its hash tag.
 KEYS = ("leases", "line", "seen")
 
 PROLOGUE = """
 local time = redis.call('TIME')
 local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-local server = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+local server = ARGV[2]
 """
 
 BODY = """
 local ask = cjson.decode(ARGV[1])
-local hash, line, seen = KEYS[1], KEYS[2], KEYS[3]
+local hash, line, seen = KEYS[1] .. ':leases', KEYS[1] .. ':line', KEYS[1] .. ':seen'
 local node, max, min = ask.node, math.max, math.min
 
 -- What is known ------------------------------------------------------------------------------
@@ -280,7 +282,9 @@ redis.call('PEXPIRE', hash, ask.forget)
 redis.call('PEXPIRE', line, ask.forget)
 redis.call('PEXPIRE', seen, ask.forget)
 
-local again = ahead > 0 and 1000 + 10 * ahead or max(ask.poll, 5 * count)
+local again = ask.poll
+if me and want <= me.held then again = 2 * again end
+again = ahead > 0 and 1000 + 10 * ahead or max(again, 5 * count)
 return cjson.encode({
   stale = false,
   most = me and me.held or 0,
@@ -296,4 +300,4 @@ return cjson.encode({
 })
 """
 
-SCRIPT = PROLOGUE + BODY
+SCRIPT = Script("leases", PROLOGUE + BODY, wants_run_id=True)

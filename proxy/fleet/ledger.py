@@ -5,12 +5,12 @@ the node may have at a moment, and is never more than what the directory has wri
 that moment, whatever was lost, late or answered twice:
 
 * Before a call leaves, ``allowed`` falls to what the call claims. So the directory, which writes
-  down the claim and what it adds to it, never knows less than the node takes.
+  down the claim and what it adds, never knows less than the node takes.
 * Only the answer to the latest call counts. Calls are numbered, and the directory ignores one that
   comes behind a later one.
-* A lease is counted from before the call was sent, by the node's own clock, and ends a margin before
-  the directory's does: time to abort sockets, for a loop that runs late, and for clocks that do not
-  run at the same speed.
+* A lease is counted from before the call was sent, by the node's own clock, and ends a margin
+  before the directory's does: time to abort sockets, for a loop that runs late, and for clocks that
+  do not run at the same speed.
 
 The *reserve* is apart from that: sockets that are never leased. The directory makes this node their
 owner for a long time (``hold``), and gives them to nobody else before that is over, so it does not
@@ -35,7 +35,7 @@ class Terms:
     margin: float = 2.0
     #: How long an owner of a part of the reserve owns it after it was last heard of.
     hold: float = 1800.0
-    #: By so much a server may be behind that takes over from another one (``min-replicas-max-lag``).
+    #: By so much a server may be behind that takes over from another (``min-replicas-max-lag``).
     lag: float = 2.0
     #: A lease that others wait for is not taken back sooner: about one turn.
     quantum: float = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -10,6 +11,18 @@ from prometheus_client.registry import Collector
 
 # From a script on this machine to the patience that there is with one.
 _SCRIPT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    """The leases of one origin at one moment: how many this node holds and could use, how many
+    other nodes wait for some, and sockets of the reserve that it may use."""
+
+    upstream: str
+    held: int
+    wanted: int
+    rivals: int
+    reserve: int
 
 
 class FleetMetrics:
@@ -30,6 +43,16 @@ class FleetMetrics:
             buckets=_SCRIPT,
         )
 
+        self.leases_lost = self._counter(
+            "leases_lost_total",
+            "Times that sockets to the upstream were dropped as their leases were not renewed",
+            ("upstream",),
+        )
+
+    def observe_leases(self, leases: Callable[[], Iterable[LeaseState]]) -> None:
+        """Read the leases of the caps that nodes share with this callback at every scrape."""
+        self._live.leases = leases
+
     def observe_directory(self, is_up: Callable[[], bool]) -> None:
         """Read with this callback at every scrape whether the directory answers."""
         self._live.gauges["directory_up", "1 while the directory answers"] = is_up
@@ -45,7 +68,35 @@ class FleetMetrics:
 class _LiveState(Collector):
     def __init__(self) -> None:
         self.gauges: dict[tuple[str, str], Callable[[], float]] = {}
+        self.leases: Callable[[], Iterable[LeaseState]] | None = None
 
     def collect(self) -> Iterator[Metric]:
         for (name, text), value in self.gauges.items():
             yield GaugeMetricFamily(f"pullpool_fleet_{name}", text, value=float(value()))
+        if self.leases is not None:
+            yield from _lease_families(list(self.leases()))
+
+
+def _lease_families(leases: Iterable[LeaseState]) -> Iterator[Metric]:
+    for name, text, value in (
+        ("leases", "Sockets to the upstream leased to this node", lambda one: one.held),
+        (
+            "leases_wanted",
+            "Sockets to the upstream that this node could use",
+            lambda one: one.wanted,
+        ),
+        (
+            "lease_rivals",
+            "Other nodes that want more leases than they have",
+            lambda one: one.rivals,
+        ),
+        (
+            "lease_reserve",
+            "Sockets of the reserve that this node uses now",
+            lambda one: one.reserve,
+        ),
+    ):
+        family = GaugeMetricFamily(f"pullpool_fleet_{name}", text, labels=("upstream",))
+        for one in leases:
+            family.add_metric((one.upstream,), value(one))
+        yield family

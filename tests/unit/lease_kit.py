@@ -7,13 +7,16 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import redis
 
 from proxy.fleet.lease_call import Call, CapNews, Granted, reserve_of
-from proxy.fleet.lease_script import BODY, KEYS
+from proxy.fleet.lease_script import BODY, KEYS, SCRIPT
+from proxy.fleet.leases import Asks
 from proxy.fleet.ledger import Terms
+from proxy.fleet.script import root_of
 from tests.unit.redis_kit import Server
 
 #: The script's prologue, where the test says what time it is and which server answers.
@@ -40,14 +43,15 @@ class Desk:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._script = client.register_script(PROLOGUE + BODY)
-        self.keys = [f"pp:{{origin test-{next(_labels)}}}:{name}" for name in KEYS]
+        self.root = root_of(f"origin test-{next(_labels)}")
+        self.keys = [f"{self.root}:{name}" for name in KEYS]
         self.wall = 1_700_000_000.0
         self.server = "one"
         self._epochs = itertools.count()
 
     def call(self, call: Call, terms: Terms) -> Granted | None:
-        args = [call.encoded(terms), round(self.wall * 1000), self.server]
-        return Granted.decoded(self._script(keys=self.keys, args=args))
+        args: list[str | int] = [call.encoded(terms), round(self.wall * 1000), self.server]
+        return Granted.decoded(self._script(keys=[self.root], args=args))
 
     def flush(self) -> None:
         self._client.delete(*self.keys)
@@ -70,3 +74,17 @@ def plain_call(node: str, seq: int, *, cap: int, held: int = 0, want: int = 0, *
     metadata = more.get("metadata", 0)
     reserve = more.get("reserve", reserve_of(cap))
     return Call(node, seq, cap, reserve, held, want, metadata, news)
+
+
+async def settle(directory: Asks, label: str, cap: int) -> None:
+    """Be done with the first epoch of an origin, in which nothing is granted."""
+    brief = replace(Terms(), lease=0.004, margin=0.002, hold=0.004, lag=0.0)
+    for seq in range(1, 20):
+        call = plain_call("nobody", seq, cap=cap)
+        text = await directory.run(SCRIPT, f"origin {label}", [call.encoded(brief)])
+        granted = Granted.decoded(text)
+        if granted is not None and not granted.calm:
+            break
+        await asyncio.sleep(0.002)
+    call = replace(plain_call("nobody", 99, cap=cap), leaves=True)
+    await directory.run(SCRIPT, f"origin {label}", [call.encoded(brief)])

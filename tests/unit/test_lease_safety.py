@@ -10,7 +10,14 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from proxy.fleet.lease_call import Call, CapNews, Granted, reserve_of
 from proxy.fleet.ledger import Ledger, Terms
@@ -222,9 +229,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def test_the_sum_of_what_nodes_believe_never_exceeds_the_cap(port: int) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis has it so
+    run_state_machine_as_test(
         type("AFleet", (Fleet,), {"port": port}),
         settings=settings(
             max_examples=120,

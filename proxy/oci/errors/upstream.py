@@ -147,6 +147,14 @@ class UpstreamDown(UpstreamUnavailable):
     talks = False
 
 
+class LeaseLost(UpstreamUnavailable):
+    """The sockets to the upstream had to be given up, as the fleet's directory could not confirm
+    that they are this node's. It says nothing of the upstream; what was cut goes on later."""
+
+    reason = "lease_lost"
+    default_message = "the fleet's directory did not confirm this connection"
+
+
 class UnexpectedAnswer(UpstreamUnavailable):
     """A status that means nothing here (400, 418): more about what was asked for than about who
     was asked."""
