@@ -104,6 +104,7 @@ class Granted:
     bulk: int  # those among them that may be used for anything but metadata
     keep: int  # those among them that others do not wait for
     free: int  # leases that nobody holds
+    free_bulk: int  # those among them that are not kept for metadata
     rivals: int  # other nodes that want more than they have
     again: float  # when to call next, if there is something to wait for
     calm: float  # until anything is granted, in a new epoch
@@ -124,6 +125,7 @@ class Granted:
             bulk=int(answer["bulk"]),
             keep=int(answer["keep"]),
             free=int(answer["free"]),
+            free_bulk=int(answer["free_bulk"]),
             rivals=int(answer["rivals"]),
             again=answer["again"] / 1000,
             calm=answer["calm"] / 1000,

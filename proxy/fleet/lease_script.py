@@ -285,12 +285,14 @@ redis.call('PEXPIRE', seen, ask.forget)
 local again = ask.poll
 if me and want <= me.held then again = 2 * again end
 again = ahead > 0 and 1000 + 10 * ahead or max(again, 5 * count)
+local free = max(0, most - others - (me and me.held or 0))
 return cjson.encode({
   stale = false,
   most = me and me.held or 0,
   bulk = me and (me.held - me.kept) or 0,
   keep = keep,
-  free = max(0, most - others - (me and me.held or 0)),
+  free = free,
+  free_bulk = max(0, most >= ask.keeps_from and free - 1 or free),
   rivals = rivals + queued,
   again = again,
   calm = max(0, calm - clock),

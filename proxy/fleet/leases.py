@@ -214,6 +214,12 @@ class OriginLeases:
         return 0 if self._granted.rivals or self._granted.calm else self._granted.free
 
     @property
+    def free_bulk(self) -> int:
+        if self._granted is None or not self.free:
+            return self.free
+        return self._granted.free_bulk
+
+    @property
     def allowed(self) -> int:
         return self._ledger.allowed(self._clock())
 

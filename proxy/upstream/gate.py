@@ -152,20 +152,20 @@ class Gate:
 
     @property
     def spare(self) -> int:
-        more = self._leases.free
-        return 0 if len(self._queue) else max(0, self._open_to(TurnClass.BLOB, more))
+        return 0 if len(self._queue) else max(0, self._could_open_to(TurnClass.BLOB))
 
     def is_full(self, turn_class: TurnClass) -> bool:
         """Are as many slots granted as may be to this class?"""
-        return self._open_to(turn_class, self._leases.free) <= 0
+        return self._could_open_to(turn_class) <= 0
 
-    def _open_to(self, turn_class: TurnClass, more: int = 0) -> int:
-        """Slots that may still be granted to this class, which does not get the kept one, with so
-        many ``more`` leases than there are."""
-        free = min(self.limit, self._leases.most + more) - len(self._granted)
+    def _could_open_to(self, turn_class: TurnClass) -> int:
+        """Slots that could still be granted to this class, which does not get the kept one, as far
+        as is known of leases that nobody has."""
+        leases = self._leases
+        free = min(self.limit, leases.most + leases.free) - len(self._granted)
         if turn_class is TurnClass.METADATA:
             return free
-        return min(free, self._bulk_room(more) - self._bulk)
+        return min(free, self._bulk_room(leases.free_bulk) - self._bulk)
 
     def _bulk_room(self, more: int = 0) -> int:
         """Slots that may be used for anything but metadata."""
@@ -281,7 +281,7 @@ class Gate:
 
     def _can_be_leased(self, turn_class: TurnClass) -> bool:
         """Is a slot free for this class, as soon as there is a lease for it?"""
-        return self._leases.is_shared and self._open_to(turn_class, self._leases.free) > 0
+        return self._leases.is_shared and self._could_open_to(turn_class) > 0
 
     def _withdraw(self, ticket: Ticket, future: asyncio.Future[Slot]) -> bool:
         """Leave the queue; false if it is too late, because the slot has been granted."""

@@ -99,6 +99,11 @@ class Leases(Protocol):
         ...
 
     @property
+    def free_bulk(self) -> int:
+        """Those among them that are not kept for metadata."""
+        ...
+
+    @property
     def allowed(self) -> int:
         """Sockets that may exist now."""
         ...
@@ -157,7 +162,7 @@ class Unshared:
     def total(self) -> int:
         return self._capacity
 
-    most = bulk = free = allowed = total
+    most = bulk = free = free_bulk = allowed = total
 
     @property
     def rate(self) -> RateLimit | None:

@@ -76,11 +76,11 @@ def plain_call(node: str, seq: int, *, cap: int, held: int = 0, want: int = 0, *
     return Call(node, seq, cap, reserve, held, want, metadata, news)
 
 
-async def settle(directory: Asks, label: str, cap: int) -> None:
+async def settle(directory: Asks, label: str, cap: int, limit: int | None = None) -> None:
     """Be done with the first epoch of an origin, in which nothing is granted."""
     brief = replace(Terms(), lease=0.004, margin=0.002, hold=0.004, lag=0.0)
     for seq in range(1, 20):
-        call = plain_call("nobody", seq, cap=cap)
+        call = replace(plain_call("nobody", seq, cap=cap), news=CapNews(limit=limit or cap))
         text = await directory.run(SCRIPT, f"origin {label}", [call.encoded(brief)])
         granted = Granted.decoded(text)
         if granted is not None and not granted.calm:
