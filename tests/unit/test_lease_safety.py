@@ -235,6 +235,20 @@ class Fleet(RuleBasedStateMachine):
     # -- what must hold --------------------------------------------------------------------
 
     @invariant()
+    def leases_leave_the_reserve_alone(self) -> None:
+        leased = [node.ledger.leased(self.clock(node) - LATE) for node in self.nodes]
+        assert not self.nodes or sum(leased) <= self.cap - reserve_of(self.cap), leased
+
+    @invariant()
+    def no_part_of_the_reserve_has_two_owners(self) -> None:
+        owned = [
+            number
+            for node in self.nodes
+            for number in node.ledger.claims_reserve(self.clock(node) - LATE)
+        ]
+        assert len(owned) == len(set(owned)), owned
+
+    @invariant()
     def nobody_exceeds_the_cap(self) -> None:
         believed = [node.ledger.allowed(self.clock(node) - LATE) for node in self.nodes]
         assert sum(believed) <= getattr(self, "cap", 0), believed
