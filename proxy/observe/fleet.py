@@ -74,29 +74,21 @@ class _LiveState(Collector):
         for (name, text), value in self.gauges.items():
             yield GaugeMetricFamily(f"pullpool_fleet_{name}", text, value=float(value()))
         if self.leases is not None:
-            yield from _lease_families(list(self.leases()))
+            yield from _lease_families(self.leases())
 
 
 def _lease_families(leases: Iterable[LeaseState]) -> Iterator[Metric]:
-    for name, text, value in (
-        ("leases", "Sockets to the upstream leased to this node", lambda one: one.held),
-        (
-            "leases_wanted",
-            "Sockets to the upstream that this node could use",
-            lambda one: one.wanted,
-        ),
-        (
-            "lease_rivals",
-            "Other nodes that want more leases than they have",
-            lambda one: one.rivals,
-        ),
-        (
-            "lease_reserve",
-            "Sockets of the reserve that this node uses now",
-            lambda one: one.reserve,
-        ),
-    ):
-        family = GaugeMetricFamily(f"pullpool_fleet_{name}", text, labels=("upstream",))
-        for one in leases:
-            family.add_metric((one.upstream,), value(one))
-        yield family
+    families = [
+        GaugeMetricFamily(f"pullpool_fleet_{name}", text, labels=("upstream",))
+        for name, text in (
+            ("leases", "Sockets to the upstream leased to this node"),
+            ("leases_wanted", "Sockets to the upstream that this node could use"),
+            ("lease_rivals", "Other nodes that want more leases than they have"),
+            ("lease_reserve", "Sockets of the reserve that this node may use now"),
+        )
+    ]
+    for one in leases:
+        values = (one.held, one.wanted, one.rivals, one.reserve)
+        for family, value in zip(families, values, strict=True):
+            family.add_metric((one.upstream,), value)
+    yield from families

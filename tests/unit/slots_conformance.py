@@ -35,7 +35,7 @@ async def until(condition: Callable[[], bool]) -> None:
 class Crowd:
     """Tickets that wait at once, the order they were granted in, and the slots they hold."""
 
-    def __init__(self, slots: Slots, is_settled: Callable[[], bool]) -> None:
+    def __init__(self, slots: Slots, is_settled: Callable[[], bool] = lambda: True) -> None:
         self.slots = slots
         self.is_settled = is_settled
         self.order: list[str] = []

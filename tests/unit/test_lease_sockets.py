@@ -136,8 +136,9 @@ async def site(
             if port is not None:
                 cable = await stack.enter_async_context(Cable(port))
             way = url if cable is None else f"redis://127.0.0.1:{cable.port}/0"
-            patient = {"answer_timeout": 0.3, "connect_timeout": 0.3, "patience": 0.5}
-            known = await stack.enter_async_context(asking(way, **patient))
+            known = await stack.enter_async_context(
+                asking(way, patience=0.5, answer_timeout=0.3, connect_timeout=0.3)
+            )
             if number == 0 and is_settled:
                 await settle(known.directory, key.label, cap, 4 if starts_low else None)
             metrics, clock = Metrics(), asyncio.get_running_loop().time
