@@ -201,9 +201,9 @@ class OriginLeases:
     @property
     def bulk(self) -> int:
         granted, most = self._granted, self.most
-        if granted is None or most < granted.most:
+        if granted is None or self._ledger.leased(self._clock()) < granted.most:
             return most
-        return most - (granted.most - granted.bulk)
+        return max(0, most - (granted.most - granted.bulk))
 
     @property
     def free(self) -> int:
@@ -280,10 +280,18 @@ class OriginLeases:
             raise RuntimeError(f"{self!r} works for no origin")
         while True:
             await self._rest(borrower)
-            if self.is_contested:
-                await borrower.shut_idle(self._keep)
+            await self._make_way(borrower)
             await self._call(borrower)
             await asyncio.sleep(LEAST_PAUSE)
+
+    async def _make_way(self, borrower: Borrower) -> None:
+        """Close idle sockets whose leases others wait for, and those of the reserve as soon as the
+        directory is back."""
+        now = self._clock()
+        if self._ledger.is_engaged and not self._ledger.is_gone(now):
+            await borrower.shut_idle(min(self._keep, self._ledger.leased(now)))
+        elif self.is_contested:
+            await borrower.shut_idle(self._keep)
 
     async def _rest(self, borrower: Borrower) -> None:
         """Until something has changed, or it is time to call again."""
