@@ -23,6 +23,7 @@ from proxy.testing import FakeRegistry
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.leases import RateLimit
 from proxy.upstream.origin import Origin
+from proxy.upstream.turns import TurnClass
 from tests.unit.directory_kit import asking
 from tests.unit.lease_kit import settle
 from tests.unit.redis_kit import (
@@ -40,6 +41,7 @@ pytestmark = needs_redis
 TERMS = Terms(lease=2.5, margin=1.0, hold=12.0, lag=0.2, quantum=0.3, poll=0.05)
 KIB = 1 << 10
 LOOK_AGAIN = 0.01
+TURN = 0.05
 
 
 async def seen(condition: Callable[[], bool]) -> None:
@@ -58,6 +60,7 @@ class Node:
         self.url = url
         self.cable: Cable | None = None
         self.losses = 0
+        self.turns = 0
 
     @property
     def leases(self) -> OriginLeases:
@@ -75,7 +78,7 @@ class Node:
 
     async def try_to_pull(self) -> bytes:
         body = bytearray()
-        async with self.origin.turn(ticket()) as turn:
+        async with self.origin.turn(ticket(TurnClass.BLOB)) as turn:
             await turn.request("GET", self.url)
             while data := await turn.borrow():
                 body += data
@@ -86,12 +89,20 @@ class Node:
         """Have ``count`` idle sockets."""
         async with contextlib.AsyncExitStack() as turns:
             for _ in range(count):
-                turn = await turns.enter_async_context(self.origin.turn(ticket()))
+                turn = await turns.enter_async_context(self.origin.turn(ticket(TurnClass.BLOB)))
                 await (await turn.request("HEAD", self.url)).read()
+
+    async def ask_again_and_again(self) -> None:
+        """One short turn after the other, for ever."""
+        while True:
+            async with self.origin.turn(ticket(TurnClass.BLOB)) as turn:
+                await (await turn.request("HEAD", self.url)).read()
+                await asyncio.sleep(TURN)
+            self.turns += 1
 
     async def hold(self) -> None:
         """Take a turn, and keep it until others wait for it."""
-        async with self.origin.turn(ticket()) as turn:
+        async with self.origin.turn(ticket(TurnClass.BLOB)) as turn:
             await (await turn.request("HEAD", self.url)).read()
             await seen(lambda: self.origin.slots.has_rival(turn.slot))
 
@@ -182,7 +193,7 @@ async def test_a_crowd_on_many_nodes_has_no_more_sockets_than_the_cap(
 async def test_what_nobody_else_wants_goes_to_who_wants_it(server: Server) -> None:
     async with site(server.url, 3, 8) as here:
         holds = [asyncio.create_task(here.nodes[0].hold()) for _ in range(6)]
-        await seen(lambda: here.registry.counters.sockets_now == 6)
+        await seen(lambda: here.registry.counters.sockets_now >= 6)
         for hold in holds:
             hold.cancel()
         await asyncio.gather(*holds, return_exceptions=True)
@@ -202,14 +213,13 @@ async def test_a_node_with_five_hundred_waiting_gets_no_more_than_one_with_five(
 ) -> None:
     async with site(server.url, 2, 8) as here:
         greedy, modest = here.nodes
-        many = [asyncio.create_task(greedy.hold()) for _ in range(500)]
+        many = [asyncio.create_task(greedy.ask_again_and_again()) for _ in range(500)]
         await seen(lambda: greedy.origin.state().active == 6)  # one is kept, one the reserve
-        few = [asyncio.create_task(modest.hold()) for _ in range(5)]
-        await seen(lambda: modest.origin.state().active >= 3)
-        assert greedy.leases.allowed + modest.leases.allowed <= 7
-        for _ in range(20):
-            await asyncio.sleep(LOOK_AGAIN)
-            assert greedy.origin.state().active <= 4
+        few = [asyncio.create_task(modest.ask_again_and_again()) for _ in range(5)]
+        await seen(lambda: modest.origin.state().active == 3)
+        turns = greedy.turns, modest.turns
+        await seen(lambda: modest.turns - turns[1] >= 60)
+        assert greedy.turns - turns[0] <= 1.5 * (modest.turns - turns[1])
         for task in (*many, *few):
             task.cancel()
         await asyncio.gather(*many, *few, return_exceptions=True)
@@ -338,7 +348,7 @@ async def test_the_cap_holds_whatever_happens_to_the_directory_and_it_heals(
     async with site(server.url, 4, cap, size=512 * KIB, rate=160 * KIB, port=server.port) as here:
         pulls = [asyncio.create_task(here.pull_everywhere(4))]
         most = cap - reserve_of(cap)
-        await seen(lambda: here.registry.counters.sockets_now == most - 1)  # one is kept
+        await seen(lambda: here.registry.counters.sockets_now >= most - 1)
         await fault(server, here)
         assert here.registry.counters.peak_sockets <= cap
         await asyncio.gather(*pulls)  # every one of them is exact
@@ -404,7 +414,7 @@ async def test_a_fail_over_that_loses_the_last_writes_grants_nothing_twice(
         site(servers.url, 3, 8, size=512 * KIB, rate=160 * KIB) as here,
     ):
         pulls = asyncio.create_task(here.pull_everywhere(3))
-        await seen(lambda: here.registry.counters.sockets_now == 6)
+        await seen(lambda: here.registry.counters.sockets_now >= 6)
         await (await servers.primary()).kill()
         await pulls
         assert here.registry.counters.peak_sockets <= 8
