@@ -13,7 +13,7 @@ that is not closed on our side:
 * it keeps its socket after a body that was read to the end, for the next turn on the same slot.
 
 Before each dial the lane asks (``on_dial``): where several nodes share the cap, the lease may have
-been lost since the turn was granted. ``cut`` drops what is being dialled too.
+been lost since the turn was granted. ``cut`` ends what is being dialled, too.
 
 ``abort`` is how a socket with an unfinished answer ends. Closing it would not do: uvloop with TLS
 goes on downloading until its shutdown time-out (measured: 1 GB after the client had left at
@@ -135,6 +135,7 @@ class _LaneConnector(aiohttp.TCPConnector):
             socket_factory=self._dial,
         )
         self.dialled = 0  # how often
+        self._dial_limit: asyncio.Timeout | None = None  # while it dials
         self._on_dial = on_dial
         # aiohttp has no parameter for it.
         self._factory = functools.partial(
@@ -221,6 +222,16 @@ class _LaneConnector(aiohttp.TCPConnector):
         await self.shut()
         self.peer = None
         self._contexts = (await context_of(self._tls), await context_of(self._proxy_tls))
+        try:
+            async with asyncio.timeout(None) as self._dial_limit:
+                proto = await self._connect(req, *args, **kwargs)
+        finally:
+            self._dial_limit = None
+        self._proto = proto
+        self._transport = proto.transport
+        return proto
+
+    async def _connect(self, req: Any, *args: Any, **kwargs: Any) -> ResponseHandler:
         if req.proxy is None:
             proto = await super()._create_connection(req, *args, **kwargs)
             self.peer = _peer_of(proto)
@@ -232,8 +243,6 @@ class _LaneConnector(aiohttp.TCPConnector):
             except TimeoutError as error:
                 raise aiohttp.ConnectionTimeoutError("through the egress proxy") from error
             self.peer = req.host
-        self._proto = proto
-        self._transport = proto.transport
         return proto
 
     def _get_ssl_context(self, req: Any) -> ssl.SSLContext | None:
@@ -251,15 +260,10 @@ class _LaneConnector(aiohttp.TCPConnector):
             transport.abort()
 
     def cut(self) -> None:
-        """Drop the socket and, other than ``abort``, one that is being dialled, for the peer too.
-
-        Nothing of ours closes that at once: its dial runs on and fails.
-        """
+        """Drop the socket and, other than ``abort``, one that is being made: that is cancelled."""
         self.abort()
-        for sock in self._sockets:
-            if sock.fileno() != -1:
-                with contextlib.suppress(OSError):  # not connected yet: that ends its attempt
-                    sock.shutdown(socket.SHUT_RDWR)
+        if self._dial_limit is not None:
+            self._dial_limit.reschedule(asyncio.get_running_loop().time())
 
     async def shut(self) -> None:
         """Abort the socket, if there is one, and wait until it is closed."""

@@ -134,8 +134,8 @@ class Turn:
         except (aiohttp.ClientError, OSError, UpstreamStalled) as error:
             self.origin.expect_lease(self, error)
             raise
-        if not data:  # the end, be it only of a socket that was dropped
-            self.origin.expect_lease(self)
+        if not data and self._response is not None and self._response.content_length is None:
+            self.origin.expect_lease(self)  # the end may be that of a socket that was dropped
         self._received += len(data)
         return data
 
