@@ -1,0 +1,1 @@
+"""The fleet: nodes that share one directory."""
