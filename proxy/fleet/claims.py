@@ -6,10 +6,12 @@ Theory of operation. Of each blob the directory keeps, all with an end by its ow
   progress renews; when it lapses or is settled, the first to ask becomes the next, and goes on
   behind the last published stripe. It publishes each stripe's hash once it has the stripe, the last
   one only after the whole digest was right: an honest filler never publishes a whole wrong blob.
+  One that renews but publishes nothing for long makes way too, and may not be the next one.
 * *holdings*: which stripes a node has verified. Those of a part are short-lived and renewed by
   whatever their node does; those of a whole blob live long, at most `Terms.wholes` of them.
 * *grants*: the right to receive one stripe of one giver. Taking one is atomic: the giver has the
-  stripe, or receives it itself, and lends less than `Terms.most` stripes of this blob.
+  stripe, or receives it itself, and lends less than `Terms.most` stripes of this blob and this one
+  less than `Terms.each` times: who has a new stripe first gives it to few, and they to others.
 
 A giver may pass on a stripe that it is still receiving. Who receives a stripe has a *rank* for it:
 1 from a giver that has it verified, else one more than the giver's. A node's rank for a stripe
@@ -151,8 +153,10 @@ class Terms:
     grant: float = 15.0
     part: float = 60.0
     whole: float = 1800.0
-    ban: float = 600.0  # from filling a blob after publishing wrong hashes of it
+    stuck: float = 120.0  # a filler that publishes nothing for so long has to make way
+    ban: float = 600.0  # from filling a blob, after publishing wrong hashes of it
     most: int = 4  # grants out on a giver for one blob
+    each: int = 2  # of these, for one stripe
     wholes: int = 64  # nodes listed for having the whole blob
     sample: int = 24  # holdings in a view
 
@@ -184,8 +188,10 @@ class Claims(Protocol):
     async def settle(self, digest: Digest) -> None:
         """As the filler: give that up (done, failed, cancelled); another may begin at once."""
 
-    async def take(self, digest: Digest, wishes: Sequence[Wish], known: int = 0) -> Taken:
-        """Grants for as many of the wishes as can be had now, in their order."""
+    async def take(
+        self, digest: Digest, wishes: Sequence[Wish], room: int, known: int = 0
+    ) -> Taken:
+        """Grants for the first of the wishes that can be had now, `room` of them at most."""
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
         """The grant has ended. Giving it back twice, or late, does nothing."""
@@ -205,5 +211,6 @@ class Claims(Protocol):
     async def drop(self, digest: Digest, generation: str) -> None:
         """The stripes of this generation did not make up the digest: forget them.
 
-        Who published them may not fill this blob for a while. A later generation is left alone.
+        Who published them, other than the caller, may not fill this blob for a while. A later
+        generation is left alone.
         """
