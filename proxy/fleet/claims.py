@@ -103,7 +103,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A stripe, and node ids to ask for it, best first; () stands for whoever has it.
+    """A stripe, and node ids to ask for it, best first; if none of them can give it, whoever can.
 
     It is granted only at a rank of at most `limit`.
     """

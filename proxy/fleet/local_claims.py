@@ -1,16 +1,22 @@
-"""Claims of nodes in one process: for tests and simulations, and the plainest statement of the rules.
+"""Claims of nodes in one process: for tests, simulations, and as the plainest form of the rules.
 
 Nothing here suspends, so every method is as atomic as a script of the directory's server is.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Terms, View, Wish
 from proxy.oci.digest import Digest
+
+
+ANY_ZONE = "*"
+#: How many of a stripe's givers are looked at for one wish.
+LOOKS = 16
 
 
 class _Pool:
@@ -93,6 +99,7 @@ class _Blob:
     wholes: _Pool = field(default_factory=_Pool)
     parts: _Pool = field(default_factory=_Pool)
     zones: dict[str, _Pool] = field(default_factory=dict)
+    queues: dict[tuple[int, str], dict[str, None]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<_Blob {len(self.hashes)} published, {len(self.nodes)} nodes, by {self.filler}>"
@@ -116,6 +123,11 @@ class _Blob:
         if not pool:
             del self.zones[node.giver.zone]
 
+    def line_up(self, giver: Giver, stripe: int) -> None:
+        """Enter it among those who can be asked for the stripe, behind the others."""
+        for zone in (giver.zone, ANY_ZONE):
+            self.queues.setdefault((stripe, zone), {}).setdefault(giver.node)
+
     def alive(self, name: str, now: float) -> _Node | None:
         """The node's entry with all that has ended taken out; None when nothing is left of it."""
         node = self.nodes.get(name)
@@ -126,6 +138,14 @@ class _Blob:
             return None
         node.expire(now)
         return node
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The positions of the bits that are set, from the lowest on."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 class Board:
@@ -254,6 +274,8 @@ class LocalClaims:
             blob.news = now
             node = self._mine(blob)
             node.have |= ((1 << len(hashes)) - 1) << first
+            for stripe in range(first, len(blob.hashes)):
+                blob.line_up(self._giver, stripe)
         return len(blob.hashes)
 
     async def settle(self, digest: Digest) -> None:
@@ -273,25 +295,40 @@ class LocalClaims:
                 break
             if wish.stripe in mine.receiving:
                 continue
-            ranks = list(self._ranks(blob, wish))
-            free = [pair for pair in ranks if self._lends(blob, wish, *pair)]
-            if free:
-                grants.append(self._grant(digest, blob, wish.stripe, *free[0]))
-            elif not ranks and not wish.givers:
+            is_missing = True
+            for name, rank in self._candidates(blob, wish.stripe, wish.givers):
+                is_missing = False
+                if rank < wish.limit and blob.nodes[name].may_lend(wish.stripe, self._terms):
+                    grants.append(self._grant(digest, blob, wish.stripe, name, rank))
+                    break
+            if is_missing:
                 missing.add(wish.stripe)
         return Taken(tuple(grants), frozenset(missing), await self.look(digest, known))
 
-    def _ranks(self, blob: _Blob, wish: Wish) -> Iterator[tuple[str, int]]:
-        """Those of the wish that have the stripe or receive it, each with its rank."""
-        now = self._board.clock()
-        for name in wish.givers or list(blob.nodes):
-            node = None if name == self._id else blob.alive(name, now)
-            rank = None if node is None else node.rank(wish.stripe)
-            if rank is not None:
+    def _candidates(
+        self, blob: _Blob, stripe: int, givers: Sequence[str]
+    ) -> Iterator[tuple[str, int]]:
+        """Who has the stripe or receives it, with its rank: the wished ones, then this zone's, then
+        any. Who is passed over goes to the end of its queue; who is no giver any more leaves it."""
+        for name in givers:
+            if (rank := self._rank(blob, stripe, name)) is not None:
+                yield name, rank
+        for zone in (self._giver.zone, ANY_ZONE):
+            queue = blob.queues.get((stripe, zone), {})
+            for name in list(itertools.islice(queue, LOOKS)):
+                rank = self._rank(blob, stripe, name)
+                if rank is not None:
+                    yield name, rank  # it stays in front if it is taken: it may lend once more
+                del queue[name]
+                if rank is not None or name == self._id:
+                    queue[name] = None
+        for name in blob.wholes.draw(LOOKS, self._board.rng):
+            if (rank := self._rank(blob, stripe, name)) is not None:
                 yield name, rank
 
-    def _lends(self, blob: _Blob, wish: Wish, name: str, rank: int) -> bool:
-        return rank < wish.limit and blob.nodes[name].may_lend(wish.stripe, self._terms)
+    def _rank(self, blob: _Blob, stripe: int, name: str) -> int | None:
+        node = None if name == self._id else blob.alive(name, self._board.clock())
+        return None if node is None else node.rank(stripe)
 
     def _grant(self, digest: Digest, blob: _Blob, stripe: int, name: str, rank: int) -> Grant:
         token = self._board.number()
@@ -303,6 +340,7 @@ class LocalClaims:
     def _enter(self, blob: _Blob, grant: Grant) -> None:
         until = self._board.clock() + self._terms.grant
         blob.nodes[self._id].receiving[grant.stripe] = grant, until
+        blob.line_up(self._giver, grant.stripe)
         giver = blob.nodes.get(grant.giver.node)
         if giver is not None:
             giver.lent[grant.token] = grant.stripe, until
@@ -332,6 +370,8 @@ class LocalClaims:
         mine = blob.alive(self._id, now) or _Node(self._giver)
         mine.have, mine.until = have, now + self._terms.part
         blob.enter(mine)
+        for stripe in bits(have):
+            blob.line_up(self._giver, stripe)
         for grant in grants:
             self._enter(blob, grant)
         return True
@@ -341,8 +381,7 @@ class LocalClaims:
         for name in blob.wholes:
             blob.alive(name, now)
         if self._id not in blob.wholes and len(blob.wholes) >= self._terms.wholes:
-            blob.remove(self._id)
-            return False
+            return False  # what it had as a part goes on to be listed for a while
         mine = blob.alive(self._id, now) or _Node(self._giver)
         mine.have, mine.until, mine.receiving = WHOLE, now + self._terms.whole, {}
         blob.enter(mine)
