@@ -167,8 +167,11 @@ class Claims(Protocol):
     async def look(self, digest: Digest, known: int = 0) -> View:
         """What there is, with hashes from stripe `known` on."""
 
-    async def fill(self, digest: Digest, size: int | None) -> bool:
-        """Become the filler, or stay it for another while; False: another node is."""
+    async def fill(self, digest: Digest, size: int | None) -> str | None:
+        """Become the filler, or stay it for another while; returns which node is the filler now.
+
+        None: nobody, and this node may not (it is banned, or had to make way).
+        """
 
     async def publish(
         self,

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Terms, View, Wish
 from proxy.oci.digest import Digest
 
-
 ANY_ZONE = "*"
 #: How many of a stripe's givers are looked at for one wish.
 LOOKS = 16
@@ -237,16 +236,16 @@ class LocalClaims:
             if node is not None and name != self._id:
                 yield node
 
-    async def fill(self, digest: Digest, size: int | None) -> bool:
+    async def fill(self, digest: Digest, size: int | None) -> str | None:
         blob, now = self._board.blob(digest), self._board.clock()
-        if blob.banned.get(self._id, 0.0) > now or blob.filler not in (None, self._id):
-            return False
+        if blob.filler not in (None, self._id) or blob.banned.get(self._id, 0.0) > now:
+            return blob.filler
         if blob.filler is None:
             blob.filler, blob.news = self._id, now
         blob.size = size if blob.size is None else blob.size
         blob.until = now + self._terms.filler
         self._mine(blob)
-        return True
+        return self._id
 
     def _mine(self, blob: _Blob) -> _Node:
         """This node's entry, renewed."""

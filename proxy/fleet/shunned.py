@@ -16,7 +16,7 @@ class Why(enum.Enum):
 
     LIED = (600.0, 3600.0)
     DIED = (5.0, 300.0)
-    STALLED = (5.0, 300.0)
+    STALLED = (10.0, 300.0)
     BUSY = (0.25, 2.0)
 
     @property
