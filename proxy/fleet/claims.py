@@ -155,8 +155,8 @@ class Terms:
     whole: float = 1800.0
     stuck: float = 120.0  # a filler that publishes nothing for so long has to make way
     ban: float = 600.0  # from filling a blob, after publishing wrong hashes of it
-    most: int = 4  # grants out on a giver for one blob
-    each: int = 2  # of these, for one stripe
+    most: int = 6  # grants out on a giver for one blob
+    each: int = 1  # of these, for one stripe
     wholes: int = 64  # nodes listed for having the whole blob
     sample: int = 24  # holdings in a view
 

@@ -394,8 +394,8 @@ class Pursuit:
         """What the filler has to publish: what follows, the last only when the digest is right."""
         if not self.is_filler:
             return None
-        known = lowest_zero(self.have)
-        end = min(known, self.count if self.is_proven else self.count - 1)
+        end = self.published + lowest_zero(self.have >> self.published)
+        end = min(end, self.count if self.is_proven else self.count - 1)
         proofs = [self._proofs[stripe] for stripe in range(self.published, end)]
         if not proofs:
             return None

@@ -24,7 +24,7 @@ ENOUGH = 16
 #: How many stripes from the first missing one on are thought about at once.
 WINDOW = 256
 #: How many stripes of one blob are received at once, and how many more are named as alternatives.
-WIDTH = 4
+WIDTH = 6
 SPARE_WISHES = 4
 #: How many stripes the upstream is asked for in one go: a turn's worth of large ones.
 SPAN = 4
