@@ -423,8 +423,8 @@ class Cable:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await self._relay(reader, writer)
+        with contextlib.suppress(OSError, asyncio.CancelledError, ExceptionGroup):
+            await self._relay(reader, writer)  # either end may close at any time
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there: asyncio.StreamWriter | None = None
