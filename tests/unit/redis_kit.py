@@ -30,7 +30,7 @@ ASK_AGAIN = 0.02  # seconds between two looks at a server that is not yet where 
 ADMIN, ADMIN_PASSWORD = "admin", "kit's own"
 USER, PASSWORD = "pullpool", "p@ss word"
 # What a node needs in its directory, and no more: see README, "ACL".
-RULES = "~pp:* +@all -@admin -@dangerous +info +role"
+RULES = "~pp:* +@all -@admin -@dangerous +info"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from proxy.oci.errors.client import (
     TagInvalid,
 )
 from proxy.oci.errors.ours import (
+    DirectoryDown,
     InternalError,
     LeaderMissing,
     ShuttingDown,
@@ -63,6 +64,7 @@ __all__ = [
     "Denied",
     "DigestInvalid",
     "DigestMismatch",
+    "DirectoryDown",
     "EgressFailed",
     "EgressRefused",
     "EndpointUnknown",
