@@ -20,8 +20,8 @@ local FIRST = 16  -- of the arguments that are this script's own
 local BLOB, HASHES, BY, BANNED = P .. 'blob', P .. 'hashes', P .. 'by', P .. 'banned'
 local WHO, PARTS, WHOLLY = P .. 'who', P .. 'part', P .. 'whole'
 local LOOKS, ANY = 16, '*'
+local GEN = ''  -- of the blob, when its entry has been read
 
-local function name(text) return text .. '' end
 local function until_text(at) return string.format('%016.0f', at) end
 local function keep(key, ms)
   if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, 2 * ms) end
@@ -46,6 +46,7 @@ local function entry()
     blob.gen = token
     redis.call('HSET', BLOB, 'gen', token)
   end
+  GEN = blob.gen
   keep(BLOB, WHOLE)
   if blob.filler ~= '' and found[5] + STUCK <= now then
     redis.call('ZADD', BANNED, now + STUCK, blob.filler)
@@ -77,7 +78,7 @@ local function having(node)
   if part and string.sub(part, 1, 16) + 0 > now then
     return false, string.sub(part, 17), string.sub(part, 1, 16) + 0
   end
-  if at or part then leave(node) end
+  leave(node)
   return nil
 end
 
@@ -85,8 +86,8 @@ local function receiving(node)
   local key, found = P .. 'takes:' .. node, {}
   local all = redis.call('HGETALL', key)
   for n = 1, #all, 2 do
-    local at, rank, held = string.match(all[n + 1], '^(%d+) (%d+) (.*)$')
-    if at + 0 > now then
+    local at, rank, gen, held = string.match(all[n + 1], '^(%d+) (%d+) (%S+) (.*)$')
+    if at + 0 > now and gen == GEN then
       found[all[n]] = {rank = rank + 0, token = held}
     else
       redis.call('HDEL', key, all[n])
@@ -139,7 +140,7 @@ end
 
 local function enter(stripe, rank, giver, held)
   local mine, its = P .. 'takes:' .. me, P .. 'lent:' .. giver
-  redis.call('HSET', mine, stripe, until_text(now + GRANT) .. ' ' .. rank .. ' ' .. held)
+  redis.call('HSET', mine, stripe, until_text(now + GRANT) .. ' ' .. rank .. ' ' .. GEN .. ' ' .. held)
   redis.call('ZADD', its, now + GRANT, stripe .. ' ' .. held)
   keep(mine, GRANT)
   keep(its, GRANT)
@@ -154,8 +155,8 @@ local function rank_of(node, stripe)
   if whole or bit_of(mask, stripe + 0) then return 0 end
   local held = redis.call('HGET', P .. 'takes:' .. node, stripe)
   if not held then return nil end
-  local at, rank = string.match(held, '^(%d+) (%d+) ')
-  if at + 0 <= now then return nil end
+  local at, rank, gen = string.match(held, '^(%d+) (%d+) (%S+) ')
+  if at + 0 <= now or gen ~= GEN then return nil end
   return rank + 0
 end
 
@@ -320,7 +321,8 @@ return {granted, missing, view(blob, known)}
 GIVE_BACK = _script(
     "give_back",
     """
-local generation, giver, stripe, held = ARGV[FIRST], ARGV[FIRST + 1], ARGV[FIRST + 2], ARGV[FIRST + 3]
+local generation, giver = ARGV[FIRST], ARGV[FIRST + 1]
+local stripe, held = ARGV[FIRST + 2], ARGV[FIRST + 3]
 redis.call('ZREM', P .. 'lent:' .. giver, stripe .. ' ' .. held)
 if entry().gen ~= generation then return 0 end
 local whole, mask = renew_mine()
