@@ -1,10 +1,11 @@
 """Nodes, their links and an upstream in virtual time, for decisions that are the real ones.
 
 What decides is `proxy.fleet.pursuit` and `LocalClaims`; what is modelled is only how bytes travel.
-Every node has an uplink and a downlink of the same rate, the upstream one uplink of that rate. Bytes
-move in pieces of 1 MiB: a piece occupies the giver's uplink and the taker's downlink for as long as
-it takes, a giver serves its takers in turn, and who is still receiving a stripe passes on the pieces
-it has. A call of the directory takes `LATENCY`; a node makes one after the other.
+Every node has an uplink and a downlink of the same rate, the upstream one uplink of that rate.
+Bytes move in pieces of 1 MiB: a piece occupies the giver's uplink and the taker's downlink for as
+long as it takes, a giver serves its takers in turn, and who is still receiving a stripe passes on
+the pieces it has. A call of the directory takes `LATENCY`; a node makes one after the other for
+each blob.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Terms, Wish
+from proxy.fleet.claims import WHOLE, Giver, Grant, Terms, Wish
 from proxy.fleet.local_claims import Board, LocalClaims
 from proxy.fleet.pursuit import Ask, Pursuit
 from proxy.fleet.shunned import Shunned
@@ -155,10 +156,10 @@ class Node(Sender):
     def begin(self, layers: Sequence[Layer]) -> None:
         self.began = self._time.now
         self._todo = deque(layers)
-        for _ in range(AT_ONCE):
-            self._next()
+        for _ in range(self.fleet.at_once):
+            self.next_layer()
 
-    def _next(self) -> None:
+    def next_layer(self) -> None:
         if self._todo:
             layer = self._todo.popleft()
             pull = self.pulls[layer.digest] = Pull(self, layer)
@@ -166,9 +167,6 @@ class Node(Sender):
         elif self.done is None and all(pull.is_done for pull in self.pulls.values()):
             self.done = self._time.now
             self.fleet.finished(self)
-
-    def pulled(self) -> None:
-        self._next()
 
 
 class Pull:
@@ -321,19 +319,18 @@ class Pull:
         at_once(claims.hold(digest, pursuit.generation, WHOLE))
         fleet.counted("hold")
         self.is_done = True
-        self.node.pulled()
+        self.node.next_layer()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Seconds of each node's own pull, bytes of the upstream, calls of the directory by name, and
-    the most of them in any second."""
+    the most of these in any second."""
 
     seconds: Sequence[float]
     upstream: int
     operations: Counter[str]
     busiest_second: int
-    deepest: int
 
 
 @dataclass(slots=True)
@@ -344,6 +341,7 @@ class Fleet:
     terms: Terms = field(default_factory=Terms)
     rate: float = RATE
     zones: int = 1
+    at_once: int = AT_ONCE
     spread: float = 0.05  # seconds over which a crowd arrives
     seed: int = 1
     time: Time = field(default_factory=Time)
@@ -386,7 +384,6 @@ class Fleet:
             self.upstream.sent * PIECE,
             self.operations,
             max(self.by_second.values()),
-            ANY_RANK,
         )
 
     def _next_wave(self) -> None:

@@ -127,7 +127,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """`missing`: wished stripes that no node has or is receiving; `view`: as it was then."""
+    """`missing`: wished stripes that no node has or is receiving; `view`: as it was then, but
+    without the holdings, which would cost the directory more than all the rest."""
 
     grants: tuple[Grant, ...]
     missing: frozenset[int]
@@ -156,9 +157,9 @@ class Terms:
     stuck: float = 120.0  # a filler that publishes nothing for so long has to make way
     ban: float = 600.0  # from filling a blob, after publishing wrong hashes of it
     most: int = 6  # grants out on a giver for one blob
-    each: int = 1  # of these, for one stripe
+    each: int = 2  # of these, for one stripe
     wholes: int = 64  # nodes listed for having the whole blob
-    sample: int = 24  # holdings in a view
+    sample: int = 12  # holdings in a view
 
 
 class Claims(Protocol):

@@ -13,8 +13,8 @@ All keys of a blob share its hash tag. Times are milliseconds of the server's cl
     takes:NODE  hash    stripe -> until, rank and token of what it is receiving
     lent:NODE   zset    stripe and token of what it lends -> until
 
-Who has ended is taken out when somebody comes across it; each key ends by itself some time after its
-last member does. Nothing is counted up and down, so nothing can drift.
+Who has ended is taken out when somebody comes across it; each key ends by itself some time after
+its last member does. Nothing is counted up and down, so nothing can drift.
 """
 
 from __future__ import annotations

@@ -140,7 +140,8 @@ end
 
 local function enter(stripe, rank, giver, held)
   local mine, its = P .. 'takes:' .. me, P .. 'lent:' .. giver
-  redis.call('HSET', mine, stripe, until_text(now + GRANT) .. ' ' .. rank .. ' ' .. GEN .. ' ' .. held)
+  local entered = {until_text(now + GRANT), rank, GEN, held}
+  redis.call('HSET', mine, stripe, table.concat(entered, ' '))
   redis.call('ZADD', its, now + GRANT, stripe .. ' ' .. held)
   keep(mine, GRANT)
   keep(its, GRANT)
@@ -160,7 +161,13 @@ local function rank_of(node, stripe)
   return rank + 0
 end
 
-local function view(blob, known)
+local function view(blob, known, holdings)
+  local hashes = redis.call('GETRANGE', HASHES, known * 32, -1)
+  local by = redis.call('GETRANGE', BY, known * 16, -1)
+  local nodes = redis.call('HLEN', WHO)
+  return {blob.gen, blob.size, hashes, by, blob.filler, nodes, holdings}
+end
+local function sampled(blob)
   local names, seen, holdings = {}, {}, {}
   local function add(found)
     for _, node in ipairs(found) do
@@ -188,10 +195,7 @@ local function view(blob, known)
       end
     end
   end
-  local hashes = redis.call('GETRANGE', HASHES, known * 32, -1)
-  local by = redis.call('GETRANGE', BY, known * 16, -1)
-  local nodes = redis.call('HLEN', WHO)
-  return {blob.gen, blob.size, hashes, by, blob.filler, nodes, holdings}
+  return holdings
 end
 """
 
@@ -200,7 +204,13 @@ def _script(name: str, text: str) -> Script:
     return Script(f"claims_{name}", _COMMON + text)
 
 
-LOOK = _script("look", "return view(entry(), ARGV[FIRST] + 0)")
+LOOK = _script(
+    "look",
+    """
+local blob = entry()
+return view(blob, ARGV[FIRST] + 0, sampled(blob))
+""",
+)
 
 FILL = _script(
     "fill",
@@ -314,7 +324,7 @@ while at <= #ARGV do
   at = at + 3 + count
   if #granted < room and not mine[stripe] then wish(stripe, limit, named) end
 end
-return {granted, missing, view(blob, known)}
+return {granted, missing, view(blob, known, {})}
 """,
 )
 

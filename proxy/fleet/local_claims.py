@@ -213,6 +213,10 @@ class LocalClaims:
 
     async def look(self, digest: Digest, known: int = 0) -> View:
         blob = self._board.blob(digest)
+        holdings = tuple(node.holding() for node in self._drawn(blob))
+        return self._view(blob, known, holdings)
+
+    def _view(self, blob: _Blob, known: int, holdings: tuple[Holding, ...]) -> View:
         return View(
             blob.generation,
             blob.size,
@@ -220,7 +224,7 @@ class LocalClaims:
             tuple(blob.hashes[known:]),
             tuple(blob.publishers[known:]),
             blob.filler,
-            tuple(node.holding() for node in self._drawn(blob)),
+            holdings,
             len(blob.nodes),
         )
 
@@ -302,7 +306,7 @@ class LocalClaims:
                     break
             if is_missing:
                 missing.add(wish.stripe)
-        return Taken(tuple(grants), frozenset(missing), await self.look(digest, known))
+        return Taken(tuple(grants), frozenset(missing), self._view(blob, known, ()))
 
     def _candidates(
         self, blob: _Blob, stripe: int, givers: Sequence[str]

@@ -48,7 +48,7 @@ from proxy.fleet.stripes import (
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
 #: Seconds until a node that waits for news looks again: at first, and at most; doubled in between.
-FIRST_LOOK, LAST_LOOK = 0.05, 1.0
+FIRST_LOOK, LAST_LOOK = 0.05, 0.25
 #: So many nodes may look that often; of more each one looks less often.
 LOOKERS = 64
 #: No progress for so long: the giver has stalled.
@@ -221,7 +221,13 @@ class Pursuit:
             self.sized(view.size)
         is_news = self.published > known
         self._patience = FIRST_LOOK if is_news else min(LAST_LOOK, 2 * self._patience)
-        told.view = replace(view, first=0, hashes=tuple(told.hashes), publishers=())
+        told.view = replace(
+            view,
+            first=0,
+            hashes=tuple(told.hashes),
+            publishers=(),
+            holdings=view.holdings or told.view.holdings,
+        )
         self.is_filler = view.filler == self._giver.node
         if view.filler is not None:
             self._is_refused = False

@@ -19,8 +19,9 @@ from proxy.fleet.claims import ANY_RANK, Holding, View, Wish
 MIB = 1024 * 1024
 PIECE = MIB
 LARGEST = 16 * MIB
-#: Smaller blobs have so many stripes that there are enough of them to share.
-ENOUGH = 16
+#: Smaller blobs have so many stripes that there are enough of them to share: what a crowd loses is
+#: a stripe's time at the beginning, and another at the end.
+ENOUGH = 64
 #: How many stripes from the first missing one on are thought about at once.
 WINDOW = 256
 #: How many stripes of one blob are received at once, and how many more are named as alternatives.
