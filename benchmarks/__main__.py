@@ -33,6 +33,8 @@ SCENARIOS = (
     "workers",
     "overload",
     "fairness",
+    "fleet_sim",
+    "fleet_directory",
 )
 
 PIPE_WIDTH = 160

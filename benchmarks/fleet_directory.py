@@ -80,7 +80,7 @@ class Batches:
             return
         pipeline = self._client.pipeline(transaction=False)
         for script, tag, args, _ in batch:
-            pipeline.evalsha(script.sha, 1, root_of(tag), *args)
+            pipeline.evalsha(script.sha, 1, root_of(tag), *args)  # type: ignore[unused-awaitable]  # a pipeline only notes it
         for (*_, future), reply in zip(batch, await pipeline.execute(), strict=True):
             future.set_result(reply)
 
