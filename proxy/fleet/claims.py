@@ -12,6 +12,7 @@ Theory of operation. Of each blob the directory keeps, all with an end by its ow
 * *grants*: the right to receive one stripe of one giver. Taking one is atomic: the giver has the
   stripe, or receives it itself, and lends less than `Terms.most` stripes of this blob and this one
   less than `Terms.each` times: who has a new stripe first gives it to few, and they to others.
+  The filler lends least at a time, so that each new stripe leaves it at the full rate of its link.
 
 A giver may pass on a stripe that it is still receiving. Who receives a stripe has a *rank* for it:
 1 from a giver that has it verified, else one more than the giver's. A node's rank for a stripe
@@ -158,6 +159,8 @@ class Terms:
     ban: float = 600.0  # from filling a blob, after publishing wrong hashes of it
     most: int = 6  # grants out on a giver for one blob
     each: int = 2  # of these, for one stripe
+    filler_most: int = 2  # the same for the filler: what nobody else has leaves it the sooner
+    filler_each: int = 1
     wholes: int = 64  # nodes listed for having the whole blob
     sample: int = 12  # holdings in a view
 

@@ -92,6 +92,8 @@ class RedisClaims:
                 *(int(1000 * each) for each in seconds),
                 terms.most,
                 terms.each,
+                terms.filler_most,
+                terms.filler_each,
                 terms.wholes,
                 terms.sample // 3,
                 secrets.token_hex(8),

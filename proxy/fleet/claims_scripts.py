@@ -14,9 +14,9 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
 local me, details, zone = ARGV[2], ARGV[3], ARGV[4]
 local FILLER, GRANT, PART, WHOLE = ARGV[5] + 0, ARGV[6] + 0, ARGV[7] + 0, ARGV[8] + 0
 local STUCK, BAN = ARGV[9] + 0, ARGV[10] + 0
-local MOST, EACH, WHOLES, SHARE = ARGV[11] + 0, ARGV[12] + 0, ARGV[13] + 0, ARGV[14] + 0
-local token = ARGV[15]
-local FIRST = 16  -- of the arguments that are this script's own
+local MOST, EACH, FILLER_MOST, FILLER_EACH = ARGV[11] + 0, ARGV[12] + 0, ARGV[13] + 0, ARGV[14] + 0
+local WHOLES, SHARE, token = ARGV[15] + 0, ARGV[16] + 0, ARGV[17]
+local FIRST = 18  -- of the arguments that are this script's own
 local BLOB, HASHES, BY, BANNED = P .. 'blob', P .. 'hashes', P .. 'by', P .. 'banned'
 local WHO, PARTS, WHOLLY = P .. 'who', P .. 'part', P .. 'whole'
 local LOOKS, ANY = 16, '*'
@@ -102,12 +102,14 @@ local function lent(node)
   return redis.call('ZRANGE', key, 0, -1)
 end
 
-local function may_lend(node, stripe)
+local function may_lend(blob, node, stripe)
+  local most, each = MOST, EACH
+  if node == blob.filler then most, each = FILLER_MOST, FILLER_EACH end
   local all, same = lent(node), 0
-  for _, each in ipairs(all) do
-    if string.match(each, '^(%d+) ') == stripe then same = same + 1 end
+  for _, one in ipairs(all) do
+    if string.match(one, '^(%d+) ') == stripe then same = same + 1 end
   end
-  return #all < MOST and same < EACH
+  return #all < most and same < each
 end
 
 local function introduce()
@@ -272,7 +274,7 @@ local mine, granted, missing, numbers = receiving(me), {}, {}, 0
 local function try(node, stripe, limit)
   local rank = rank_of(node, stripe)
   if not rank then return false, false end
-  if rank >= limit or not may_lend(node, stripe) then return false, true end
+  if rank >= limit or not may_lend(blob, node, stripe) then return false, true end
   numbers = numbers + 1
   local held = token .. '.' .. numbers
   enter(stripe, rank + 1, node, held)

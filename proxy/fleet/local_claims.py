@@ -75,9 +75,9 @@ class _Node:
         received = self.receiving.get(stripe)
         return received[0].rank if received else None
 
-    def may_lend(self, stripe: int, terms: Terms) -> bool:
+    def may_lend(self, stripe: int, most: int, each: int) -> bool:
         same = sum(1 for lent, _ in self.lent.values() if lent == stripe)
-        return len(self.lent) < terms.most and same < terms.each
+        return len(self.lent) < most and same < each
 
     def holding(self) -> Holding:
         ranks = {stripe: grant.rank for stripe, (grant, _) in self.receiving.items()}
@@ -301,7 +301,7 @@ class LocalClaims:
             is_missing = True
             for name, rank in self._candidates(blob, wish.stripe, wish.givers):
                 is_missing = False
-                if rank < wish.limit and blob.nodes[name].may_lend(wish.stripe, self._terms):
+                if rank < wish.limit and self._may_lend(blob, name, wish.stripe):
                     grants.append(self._grant(digest, blob, wish.stripe, name, rank))
                     break
             if is_missing:
@@ -328,6 +328,13 @@ class LocalClaims:
         for name in blob.wholes.draw(LOOKS, self._board.rng):
             if (rank := self._rank(blob, stripe, name)) is not None:
                 yield name, rank
+
+    def _may_lend(self, blob: _Blob, name: str, stripe: int) -> bool:
+        terms = self._terms
+        limits = (terms.most, terms.each)
+        if name == blob.filler:
+            limits = (terms.filler_most, terms.filler_each)
+        return blob.nodes[name].may_lend(stripe, *limits)
 
     def _rank(self, blob: _Blob, stripe: int, name: str) -> int | None:
         node = None if name == self._id else blob.alive(name, self._board.clock())

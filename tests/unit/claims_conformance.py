@@ -66,7 +66,8 @@ async def one(node: Claims, stripe: int, *named: int, limit: int | None = None) 
 
 
 class ClaimsConformance(ABC):
-    TERMS = Terms(most=3, each=2, wholes=4, sample=30)
+    TERMS = Terms(most=3, each=2, filler_most=3, filler_each=2, wholes=4, sample=30)
+    SPARING = Terms(most=3, each=2, filler_most=2, filler_each=1)
 
     @abstractmethod
     def fleet(self, terms: Terms) -> contextlib.AbstractAsyncContextManager[Fleet]: ...
@@ -190,6 +191,18 @@ class ClaimsConformance(ABC):
         assert await one(nodes(20), 3, 1) is None
         taken = await nodes(20).take(DIGEST, [Wish(3)], 1)
         assert (taken.grants, taken.missing) == ((), frozenset())
+
+    async def test_the_filler_lends_less_at_a_time_as_long_as_it_fills(self) -> None:
+        async with self.fleet(self.SPARING) as nodes:
+            await nodes.published(4)
+            first, second = await one(nodes(2), 0, 1), await one(nodes(3), 0, 1)
+            assert first
+            assert second
+            assert (first.giver, second.giver) == (giver(1), giver(2))
+            assert await one(nodes(4), 1, 1)
+            assert await one(nodes(5), 2, 1) is None
+            await nodes(1).settle(DIGEST)
+            assert await one(nodes(5), 2, 1)
 
     async def test_a_grant_that_is_given_back_makes_room_and_only_once(self, nodes: Fleet) -> None:
         await nodes.published(4)
