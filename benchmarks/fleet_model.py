@@ -17,9 +17,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from proxy.fleet.claims import WHOLE, Giver, Grant, Terms, Wish
+from proxy.fleet.claims import WHOLE, Giver, Grant, Terms
 from proxy.fleet.local_claims import Board, LocalClaims
-from proxy.fleet.pursuit import Ask, Pursuit
+from proxy.fleet.pursuit import Ask, Pursuit, Step
 from proxy.fleet.shunned import Shunned
 from proxy.fleet.stripes import PIECE, lowest_zero, stripe_length
 from proxy.oci.digest import Digest
@@ -227,16 +227,17 @@ class Pull:
         if pursuit.is_complete:
             self._complete()
         else:
-            self._take(step.wishes, step.room)
+            self._take(step)
             self._looks += 1
             fleet.time.after(step.wait, self._look, self._looks)
         return fleet.operations.total() - before
 
-    def _take(self, wished: Sequence[Wish], room: int) -> None:
+    def _take(self, step: Step) -> None:
         fleet, pursuit = self.node.fleet, self.pursuit
-        if not wished:
+        if not step.wishes:
             return
-        call = self.node.claims.take(self.layer.digest, wished, room, pursuit.published)
+        wanted = (step.wishes, step.room, pursuit.published, step.avoid)
+        call = self.node.claims.take(self.layer.digest, *wanted)
         taken = at_once(call)
         fleet.counted("take")
         pursuit.took(taken)

@@ -33,7 +33,7 @@ the digest at the end. Without it (`DirectoryDown`) callers go on with the giver
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -196,9 +196,17 @@ class Claims(Protocol):
         """As the filler: give that up (done, failed, cancelled); another may begin at once."""
 
     async def take(
-        self, digest: Digest, wishes: Sequence[Wish], room: int, known: int = 0
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
     ) -> Taken:
-        """Grants for the first of the wishes that can be had now, `room` of them at most."""
+        """Grants for the first of the wishes that can be had now, `room` of them at most.
+
+        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing.
+        """
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
         """The grant has ended. Giving it back twice, or late, does nothing."""

@@ -20,7 +20,7 @@ its last member does. Nothing is counted up and down, so nothing can drift.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Terms, View, Wish
@@ -124,9 +124,14 @@ class RedisClaims:
         await self._run(SETTLE, digest)
 
     async def take(
-        self, digest: Digest, wishes: Sequence[Wish], room: int, known: int = 0
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
     ) -> Taken:
-        said: list[Argument] = [known, room]
+        said: list[Argument] = [known, room, len(avoid), *avoid]
         for wish in wishes:
             said += [wish.stripe, wish.limit, len(wish.givers), *wish.givers]
         granted, missing, seen = await self._run(TAKE, digest, *said)

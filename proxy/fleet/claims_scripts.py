@@ -268,12 +268,14 @@ TAKE = _script(
 local blob = entry()
 renew_mine()
 local known, room = ARGV[FIRST] + 0, ARGV[FIRST + 1] + 0
-local mine, granted, missing, numbers = receiving(me), {}, {}, 0
+local mine, granted, missing, numbers, avoid = receiving(me), {}, {}, 0, {}
+for n = 1, ARGV[FIRST + 2] do avoid[ARGV[FIRST + 2 + n]] = true end
 
 -- Whether it was granted, and whether anybody has it or receives it.
 local function try(node, stripe, limit)
   local rank = rank_of(node, stripe)
   if not rank then return false, false end
+  if avoid[node] then return false, nil end
   if rank >= limit or not may_lend(blob, node, stripe) then return false, true end
   numbers = numbers + 1
   local held = token .. '.' .. numbers
@@ -290,7 +292,7 @@ local function from_queue(key, stripe, limit)
     local done, known_here = try(node, stripe, limit)
     is_known = is_known or known_here
     if done then return true, true end
-    if known_here or node == me then
+    if known_here or node == me or avoid[node] then
       redis.call('ZADD', key, place + number, node)
     else
       redis.call('ZREM', key, node)
@@ -319,7 +321,7 @@ local function wish(stripe, limit, named)
   if not is_known then missing[#missing + 1] = stripe + 0 end
 end
 
-local at = FIRST + 2
+local at = FIRST + 3 + ARGV[FIRST + 2]
 while at <= #ARGV do
   local stripe, limit, count, named = ARGV[at], ARGV[at + 1] + 0, ARGV[at + 2] + 0, {}
   for n = 1, count do named[n] = ARGV[at + 2 + n] end

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Terms, View, Wish
@@ -287,7 +287,12 @@ class LocalClaims:
             blob.filler = None
 
     async def take(
-        self, digest: Digest, wishes: Sequence[Wish], room: int, known: int = 0
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
     ) -> Taken:
         blob = self._board.blob(digest)
         mine = self._mine(blob)
@@ -300,6 +305,8 @@ class LocalClaims:
                 continue
             is_missing = True
             for name, rank in self._candidates(blob, wish.stripe, wish.givers):
+                if name in avoid:
+                    continue
                 is_missing = False
                 if rank < wish.limit and self._may_lend(blob, name, wish.stripe):
                     grants.append(self._grant(digest, blob, wish.stripe, name, rank))

@@ -80,9 +80,9 @@ class Step:
     """What to do now; nothing of it again before something has happened.
 
     `drop`: this generation is wrong. `lead`: ask to become the filler. `publish`: as the filler.
-    `hold`: say what this node has. `wishes`, `room`: take these. `asks`: ask these without a grant.
-    `fill`: bring these stripes from the upstream, or from the node named in it. `stop`: end the
-    fill that is under way, another node does it. `wait`: seconds until the next look.
+    `hold`: say what this node has. `wishes`, `room`, `avoid`: take these. `asks`: ask these without
+    a grant. `fill`: bring these stripes from the upstream, or from the node named in it. `stop`:
+    end the fill that is under way, another node does it. `wait`: seconds until the next look.
     """
 
     drop: str | None = None
@@ -91,6 +91,7 @@ class Step:
     hold: bool = False
     wishes: tuple[Wish, ...] = ()
     room: int = 0
+    avoid: frozenset[str] = frozenset()
     asks: tuple[Ask, ...] = ()
     fill: Span | None = None
     stop: bool = False
@@ -300,11 +301,19 @@ class Pursuit:
         self.filling = span
 
     def filled(self, stripe: int, found: bytes) -> bool:
-        """The next stripe of the span is there. False: it is not what was published."""
+        """The next stripe of the span is there. False: it is not what was published.
+
+        Then a node that stood in for the upstream has lied (`fill_ended`), or, if the upstream
+        itself brought it, the generation is wrong (`found_wrong`).
+        """
         expected = self.expected(stripe)
         if expected is not None and expected != found:
             return False
-        publisher = self._giver.node if expected is None else self._told.publishers[stripe]
+        source = self.filling.of if self.filling is not None else None
+        # Who stood in for the upstream answers for what is published on its word.
+        publisher = source or self._giver.node
+        if expected is not None:
+            publisher = self._told.publishers[stripe]
         self._proofs[stripe] = _Proof(found, publisher)
         self.have |= 1 << stripe
         self._lost -= {stripe}
@@ -383,6 +392,7 @@ class Pursuit:
             hold=self._is_untold,
             wishes=wishes(standing, self._told.view) if self.count else (),
             room=standing.room,
+            avoid=self._shunned.distrusted(now),
             fill=Span(0, 1) if self.is_filler and not self.count and not self.filling else fill,
             stop=self.filling is not None and filler not in (None, self._giver.node),
             wait=self._wait(),

@@ -71,6 +71,12 @@ class Shunned:
             del self._marks[node]
         return frozenset(n for n, mark in self._marks.items() if mark.until > now)
 
+    def distrusted(self, now: float) -> frozenset[str]:
+        """Those of them that have more than just no room at the moment."""
+        return frozenset(
+            node for node in self.avoided(now) if self._marks[node].why is not Why.BUSY
+        )
+
     def liars(self, now: float) -> frozenset[str]:
         """Those of them that lied."""
         return frozenset(node for node in self.avoided(now) if self._marks[node].why is Why.LIED)

@@ -316,6 +316,16 @@ class ClaimsConformance(ABC):
         assert taken.missing == {0}
         assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
 
+    async def test_what_only_nodes_to_avoid_have_is_missing(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 0b10)
+        await nodes(5).hold(OTHER, "", WHOLE)
+        avoid = [giver(1).node]
+        taken = await nodes(3).take(DIGEST, [Wish(0, (avoid[0],)), Wish(1)], 4, 0, avoid)
+        assert taken.missing == {0}
+        assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
+        assert not (await nodes(4).take(DIGEST, [Wish(0)], 0)).missing
+
     async def test_a_part_is_forgotten_unless_it_is_renewed(self, nodes: Fleet) -> None:
         generation = (await nodes(1).look(DIGEST)).generation
         for number in (1, 2):
