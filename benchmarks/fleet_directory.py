@@ -56,9 +56,6 @@ class Batches:
         return f"<Batches {len(self._waiting)} waiting>"
 
     async def run(self, script: Script, tag: str, args: Sequence[Argument] = ()) -> Any:
-        if script.sha not in self._known:
-            await self._client.script_load(script.text)
-            self._known.add(script.sha)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((script, tag, args, future))
         return await future
@@ -78,6 +75,9 @@ class Batches:
         batch, self._waiting = self._waiting, []
         if not batch:
             return
+        for text in {script.text for script, *_ in batch} - self._known:
+            await self._client.script_load(text)
+            self._known.add(text)
         pipeline = self._client.pipeline(transaction=False)
         for script, tag, args, _ in batch:
             pipeline.evalsha(script.sha, 1, root_of(tag), *args)  # type: ignore[unused-awaitable]  # a pipeline only notes it

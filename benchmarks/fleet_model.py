@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from proxy.fleet.claims import WHOLE, Giver, Grant, Terms
 from proxy.fleet.local_claims import Board, LocalClaims
-from proxy.fleet.pursuit import Ask, Pursuit, Step
+from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned
+from proxy.fleet.steps import Ask, Step
 from proxy.fleet.stripes import PIECE, lowest_zero, stripe_length
 from proxy.oci.digest import Digest
 

@@ -30,8 +30,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
-from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View, Wish
+from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View
 from proxy.fleet.shunned import Shunned, Why
+from proxy.fleet.steps import LAST_LOOK, Ask, Fresh, Step
 from proxy.fleet.stripes import (
     PIECE,
     WIDTH,
@@ -47,55 +48,14 @@ from proxy.fleet.stripes import (
 
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
-#: Seconds until a node that waits for news looks again: at first, and at most; doubled in between.
-FIRST_LOOK, LAST_LOOK = 0.05, 0.25
+#: Seconds until a node that waits for news looks again, at first; doubled up to LAST_LOOK.
+FIRST_LOOK = 0.05
 #: So many nodes may look that often; of more each one looks less often.
 LOOKERS = 64
 #: No progress for so long: the giver has stalled.
 STALLED = 5.0
 #: A directory that is gone for less changes nothing.
 GRACE = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A stripe to be asked of a giver without a grant, since the directory is gone."""
-
-    stripe: int
-    giver: Giver
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """Hashes to publish as the filler, from stripe `first` on, and who published each at first."""
-
-    first: int
-    hashes: tuple[bytes, ...]
-    by: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What to do now; nothing of it again before something has happened.
-
-    `drop`: this generation is wrong. `lead`: ask to become the filler. `publish`: as the filler.
-    `hold`: say what this node has. `wishes`, `room`, `avoid`: take these. `asks`: ask these without
-    a grant. `fill`: bring these stripes from the upstream, or from the node named in it. `stop`:
-    end the fill that is under way, another node does it. `wait`: seconds until the next look.
-    """
-
-    drop: str | None = None
-    lead: bool = False
-    publish: Fresh | None = None
-    hold: bool = False
-    wishes: tuple[Wish, ...] = ()
-    room: int = 0
-    avoid: frozenset[str] = frozenset()
-    asks: tuple[Ask, ...] = ()
-    fill: Span | None = None
-    stop: bool = False
-    wait: float = LAST_LOOK
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms
 from proxy.fleet.local_claims import Board, LocalClaims
-from proxy.fleet.pursuit import STALLED, Ask, Fresh, Pursuit, Step
+from proxy.fleet.pursuit import STALLED, Pursuit
 from proxy.fleet.shunned import Shunned, Why
+from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import MIB, lowest_zero
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
