@@ -14,7 +14,8 @@ much a giver may send ahead, and that nothing is sent twice.
 
 Patience: who waits for a giver gives up after ``patience`` seconds without progress, which is
 ``LEAST`` bytes of a body: a byte now and then is none. Only waiting counts: while the taker is busy
-with what it has, no time passes for the giver.
+with what it has, no time passes for the giver. It looks ``TICKS`` times meanwhile, at whether the
+connection is still there, too: a reset is not heard on every loop.
 
 ``abort`` ends a socket whose answer is not complete (D1): a closed one might go on receiving.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 from collections import deque
@@ -33,8 +35,10 @@ from proxy.fleet.answer import END, MOST, Head, Malformed, parse_head
 from proxy.oci.digest import Chunk
 from proxy.oci.errors import PeerFailed
 
-#: Bytes that have to come in the time of one patience.
+#: Bytes of a body that are progress.
 LEAST = 128 << 10
+#: Looks at a giver in the time of one patience.
+TICKS = 5
 
 
 class Lost(Exception):
@@ -60,7 +64,7 @@ class Connection(asyncio.Protocol):
         self._is_spoilt = False  # no further request may use it
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._enough = 0  # bytes of the body that who waits is woken for
+        self._enough: int | None = None  # what who waits is woken for
 
     # -- the taker ------------------------------------------------------------------------
 
@@ -85,13 +89,8 @@ class Connection(asyncio.Protocol):
         self.asked += 1
         self._head, self._beginning = None, bytearray()
         self._transport.write(request)
-        try:
-            async with asyncio.timeout(self._patience):
-                while self._head is None:
-                    self._check()
-                    await self._changed(0)
-        except TimeoutError:
-            raise PeerFailed(f"it said nothing for {self._patience:g} s") from None
+        await self._until(None)
+        assert self._head is not None
         return self._head
 
     def _check(self) -> None:
@@ -106,16 +105,7 @@ class Connection(asyncio.Protocol):
 
     async def gather(self, count: int) -> Sequence[Chunk]:
         """The next ``count`` bytes of the body, which has them. Raises ``PeerFailed``."""
-        while self.held < count:
-            self._check()
-            before = self.received
-            try:
-                async with asyncio.timeout(self._patience):
-                    await self._changed(count)
-            except TimeoutError:
-                if self.received - before < LEAST:
-                    came = f"{self.received - before} bytes in {self._patience:g} s"
-                    raise PeerFailed(f"it came to a halt: {came}") from None
+        await self._until(count)
         return self._taken(count)
 
     def _taken(self, count: int) -> list[Chunk]:
@@ -133,14 +123,46 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return taken
 
-    async def _changed(self, enough: int) -> None:
-        """Wait for the head, so many bytes of the body, or the end."""
+    async def _until(self, enough: int | None) -> None:
+        """Wait for so many bytes of the body, or the head (None). Raises ``PeerFailed``."""
+        mark, quiet = self.received, 0
+        while not self._has(enough):
+            self._check()
+            try:
+                async with asyncio.timeout(self._patience / TICKS):
+                    await self._changed(enough)
+            except TimeoutError:
+                quiet += 1
+                if self.received - mark >= LEAST:
+                    mark, quiet = self.received, 0
+                if quiet == TICKS:
+                    what = "said nothing" if enough is None else "came to a halt"
+                    raise PeerFailed(f"it {what} for {self._patience:g} s") from None
+                self._hear_reset()
+
+    def _has(self, enough: int | None) -> bool:
+        return self._head is not None if enough is None else self.held >= enough
+
+    async def _changed(self, enough: int | None) -> None:
+        """Wait for as much, or the end."""
         self._enough = enough
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+
+    def _hear_reset(self) -> None:
+        """uvloop ceases to watch a socket that is reset and tells nobody: ask the kernel."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        if sock is None:
+            return
+        try:
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError:  # closed: connection_lost tells
+            return
+        if error:
+            self._fail(PeerFailed(f"the connection broke: {os.strerror(error)}"))
 
     def spoil(self) -> None:
         """No further request may use it."""
@@ -212,8 +234,7 @@ class Connection(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is None or self._waiter.done():
             return
-        has_head = self._head is not None and not self._enough
-        if has_head or (self._enough and self.held >= self._enough) or self._error is not None:
+        if self._has(self._enough) or self._error is not None:
             self._waiter.set_result(None)
 
     def __repr__(self) -> str:

@@ -41,6 +41,7 @@ class Conduct:
     lie: int | None = None  # the byte there is another one
     cut: int | None = None  # the connection ends there
     stall: int | None = None  # nothing comes from there on, until the taker has left
+    drip: float | None = None  # … or one byte each time so many seconds have passed
     surplus: bytes = b""  # behind the answer
     closes: bool = False  # the connection ends behind the answer, unannounced
     hangs_up: bool = False  # it ends without an answer
@@ -173,6 +174,8 @@ class ScriptedGiver:
             self.sent += len(part)
             await self._tell()
         if conduct.stall is not None:
+            if conduct.drip is not None:
+                await _drip(writer, body[conduct.stall :], conduct.drip)
             await _until_left(reader)
             return False
         if conduct.cut is not None or conduct.closes:
@@ -218,6 +221,13 @@ class ScriptedGiver:
 
     def __repr__(self) -> str:
         return f"<ScriptedGiver {self.open} open, {len(self.requests)} requests>"
+
+
+async def _drip(writer: asyncio.StreamWriter, data: bytes, pause: float) -> None:
+    for at in range(len(data)):
+        writer.write(data[at : at + 1])
+        await writer.drain()
+        await asyncio.sleep(pause)
 
 
 async def _until_left(reader: asyncio.StreamReader) -> None:

@@ -8,7 +8,7 @@ where there are both. With neither the listener is for this machine alone.
 What is sent goes out as from the registry's listener: by sendfile from the store's files, as it
 comes from a flight under way; through the byte rate of the uplink; in one of few places
 (transfers.py). A taker that takes nothing for ``STUCK`` seconds loses its place. A body that cannot
-be finished is reset: what its taker has of it was verified piece by piece.
+be finished ends early: what its taker has of it was verified piece by piece.
 
 A refusal says as much as a node may know, and nothing to who is none: what was wrong with a seal is
 in the log.
@@ -162,7 +162,9 @@ class PeerDoor:
         call = Call(request, self._clock())
         error = call.error = RequestInvalid("the request is not valid HTTP")
         call.status = error.status
-        response = web.Response(status=error.status, body=error.body(call.request_id))
+        headers = {"Content-Type": "application/json"}
+        body = error.body(call.request_id)
+        response = web.Response(status=error.status, headers=headers, body=body)
         response.force_close()
         self._end(call)
         return response
@@ -254,9 +256,13 @@ class PeerDoor:
             async with asyncio.timeout(None) as limit:
                 await sender.send_all(self._paced(stripe.read(start), limit))
             await response.write_eof()
-        except (PullError, TimeoutError) as error:
-            # The status is gone: only the connection can say that this did not work.
-            call.error = error if isinstance(error, PullError) else _stuck(self._stuck)
+        except PullError as error:
+            # The status is gone: only the connection can say that this did not work. By FIN, which
+            # is heard behind all pieces that came before it; they prove themselves.
+            call.error = error
+            break_off(call.request, response, reset=False)
+        except TimeoutError:
+            call.error = PeerFailed(f"the taker took nothing for {self._stuck:g} s")
             break_off(call.request, response, reset=True)
         except BaseException:
             break_off(call.request, response, reset=True)
@@ -372,6 +378,7 @@ async def giving(
         access_log=None,
         keepalive_timeout=KEEPALIVE,
         handler_cancellation=True,
+        lingering_time=0.0,  # a body that nobody asked for is not waited for
         max_line_size=MAX_HEAD,
         max_field_size=MAX_HEAD,
         auto_decompress=False,
@@ -416,7 +423,3 @@ def _only(request: web.BaseRequest, name: str) -> str | None:
 async def _take(stream: Stream | None, part: Piece) -> None:
     if stream is not None:
         await stream.take(part.length if isinstance(part, FileSpan) else len(part))
-
-
-def _stuck(seconds: float) -> PullError:
-    return PeerFailed(f"the taker took nothing for {seconds:g} s")

@@ -176,6 +176,13 @@ async def test_a_giver_that_stalls_is_left(stall: int) -> None:
         await giver.until_open(0)
 
 
+async def test_a_byte_now_and_then_is_no_progress() -> None:
+    async with scripted(Conduct(stall=PIECE, drip=0.001), patience=0.1) as (taker, giver):
+        got, error = await taker.until_failure(giver.url)
+        assert (got, "came to a halt" in str(error)) == (STRIPE[:PIECE], True)
+        await giver.until_open(0)
+
+
 async def test_a_giver_that_says_nothing_is_left() -> None:
     async with scripted(Conduct(raw=b""), patience=0.05) as (taker, giver):
         with pytest.raises(PeerFailed, match="said nothing"):
@@ -517,6 +524,7 @@ async def test_what_comes_from_all_givers_keeps_to_the_downlink() -> None:
         taking(downlink=throttle) as taker,
     ):
         began = time.monotonic()
-        assert await asyncio.gather(taker.take(one.url), taker.take(two.url)) == [STRIPE, STRIPE]
+        got = await asyncio.gather(taker.take(one.url), taker.take(two.url))
+        assert list(got) == [STRIPE, STRIPE]
         allowed = rate * (time.monotonic() - began) + rate * 0.05 + throttle.piece
         assert 2 * len(STRIPE) <= allowed
