@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from functools import partial
 from typing import Protocol
 
-from cachetools import LRUCache
+from cachetools import LRUCache, TLRUCache
 
 from proxy.fleet.pieces import PIECE, Pieces, StripeHasher
 from proxy.fleet.protocol import StripeAsk
@@ -33,6 +33,10 @@ from proxy.upstream.turns import Ticket
 
 #: Stripes whose digests are kept, at most: about 800 bytes each.
 KEPT = 8192
+#: Blobs of which is remembered whether they are shared, at most, and for how many seconds: a blob
+#: that has just come may not be linked yet.
+ANSWERS = 16_384
+SHARED_FOR, KEPT_BACK_FOR = 60.0, 5.0
 
 
 class OpenStripe(Protocol):
@@ -71,6 +75,43 @@ class StoredStripe:
 
     def __repr__(self) -> str:
         return f"<StoredStripe from byte {self._start}, {self.pieces!r}>"
+
+
+class Sharing:
+    """Which blobs other nodes may have: those that are known of an upstream which is shared.
+
+    A blob that a private upstream has as well is the same bytes, and those are public already. One
+    that no upstream is known to have is nobody's.
+    """
+
+    def __init__(
+        self, store: Links, *, shared: Collection[str], clock: Callable[[], float]
+    ) -> None:
+        """``shared``: upstreams that are public, or whose blobs are shared all the same."""
+        self._store = store
+        self._shared = frozenset(shared)
+        self._answers: TLRUCache[Digest, bool] = TLRUCache(ANSWERS, _until, timer=clock)
+
+    async def may_share(self, digest: Digest) -> bool:
+        """May other nodes have it?"""
+        known = self._answers.get(digest)
+        if known is None:
+            known = not self._shared.isdisjoint(await self._store.upstreams_of(digest))
+            self._answers[digest] = known
+        return known
+
+    def __repr__(self) -> str:
+        return f"<Sharing of {', '.join(sorted(self._shared)) or 'nothing'}>"
+
+
+def _until(_digest: Digest, may_share: bool, now: float) -> float:
+    return now + (SHARED_FOR if may_share else KEPT_BACK_FOR)
+
+
+class Links(Protocol):
+    """What is asked of the store about upstreams."""
+
+    async def upstreams_of(self, digest: Digest) -> frozenset[str]: ...
 
 
 class Blobs(Protocol):

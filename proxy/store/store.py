@@ -359,6 +359,11 @@ class Store:
             self._links.setdefault(key, link)
         return link
 
+    async def upstreams_of(self, digest: Digest) -> frozenset[str]:
+        """The upstreams with a repository that is known to have it; none when the index fails."""
+        found = await self._shelf.record(self._index.linking(str(digest)))
+        return found or frozenset()
+
     def known_link(self, upstream: str, repository: str, digest: Digest) -> Mark | None:
         """A mark that holds for as long as this repository is known to have it; None when that
         is not known from memory alone."""

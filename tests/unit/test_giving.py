@@ -15,9 +15,10 @@ from proxy.fleet.protocol import StripeAsk
 from proxy.fleet.stripes import stripe_count, stripe_size
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PeerFailed, PeerLied, ShuttingDown
-from proxy.pull.giving import StoredShelf, place
+from proxy.pull.giving import KEPT_BACK_FOR, SHARED_FOR, Sharing, StoredShelf, place
 from proxy.store.blobs import FileLease
 from proxy.store.store import Store
+from proxy.testing import FakeClock
 from proxy.testing.peer import pieces_of
 from tests.unit.giving_kit import giver
 from tests.unit.peer_kit import grant, taking
@@ -159,6 +160,30 @@ async def test_what_is_not_for_others_is_not_given(store: CountedStore) -> None:
     async with giver(shelf) as node, taking() as taker:
         with pytest.raises(PeerFailed, match="answered 403"):
             await _taken(taker.peers, grant(node.url, digest=DIGEST), data_of(0))
+    await shelf.close()
+
+
+async def test_blobs_of_shared_upstreams_are_given_and_private_ones_are_not(
+    store: CountedStore,
+) -> None:
+    clock = FakeClock()
+    sharing = Sharing(store.store, shared={"public.example"}, clock=clock)
+    shelf = StoredShelf(store, may_share=sharing.may_share)
+    with pytest.raises(Denied):  # nobody's
+        await shelf.open(ask())
+    await store.store.link("private.example", "team/app", [(DIGEST, len(BLOB))])
+    clock.advance(KEPT_BACK_FOR)
+    with pytest.raises(Denied):
+        await shelf.open(ask())
+    await store.store.link("public.example", "library/app", [(DIGEST, None)])
+    with pytest.raises(Denied):  # as was known a moment ago
+        await shelf.open(ask())
+    clock.advance(KEPT_BACK_FOR)
+    (await shelf.open(ask())).close()
+    await store.store.unlink("public.example", "library/app", DIGEST)
+    clock.advance(SHARED_FOR)
+    with pytest.raises(Denied):
+        await shelf.open(ask())
     await shelf.close()
 
 
