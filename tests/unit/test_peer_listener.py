@@ -101,7 +101,7 @@ async def test_a_stripe_that_fails_by_a_defect_of_ours_ends_as_well(
     ):
         got, error = await taker.until_failure(node.url)
         assert got in (STRIPE[:PIECE], b"")  # a reset may overtake what came before it
-        assert error.outcome == "failed"
+        assert "the connection" in str(error)  # ended or broke; not: came to a halt
         await until(lambda: node.events("peer_request") != [])
         assert "AssertionError" in node.events("peer_request")[0]["exception"]
         assert node.transfers.under_way == 0
