@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.process import begin_collecting, ending, hold_collecting, unheard
 from proxy.pull.tags import TagBook
-from proxy.pulling import make_deadlines, make_puller
+from proxy.pulling import make_deadlines, make_puller, make_tasks
 from proxy.seat import Seat
 from proxy.status import status_of
 from proxy.store.durability import Durability
@@ -35,8 +35,9 @@ from proxy.store.store import Store
 from proxy.surroundings import Surroundings as Surroundings
 from proxy.team.front import Front
 from proxy.team.leader import Leader
+from proxy.team.tasks import TeamBoard
 from proxy.upstream.origins import Origins
-from proxy.upstream.routing import Routes, Upstream
+from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
@@ -50,6 +51,7 @@ from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import AdminRunner, RegistryRunner
 from proxy.web.siblings import Siblings
+from proxy.web.tasks import TaskPages
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
@@ -127,6 +129,7 @@ class Proxy:
         self.metrics.draining.set(1)
         if self.front.leads:
             self.puller.drain()
+            self.tasks.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -142,12 +145,12 @@ class Proxy:
         self.metrics.build_info.info({"version": __version__})
         upstreams = make_upstreams(settings)
         self.front = Front(make_deadlines(settings))
-        lead = partial(self._lead, upstreams)
+        routes = Routes(upstreams, settings.default_upstream)
+        lead = partial(self._lead, routes)
         self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
         stack.push_async_callback(self.roles.close)
         await self.roles.start()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        routes = Routes(upstreams, settings.default_upstream)
         self.admin_address = await self._serve_admin(stack, watch, routes)
         self.address = await self._serve_registry(stack, routes)
         self._is_started = True
@@ -160,9 +163,7 @@ class Proxy:
             cache=str(settings.cache.dir),
         )
 
-    async def _lead(
-        self, upstreams: Sequence[Upstream], stack: contextlib.AsyncExitStack
-    ) -> Leader:
+    async def _lead(self, routes: Routes, stack: contextlib.AsyncExitStack) -> Leader:
         """Open what one process of a cache directory has. Raises ``CacheDirBusy`` if not this."""
         settings, clock = self.settings, self._around.clock
         self.store = await self._open_store(stack)
@@ -180,16 +181,22 @@ class Proxy:
             settings, self.store, self._tags, clients, self.metrics, self.log, self._around
         )
         stack.push_async_callback(self.puller.close)
+        self.tasks = await make_tasks(
+            self.puller, self.store, clients, routes, self.metrics, self.log, self._around
+        )
+        stack.push_async_callback(self.tasks.close)
         if self.is_draining:  # the last leader was done before this process
             self.puller.drain()
+            self.tasks.drain()
         self._observe()
         self.leader = Leader(
             self.puller,
-            upstreams=upstreams,
+            upstreams=routes.upstreams,
             settings=common_settings(settings),
             touch=self.store.touch,
             status=self._leader_status,
             hand_over=self.store.hand_over,
+            tasks=self.tasks,
             log=self.log,
             beat=self._around.beat,
         )
@@ -203,6 +210,7 @@ class Proxy:
         self.metrics.observe_urls(lambda: urls_in_use(self.clients))
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
+        self.metrics.tasks.observe(self.tasks.counts)
 
     async def _open_store(self, stack: contextlib.AsyncExitStack) -> Store:
         cache = self.settings.cache
@@ -235,11 +243,13 @@ class Proxy:
             log=self.log,
             refresh=Refresh(puller=self.front, routes=routes, host=host).post,
             siblings=siblings,
+            pages=TaskPages(TeamBoard(self.front.board), host=host).routes(),
         )
         runner = AdminRunner(
             admin.application(),
             admin.malformed,
             keepalive_timeout=KEEPALIVE,
+            handler_cancellation=True,  # who waits for a task, or listens, may leave
             shutdown_timeout=CANCEL_PATIENCE,
         )
         # It may have all descriptors that are left: who asks what is wrong must be answered.
@@ -354,7 +364,8 @@ class Proxy:
     def _leader_status(self) -> Mapping[str, Any]:
         own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
         figures = status_of(self.origins, self.clients, self.puller, self.store)
-        return {**own, "followers": len(self.leader), **figures}
+        tasks = {"tasks": self.tasks.counts()}
+        return {**own, "followers": len(self.leader), **figures, **tasks}
 
 
 async def serve(settings: Settings, seat: Seat | None = None) -> int:

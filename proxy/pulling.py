@@ -11,14 +11,18 @@ from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Deadlines, Waits
 from proxy.pull.flight import Flights, FlightSettings
+from proxy.pull.images import Images
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.prefetch import Prefetch
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
+from proxy.pull.task import PREFETCH
+from proxy.pull.tasks import Tasks
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.upstream.mirrored import MirroredClient
+from proxy.upstream.routing import Routes
 
 
 def make_puller(
@@ -65,6 +69,31 @@ def make_puller(
         store=store,
         prefetch=_prefetch(settings, store, flights, clients, metrics, around.clock),
     )
+
+
+async def make_tasks(
+    puller: Puller,
+    store: Store,
+    clients: Mapping[str, MirroredClient],
+    routes: Routes,
+    metrics: Metrics,
+    log: Logger,
+    around: Surroundings,
+) -> Tasks:
+    """What was left of tasks, and what is to come."""
+    images = Images(
+        pulls=puller,
+        flights=puller.flights,
+        clients=clients,
+        store=store,
+        routes=routes,
+        clock=around.clock,
+        pause=around.short_pause,
+        log=log,
+    )
+    tasks = Tasks(rows=store, kinds={PREFETCH: images}, metrics=metrics.tasks, log=log, wall=around.wall)
+    await tasks.open()
+    return tasks
 
 
 def _manifests(

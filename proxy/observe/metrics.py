@@ -24,6 +24,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.observe.task_metrics import TaskMetrics
+
 # From a hit out of memory to a large blob over a slow line.
 _DURATION = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 900)
 # Waiting is what this proxy is for: fine steps up to the usual header deadlines (20 s, 30 s).
@@ -116,6 +118,7 @@ class Metrics:
         self._make_bodies()
         self._make_flow()
         self._make_process()
+        self.tasks = TaskMetrics(self.registry)
 
     def observe_gates(self, gates: Callable[[], Iterable[GateState]]) -> None:
         """Read the gates with this callback at every scrape."""

@@ -21,6 +21,10 @@ States, and who moves them (always the fill task, but for the last row):
 * ABANDONED the last reader left and ``on_abandon`` is ``cancel`` (or there is no file to finish):
             moved by ``leave``
 
+A *backer* (a task, tasks.py) wants the blob in the store and does not read it. While nobody reads,
+the flight stands in the last class of the queue, in its backers' names, so that tasks take turns
+there; while somebody does, for its readers alone. It goes on for a backer as for a reader.
+
 A flight that is FAILED or ABANDONED leaves the table in the same loop turn, so that whoever comes
 then opens a flight of its own, with a staging file of its own. One that is VERIFIED stays there
 until its task has ended, so that nothing is fetched again while it is being stored.
@@ -35,6 +39,7 @@ leaves a staging file that the store removes at the next start.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection
 from enum import StrEnum
 
@@ -90,6 +95,8 @@ class Flight:
         self.error: PullError | None = None
         self.is_over = False  # the fill task has given everything back
         self.readers = Crowd()
+        self._backers: Counter[str] = Counter()
+        self._is_backed_only = True  # nobody else has ever wanted it
         self.settings = settings
         self._fill = Fill(
             digest,
@@ -165,6 +172,9 @@ class Flight:
         if self.size is None and size is not None and size < self.received:
             reader.check_promise(self.received)
         self.readers.add(reader)
+        self._is_backed_only = False
+        for backer in self._backers:
+            self.ticket.leave(backer)
         self._fill.join(client)
         self.reader_moved()
         self._start()
@@ -174,13 +184,40 @@ class Flight:
         """Fetch it through ``source``, which a manifest names it for, though nobody reads it yet:
         behind everybody else, until somebody joins."""
         self.sources.add(source, named=True)
+        self._is_backed_only = False
         self.ticket.move(TurnClass.ABANDONED)
         self._start()
 
-    def stop_unread(self) -> None:
-        """End a fetch that nobody reads."""
-        if not self.readers and self.state in (State.WAITING, State.FILLING):
+    def back(self, source: Source, client: str) -> None:
+        """The same, in the name of ``client``, who sees to it that it goes on until ``unback``."""
+        self.sources.add(source, named=True)
+        self._backers[client] += 1
+        if not self.readers:
+            self.ticket.move(TurnClass.ABANDONED)
+            self.ticket.join(client)
+        self._start()
+
+    def unback(self, client: str) -> None:
+        """``client`` wants it no more."""
+        self._backers[client] -= 1
+        if self._backers[client]:
+            return
+        del self._backers[client]
+        self.ticket.leave(client)
+        if self._backers or self.readers or not self._is_under_way:
+            return
+        keeps = self.settings.on_abandon == "finish" and not self._is_backed_only
+        if not keeps:
             self._abandon(keep=False)
+
+    def stop_unread(self) -> None:
+        """End a fetch that nobody reads, nor backs."""
+        if not self.readers and not self._backers and self._is_under_way:
+            self._abandon(keep=False)
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self.state in (State.WAITING, State.FILLING)
 
     def _start(self) -> None:
         if self._task is None:
@@ -199,9 +236,9 @@ class Flight:
             return
         if self.is_over:
             self.intake.release()
-        elif self.state in (State.WAITING, State.FILLING):
-            keep = self.settings.on_abandon == "finish" and self.intake.window is None
-            self._abandon(keep=keep and not (for_good and self.is_waiting))
+        elif self._is_under_way:
+            keep = self.settings.on_abandon == "finish" and not (for_good and self.is_waiting)
+            self._abandon(keep=(keep or bool(self._backers)) and self.intake.window is None)
 
     def _disk_full(self) -> None:
         """There is no file to finish any more."""
@@ -213,6 +250,8 @@ class Flight:
         self._metrics.fills_abandoned.labels("finish" if keep else "cancel").inc()
         if keep:
             self.ticket.move(TurnClass.ABANDONED)
+            for backer in self._backers:
+                self.ticket.join(backer)
             return
         self.state = State.ABANDONED
         self._on_gone(self)
@@ -366,6 +405,15 @@ class Flights:
             return None
         flight = self._open(source)
         flight.begin(source)
+        return flight
+
+    def back(self, source: Source, client: str) -> Flight:
+        """The flight of the source's digest, opened if need be, with ``client`` as a backer, who
+        has to ``unback`` it. Does not suspend, like ``join``. Raises ``ShuttingDown``."""
+        if self._is_closing:
+            raise ShuttingDown()
+        flight = self._flights.get(source.digest) or self._open(source)
+        flight.back(source, client)
         return flight
 
     def _open(self, source: Source) -> Flight:

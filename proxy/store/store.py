@@ -410,6 +410,20 @@ class Store:
             for origin, value, ceiling, learned in rows
         }
 
+    # Tasks
+
+    async def put_task(self, task: str, number: int, document: str) -> None:
+        """Note a task; `number` is its place in their order."""
+        await self._shelf.record(self._index.put_task(task, number, document))
+
+    async def drop_tasks(self, tasks: Iterable[str]) -> None:
+        """Forget tasks."""
+        await self._shelf.record(self._index.drop_tasks(tasks))
+
+    async def tasks(self) -> list[tuple[str, int, str]]:
+        """Id, number and document of every task, in the order in which they came."""
+        return await self._shelf.record(self._index.tasks()) or []
+
     def _require_open(self) -> None:
         if self._shelf.is_closing:
             raise StoreFailed("the store is closed")

@@ -24,6 +24,7 @@ from proxy.oci.errors.client import (
     RangeNotSatisfiable,
     RequestInvalid,
     TagInvalid,
+    TaskUnknown,
 )
 from proxy.oci.errors.ours import (
     InternalError,
@@ -87,6 +88,7 @@ __all__ = [
     "SizeMismatch",
     "StoreFailed",
     "TagInvalid",
+    "TaskUnknown",
     "Throttled",
     "TokenServiceFailed",
     "TooLarge",

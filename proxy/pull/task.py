@@ -1,0 +1,281 @@
+"""What a task is, and what becomes of it; pure (DESIGN D19). ``tasks.py`` acts.
+
+A *task* is work that lasts longer than a request. So far there is one kind, ``prefetch``: images
+are brought into the cache before anybody asks for them. Its states:
+
+    PENDING -> RUNNING -> SUCCEEDED | FAILED | CANCELLED
+
+A task waits PENDING until fewer than the most are RUNNING, and is never refused for what others do.
+It FAILED if one of its images did; the others are brought all the same. When the process ends, what
+was RUNNING is PENDING again, at its old place in the order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from proxy.oci.digest import Digest
+from proxy.oci.errors import PullError, RequestInvalid
+from proxy.oci.platform import Platform
+
+PREFETCH = "prefetch"
+#: Images and platforms of one task, at most; characters of an image's name: a registry's may have
+#: 255, a repository's as many, a digest of sha512 135.
+MAX_IMAGES = 100
+MAX_PLATFORMS = 20
+MAX_NAME = 700
+#: Tasks that are over are forgotten after so many seconds, and beyond so many.
+KEEP_SECONDS = 7 * 24 * 3600.0
+KEEP_TASKS = 500
+
+Document = dict[str, Any]
+
+
+class TaskState(StrEnum):
+    """Of a task, and of each of its images; the same words in the API, logs and metrics."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def is_over(self) -> bool:
+        return self in (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What somebody wants done, validated."""
+
+    images: tuple[str, ...]
+    platforms: tuple[Platform, ...] = ()
+    kind: str = PREFETCH
+
+    @classmethod
+    def parse(cls, document: object) -> Order:
+        """Read ``{"kind": "prefetch", "images": [...], "platforms": [...]}``. What is wrong with
+        one image's name is told when it is its turn, as it stops no other. Raises
+        ``RequestInvalid``."""
+        if not isinstance(document, dict):
+            raise RequestInvalid('send {"kind": "prefetch", "images": ["NAME", …]}')
+        if unknown := document.keys() - {"kind", "images", "platforms"}:
+            raise RequestInvalid(f"there is no key {min(unknown)[:100]!a} of a task")
+        if document.get("kind") != PREFETCH:
+            raise RequestInvalid('the kind of a task is "prefetch"')
+        images = _texts(document, "images", MAX_IMAGES)
+        if not images:
+            raise RequestInvalid(f"name 1 to {MAX_IMAGES} images, not 0")
+        platforms = [Platform.parse(text) for text in _texts(document, "platforms", MAX_PLATFORMS)]
+        return cls(tuple(dict.fromkeys(images)), tuple(dict.fromkeys(platforms)))
+
+    def document(self) -> Document:
+        """The same as JSON."""
+        return {
+            "kind": self.kind,
+            "images": list(self.images),
+            "platforms": [str(platform) for platform in self.platforms],
+        }
+
+
+def _texts(document: Mapping[str, object], key: str, most: int) -> list[str]:
+    value = document.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise RequestInvalid(f"the {key} of a task are a list of names")
+    if len(value) > most:
+        raise RequestInvalid(f"name 1 to {most} {key}, not {len(value)}")
+    if any(not 0 < len(text) <= MAX_NAME for text in value):
+        raise RequestInvalid(f"each of the {key} has 1 to {MAX_NAME} characters")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """How far one image is. Blobs are its configurations and layers, of all wanted platforms, each
+    once; their numbers grow while its manifests come."""
+
+    image: str
+    state: TaskState = TaskState.PENDING
+    digest: Digest | None = None
+    blobs: int = 0
+    blobs_done: int = 0
+    bytes: int = 0
+    bytes_done: int = 0
+    error: tuple[str, str] | None = None  # code and message
+
+    def failed(self, error: PullError) -> ImageResult:
+        """The same after ``error``."""
+        said = (error.code.value, error.message)
+        return replace(self, state=TaskState.FAILED, error=said)
+
+    def document(self) -> Document:
+        """As JSON."""
+        error = None
+        if self.error is not None:
+            error = {"code": self.error[0], "message": self.error[1]}
+        return {
+            "image": self.image,
+            "state": self.state.value,
+            "digest": None if self.digest is None else str(self.digest),
+            "blobs": self.blobs,
+            "blobs_done": self.blobs_done,
+            "bytes": self.bytes,
+            "bytes_done": self.bytes_done,
+            "error": error,
+        }
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> ImageResult:
+        """What ``document`` wrote. Raises ``KeyError``, ``TypeError``, ``ValueError``."""
+        error, digest = document["error"], document["digest"]
+        return cls(
+            str(document["image"]),
+            TaskState(document["state"]),
+            None if digest is None else Digest.parse(digest),
+            int(document["blobs"]),
+            int(document["blobs_done"]),
+            int(document["bytes"]),
+            int(document["bytes_done"]),
+            None if error is None else (str(error["code"]), str(error["message"])),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task at one moment. Times are seconds since the epoch; ``number`` is its place in the order
+    in which tasks came."""
+
+    id: str
+    number: int
+    order: Order
+    created: float
+    state: TaskState = TaskState.PENDING
+    started: float | None = None
+    ended: float | None = None
+    images: tuple[ImageResult, ...] = ()
+
+    @property
+    def client(self) -> str:
+        """Who asks, for the queues."""
+        return f"task {self.id}"
+
+    def document(self, *, whole: bool = True) -> Document:
+        """As JSON; without ``whole`` without what became of each image."""
+        sums = {
+            key: sum(getattr(image, key) for image in self.images)
+            for key in ("blobs", "blobs_done", "bytes", "bytes_done")
+        }
+        document = {
+            "id": self.id,
+            **self.order.document(),
+            "state": self.state.value,
+            "created": self.created,
+            "started": self.started,
+            "ended": self.ended,
+            **sums,
+            "failed": sum(image.state is TaskState.FAILED for image in self.images),
+        }
+        if whole:
+            document["results"] = [image.document() for image in self.images]
+        return document
+
+    def text(self) -> str:
+        """As it is kept."""
+        return json.dumps(self.document(), separators=(",", ":"))
+
+    @classmethod
+    def read(cls, id: str, number: int, text: str) -> Task:
+        """What ``text`` wrote. Raises ``ValueError`` for what no version has written."""
+        try:
+            document = json.loads(text)
+            order = Order.parse({key: document[key] for key in ("kind", "images", "platforms")})
+            return cls(
+                id,
+                number,
+                order,
+                float(document["created"]),
+                TaskState(document["state"]),
+                document["started"],
+                document["ended"],
+                tuple(ImageResult.read(image) for image in document["results"]),
+            )
+        except (PullError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"no task: {error!r}") from error
+
+
+def fresh(id: str, number: int, order: Order, now: float) -> Task:
+    """A task that has just come."""
+    images = tuple(ImageResult(image) for image in order.images)
+    return Task(id, number, order, now, images=images)
+
+
+def started(task: Task, now: float) -> Task:
+    """It is its turn."""
+    return replace(task, state=TaskState.RUNNING, started=now)
+
+
+def stopped(task: Task) -> Task:
+    """The process ends, or has ended: it begins again, and finds what is there already."""
+    if task.state.is_over:
+        return task
+    images = tuple(ImageResult(image) for image in task.order.images)
+    return replace(task, state=TaskState.PENDING, started=None, images=images)
+
+
+def cancelled(task: Task, now: float) -> Task:
+    """Nobody wants it any more. What has been brought stays."""
+    images = tuple(
+        image if image.state.is_over else replace(image, state=TaskState.CANCELLED)
+        for image in task.images
+    )
+    return replace(task, state=TaskState.CANCELLED, ended=now, images=images)
+
+
+def finished(task: Task, now: float) -> Task:
+    """All that could be done is done."""
+    is_whole = all(image.state is TaskState.SUCCEEDED for image in task.images)
+    return replace(task, state=TaskState.SUCCEEDED if is_whole else TaskState.FAILED, ended=now)
+
+
+def next_ones(tasks: Iterable[Task], most: int) -> list[Task]:
+    """Which tasks are to start now, so that at most ``most`` run: the oldest."""
+    known = list(tasks)
+    room = most - sum(task.state is TaskState.RUNNING for task in known)
+    waiting = sorted(
+        (task for task in known if task.state is TaskState.PENDING), key=lambda task: task.number
+    )
+    return waiting[: max(0, room)]
+
+
+def forgotten(
+    tasks: Iterable[Task], now: float, *, age: float = KEEP_SECONDS, most: int = KEEP_TASKS
+) -> list[str]:
+    """Which tasks are to be forgotten: of those that are over the old ones, and the oldest beyond
+    ``most``."""
+    over = [task for task in tasks if task.state.is_over]
+    over.sort(key=lambda task: (task.ended or 0.0, task.number))
+    surplus = len(over) - most
+    return [
+        task.id
+        for place, task in enumerate(over)
+        if place < surplus or now - (task.ended or 0.0) > age
+    ]
+
+
+def counts(tasks: Iterable[Task]) -> dict[str, int]:
+    """How many there are in each state."""
+    found = {state.value: 0 for state in TaskState}
+    for task in tasks:
+        found[task.state.value] += 1
+    return found
+
+
+def listed(tasks: Sequence[Task], state: TaskState | None, most: int) -> list[Task]:
+    """The newest tasks, of one state or of all, newest first."""
+    wanted = [task for task in tasks if state is None or task.state is state]
+    return sorted(wanted, key=lambda task: task.number, reverse=True)[:most]
