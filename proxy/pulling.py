@@ -91,7 +91,9 @@ async def make_tasks(
         pause=around.short_pause,
         log=log,
     )
-    tasks = Tasks(rows=store, kinds={PREFETCH: images}, metrics=metrics.tasks, log=log, wall=around.wall)
+    tasks = Tasks(
+        rows=store, kinds={PREFETCH: images}, metrics=metrics.tasks, log=log, wall=around.wall
+    )
     await tasks.open()
     return tasks
 

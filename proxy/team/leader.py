@@ -335,7 +335,7 @@ class _Call:
             return await watch.next()
         except ShuttingDown:
             # The next leader goes on with it. That is when the channel ends, not yet: pulls go on.
-            never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            never: asyncio.Future[News] = asyncio.get_running_loop().create_future()
             return await never
 
     async def _refresh(self, ask: Ask) -> None:
