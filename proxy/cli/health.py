@@ -82,7 +82,7 @@ def ask(
     address: HostPort, path: str, timeout: float, *, body: bytes | None = None
 ) -> tuple[int, str]:
     """GET a path of a local server, or POST JSON to it: status and text, without any proxy."""
-    host = _EVERY_INTERFACE.get(address.host, address.host)
+    host = reachable(address.host)
     connection = http.client.HTTPConnection(host, address.port, timeout=timeout)
     try:
         if body is None:
@@ -94,6 +94,11 @@ def ask(
         return response.status, response.read(limit).decode(errors="replace").strip()
     finally:
         connection.close()
+
+
+def reachable(host: str) -> str:
+    """Where a server can be asked that listens on ``host``."""
+    return _EVERY_INTERFACE.get(host, host)
 
 
 def admin_address(admin: str | None, config: Path | None) -> HostPort:

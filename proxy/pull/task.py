@@ -194,18 +194,25 @@ class Task:
         try:
             document = json.loads(text)
             order = Order.parse({key: document[key] for key in ("kind", "images", "platforms")})
+            images = tuple(ImageResult.read(image) for image in document["results"])
+            if tuple(image.image for image in images) != order.images:
+                raise ValueError("results of other images")
             return cls(
                 id,
                 number,
                 order,
                 float(document["created"]),
                 TaskState(document["state"]),
-                document["started"],
-                document["ended"],
-                tuple(ImageResult.read(image) for image in document["results"]),
+                _time(document["started"]),
+                _time(document["ended"]),
+                images,
             )
         except (PullError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"no task: {error!r}") from error
+
+
+def _time(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def fresh(id: str, number: int, order: Order, now: float) -> Task:

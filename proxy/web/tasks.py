@@ -12,7 +12,7 @@ Events are those of the HTML standard (Server-Sent Events): ``event: task`` with
 one line of JSON. ``Last-Event-ID`` is heeded (``pull/task_news.py``). A comment after every
 ``KEEP_ALIVE`` seconds of silence keeps what is between from taking it for death. A listener that is
 let go hears ``event: end`` with the reason, and the body ends as bodies do; one that takes no byte
-for ``STUCK`` seconds cannot hear that: its connection is reset.
+for ``STUCK`` seconds cannot hear that: its connection ends in the middle of the body.
 
 Names of images are nobody's business who cannot give orders, so all of it is answered only to those
 who might (``orders.py``). In a worker that does not lead, the board is the leader's.

@@ -15,7 +15,6 @@ from proxy.pull.task import MAX_IMAGES, Order
 from proxy.pull.tasks import MAX_RUNNING, new_id
 from proxy.testing import Answer as Scripted
 from proxy.testing import FakeRegistry, Fault, Stall, make_image, make_index
-from proxy.testing.images import FakeImage
 from tests.unit.proxy_kit import (
     IMAGE,
     LAYER,
@@ -31,50 +30,10 @@ from tests.unit.proxy_kit import (
     until,
 )
 from tests.unit.store_kit import stored_files
+from tests.unit.task_kit import Document, all_hits, ask, done, over, prefetch
 
-Document = dict[str, Any]
 TAG = f"{NAME}:v1"
 OTHER = make_image("team/other", "v1", layers=[40_000, 300], seed=3, tarred=False)
-
-
-async def ask(
-    pool: Pullpool, method: str, path: str = "", body: Any = None, **headers: str
-) -> tuple[int, Document]:
-    """A request about tasks: status and JSON."""
-    url = f"{pool.proxy.admin_url}/api/v1/tasks{path}"
-    async with pool.session.request(method, url, json=body, headers=headers) as response:
-        return response.status, await response.json()
-
-
-async def prefetch(pool: Pullpool, *images: str, platforms: tuple[str, ...] = ()) -> Document:
-    """Order it; the task as it is then."""
-    body = {"kind": "prefetch", "images": images, "platforms": platforms}
-    status, task = await ask(pool, "POST", body=body)
-    assert status == 202
-    return task
-
-
-async def over(pool: Pullpool, task: Document) -> Document:
-    """The task when it is over."""
-    while task["state"] in ("PENDING", "RUNNING"):
-        status, task = await ask(pool, "GET", f"/{task['id']}/wait?timeout=60")
-        assert status == 200
-    return task
-
-
-async def done(pool: Pullpool, *images: str, platforms: tuple[str, ...] = ()) -> Document:
-    return await over(pool, await prefetch(pool, *images, platforms=platforms))
-
-
-async def all_hits(pool: Pullpool, image: FakeImage, reference: object = None) -> None:
-    """A client pulls the image, and nothing of it is asked of the upstream."""
-    paths = [manifest_path(reference or image.tag, image.name)]
-    paths += [manifest_path(image.digest, image.name)]
-    paths += [blob_path(blob.digest, image.name) for blob in image.blobs]
-    for path in paths:
-        for method in ("HEAD", "GET"):
-            answer = await pool.ask(method, path)
-            assert (answer.status, answer.word) == (200, "hit"), path
 
 
 class TestPrefetch:
