@@ -10,7 +10,6 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -100,7 +99,7 @@ class Bars:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
+            TextColumn("[green]{task.fields[size]:>19}"),
             TextColumn("{task.fields[done]:>3}/{task.fields[blobs]} blobs"),
             TextColumn("[{task.fields[style]}]{task.fields[state]:<9}"),
             TimeElapsedColumn(),
@@ -131,7 +130,9 @@ class Bars:
 
     def _row(self, name: str, said: Document, *, visible: bool) -> None:
         state = said["state"]
+        total, done = said["bytes"], said["bytes_done"]
         fields = {
+            "size": f"{decimal(done)}/{decimal(total)}" if total else "",
             "done": said["blobs_done"],
             "blobs": said["blobs"],
             "state": state,
@@ -141,10 +142,12 @@ class Bars:
         if row is None:
             row = self._progress.add_task(escape(name), total=None, visible=visible, **fields)
             self._rows[name] = row
-        total, done = said["bytes"] or None, said["bytes_done"]
-        self._progress.update(row, total=total, completed=done, visible=visible, **fields)
-        if state not in ("PENDING", "RUNNING"):
+        is_over = state not in ("PENDING", "RUNNING")
+        if is_over:
             self._progress.stop_task(row)
+        # What is not known yet is shown by a bar that moves; of what is over nothing moves.
+        known = total or (1 if is_over else None)
+        self._progress.update(row, total=known, completed=done, visible=visible, **fields)
 
 
 def _print(console: Console, line: str) -> None:

@@ -256,7 +256,7 @@ class TestScreens:
         frames = shown.split("\r")
         assert any("team/[app]:v1" in frame and "SUCCEEDED" in frame for frame in frames)
         assert "2 images" in shown
-        assert "10.0/10.0 MB" in shown
+        assert "10.0 MB/10.0 MB" in shown
         assert shown.splitlines()[-1] == f"task {'0' * 16}: FAILED, 2 images, 1 failed, 10.0 MB"
         assert errors.getvalue() == "b: DENIED: no\n"
 

@@ -105,7 +105,8 @@ async def test_tasks_and_those_who_listen_go_on_with_the_next_leader(tmp_path: P
 
 async def test_without_a_leader_it_is_said_so() -> None:
     async def nobody() -> Board:
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[Board] = asyncio.get_running_loop().create_future()
+        return await never
 
     board = TeamBoard(nobody, patience=0.01)
     with pytest.raises(LeaderMissing):
