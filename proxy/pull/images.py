@@ -266,9 +266,10 @@ class _Image:
             flight.unback(self._client)
         if flight.error is not None and flight.state is not State.ABANDONED:
             raise flight.error.bare()
-        # Abandoned though it was backed: there was no file to go on with.
-        if self._images.store.size_of(child.digest) is None:
+        if flight.state is State.ABANDONED:  # though it was backed: there was no file to go on with
             raise StoreFailed(f"the cache has no room for {child.digest} ({child.size} bytes)")
+        if self._images.store.size_of(child.digest) is None:
+            raise StoreFailed(f"the cache could not keep {child.digest}")
 
     async def _permit(self, route: Route, digest: Digest) -> None:
         """The bytes may have come through another repository: a pull through this one is a hit only

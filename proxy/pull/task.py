@@ -23,11 +23,11 @@ from proxy.oci.errors import PullError, RequestInvalid
 from proxy.oci.platform import Platform
 
 PREFETCH = "prefetch"
-#: Images and platforms of one task, at most; characters of an image's name: a registry's may have
-#: 255, a repository's as many, a digest of sha512 135.
+#: Images and platforms of one task, at most; characters of an image's name: its registry may have
+#: 255, its repository as many, its tag 128 and a digest 135.
 MAX_IMAGES = 100
 MAX_PLATFORMS = 20
-MAX_NAME = 700
+MAX_NAME = 1000
 #: Tasks that are over are forgotten after so many seconds, and beyond so many.
 KEEP_SECONDS = 7 * 24 * 3600.0
 KEEP_TASKS = 500

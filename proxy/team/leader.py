@@ -33,7 +33,7 @@ from proxy.store.work import finish
 from proxy.team import wire
 from proxy.team.channel import BEAT, Channel, ChannelClosed, is_own_user
 from proxy.team.frames import MAX_DIGESTS, VERSION, BadFrame, Frame
-from proxy.team.tasks import answer
+from proxy.team.tasks import answer, listen
 from proxy.upstream.routing import Upstream
 
 #: Followers at a time, at most: workers of one machine.
@@ -319,8 +319,7 @@ class _Call:
 
     async def _watch(self) -> None:
         """A listener to tasks: a word for each time that more is asked for."""
-        last, only = self._frame.fields.get("last"), self._frame.fields.get("only")
-        watch = await self._leader.tasks.watch(last, only)
+        watch = await listen(self._leader.tasks, self._frame.fields)
         with contextlib.closing(watch):
             self._send("answer", pieces=True)
             while (news := await self._next_word(watch)) is not None:

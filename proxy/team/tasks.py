@@ -119,6 +119,14 @@ async def answer(board: Board, told: Fields) -> Document:
     raise BadFrame("a question about tasks that nobody asks")
 
 
+async def listen(board: Board, told: Fields) -> Watch:
+    """What a call of kind "watch" listens to. Raises ``BadFrame``, ``PullError``."""
+    last, only = told.get("last"), told.get("only")
+    if not isinstance(last, str | None) or not isinstance(only, str | None):
+        raise BadFrame("a listener who says nothing that can be heard")
+    return await board.watch(last, only)
+
+
 class TeamBoard:
     """The board of whoever leads. ``board`` waits until somebody does."""
 

@@ -66,13 +66,12 @@ async def test_when_nobody_wants_it_any_more_the_rule_is_that_of_whoever_wanted_
     """A task's own flight ends with it; what others began ends or goes on as without the task."""
     source.valve.limit = 5 * KIB
     async with flying(tmp_path, on_abandon=on_abandon) as rig:
-        if begun_by == "reader":
-            reader = rig.join(source)
-        elif begun_by == "prefetch":
+        readers = [rig.join(source)] if begun_by == "reader" else []
+        if begun_by == "prefetch":
             assert rig.flights.begin(source) is not None
         flight = rig.flights.back(source, "task 1")
         await until(lambda: flight.received > 0)
-        if begun_by == "reader":
+        for reader in readers:
             reader.close()
         assert flight.state is State.FILLING
         flight.unback("task 1")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from proxy.oci.digest import Digest
+from proxy.oci.manifest import DOCKER_SCHEMA1, OCI_INDEX
 from proxy.pull.flight import Flight
+from proxy.pull.images import MAX_DEPTH
 from proxy.pull.task import MAX_IMAGES, Order
 from proxy.pull.tasks import MAX_RUNNING, new_id
 from proxy.testing import Answer as Scripted
@@ -105,7 +108,7 @@ class TestPrefetch:
                 reader = asyncio.create_task(pool.get(blob_path(asked.digest, SHA512.name)))
                 await until(lambda: depth(pool, "blob") == 1)
                 hold.release(1)
-                await hold.arrived(2)
+                await hold.arrived()  # whose turn is next
                 assert depth(pool, "blob") == 0
                 assert depth(pool, "abandoned") == len(IMAGE.blobs) - 1
                 hold.release()
@@ -198,6 +201,28 @@ class TestPlatforms:
         assert task["results"][0]["error"]["code"] == "MANIFEST_UNKNOWN"
         await all_hits(pool, arm64, arm64.digest)
 
+    async def test_indexes_in_indexes_are_followed_but_not_for_ever(self, served: Served) -> None:
+        pool, fake = served
+        digest, size = IMAGE.digest, len(IMAGE.manifest)
+        for depth in range(MAX_DEPTH + 1):
+            kind = OCI_INDEX if depth else IMAGE.media_type
+            entry = {"mediaType": kind, "digest": str(digest), "size": size}
+            raw = json.dumps({"schemaVersion": 2, "manifests": [entry], "a": depth}).encode()
+            digest, size = fake.put_manifest(NAME, raw, OCI_INDEX, tag=f"n{depth}"), len(raw)
+        [deep, deeper] = [
+            await done(pool, f"{NAME}:n{depth}", platforms=("linux/amd64",))
+            for depth in (MAX_DEPTH - 1, MAX_DEPTH)
+        ]
+        assert (deep["state"], deep["blobs_done"]) == ("SUCCEEDED", len(IMAGE.blobs))
+        assert deeper["results"][0]["error"]["code"] == "MANIFEST_INVALID"
+
+    async def test_a_manifest_whose_parts_nobody_knows_is_told(self, served: Served) -> None:
+        pool, fake = served
+        fake.put_manifest(NAME, b'{"schemaVersion": 1}', DOCKER_SCHEMA1, tag="old")
+        [result] = (await done(pool, f"{NAME}:old"))["results"]
+        assert result["error"]["code"] == "MANIFEST_INVALID"
+        assert DOCKER_SCHEMA1 in result["error"]["message"]
+
 
 class TestFailures:
     @pytest.mark.parametrize(
@@ -278,7 +303,7 @@ class TestOrder:
             {"kind": "prefetch", "images": TAG},
             {"kind": "prefetch", "images": [1]},
             {"kind": "prefetch", "images": [""]},
-            {"kind": "prefetch", "images": ["a" * 1000]},
+            {"kind": "prefetch", "images": ["a" * 1001]},
             {"kind": "prefetch", "images": [TAG] * (MAX_IMAGES + 1)},
             {"kind": "prefetch", "images": [TAG], "platforms": ["linux"]},
             {"kind": "prefetch", "images": [TAG], "nodes": "all"},
@@ -290,8 +315,14 @@ class TestOrder:
         assert (await ask(served[0], "GET"))[1]["tasks"] == []
 
     async def test_too_long_a_body_is_refused_in_json(self, served: Served) -> None:
-        body = {"kind": "prefetch", "images": ["a" * (2 << 20)]}
-        assert (await ask(served[0], "POST", body=body))[0] == 413
+        body = json.dumps({"kind": "prefetch", "images": ["a" * (2 << 20)]}).encode()
+        url, headers = (
+            f"{served[0].proxy.admin_url}/api/v1/tasks",
+            {"Content-Type": "application/json"},
+        )
+        async with served[0].session.post(url, data=io.BytesIO(body), headers=headers) as answer:
+            assert answer.status == 413
+            assert await answer.json() == {"error": "the order is too long"}
 
     @pytest.mark.parametrize(
         ("method", "path"),

@@ -10,7 +10,7 @@ from proxy.oci.errors import LeaderMissing, TaskUnknown
 from proxy.pull.task import Order
 from proxy.pull.tasks import Board, new_id
 from proxy.team.frames import BadFrame
-from proxy.team.tasks import TeamBoard, answer
+from proxy.team.tasks import TeamBoard, answer, listen
 from tests.unit.proxy_kit import IMAGE, NAME, UPSTREAM, until
 from tests.unit.task_kit import Document, all_hits, ask, done, listening, over, prefetch
 from tests.unit.team_kit import calls, leading, pair
@@ -142,3 +142,11 @@ async def test_what_no_follower_asks_is_a_bad_frame(tmp_path: Path, fields: Docu
             await answer(leader.proxy.tasks, fields)
         with pytest.raises(TaskUnknown):
             await answer(leader.proxy.tasks, {"question": "get", "id": "0"})
+
+
+async def test_nor_does_anybody_listen_so(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (leader, _, _fake):
+        for fields in ({"last": 7}, {"only": ["x"]}):
+            with pytest.raises(BadFrame):
+                await listen(leader.proxy.tasks, fields)
+        assert not len(leader.proxy.tasks._listeners)
