@@ -13,9 +13,10 @@ was RUNNING is PENDING again, at its old place in the order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 from proxy.oci.digest import Digest
@@ -46,7 +47,10 @@ class TaskState(StrEnum):
 
     @property
     def is_over(self) -> bool:
-        return self in (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED)
+        return self not in _GOING_ON
+
+
+_GOING_ON = frozenset({TaskState.PENDING, TaskState.RUNNING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,29 +253,24 @@ def finished(task: Task, now: float) -> Task:
     return replace(task, state=TaskState.SUCCEEDED if is_whole else TaskState.FAILED, ended=now)
 
 
-def next_ones(tasks: Iterable[Task], most: int) -> list[Task]:
-    """Which tasks are to start now, so that at most ``most`` run: the oldest."""
-    known = list(tasks)
-    room = most - sum(task.state is TaskState.RUNNING for task in known)
-    waiting = sorted(
-        (task for task in known if task.state is TaskState.PENDING), key=lambda task: task.number
-    )
-    return waiting[: max(0, room)]
+def next_ones(pending: Iterable[Task], running: int, most: int) -> list[Task]:
+    """Which of the ``pending`` tasks, the oldest first, are to start now, so that at most ``most``
+    run."""
+    return list(islice(pending, max(0, most - running)))
 
 
 def forgotten(
-    tasks: Iterable[Task], now: float, *, age: float = KEEP_SECONDS, most: int = KEEP_TASKS
+    over: Collection[Task], now: float, *, age: float = KEEP_SECONDS, most: int = KEEP_TASKS
 ) -> list[str]:
-    """Which tasks are to be forgotten: of those that are over the old ones, and the oldest beyond
-    ``most``."""
-    over = [task for task in tasks if task.state.is_over]
-    over.sort(key=lambda task: (task.ended or 0.0, task.number))
+    """Which tasks are to be forgotten of those that are over, in the order in which they ended: the
+    old ones, and the oldest beyond ``most``."""
     surplus = len(over) - most
-    return [
-        task.id
-        for place, task in enumerate(over)
-        if place < surplus or now - (task.ended or 0.0) > age
-    ]
+    gone: list[str] = []
+    for place, task in enumerate(over):
+        if place >= surplus and now - (task.ended or 0.0) <= age:
+            break  # no later one is older
+        gone.append(task.id)
+    return gone
 
 
 def counts(tasks: Iterable[Task]) -> dict[str, int]:

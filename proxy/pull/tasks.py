@@ -143,6 +143,10 @@ class Tasks:
         self._wall = wall
         self._most = most
         self._entries: dict[str, _Entry] = {}
+        # The same, apart: what waits in the order of the numbers, what is over in that of the ends.
+        self._pending: dict[str, Task] = {}
+        self._running: dict[str, Task] = {}
+        self._over: dict[str, Task] = {}
         self._number = 0
         self._version = 0
         self._epoch = secrets.token_hex(4)
@@ -159,9 +163,11 @@ class Tasks:
                 self._log.warning("task_not_read", task=id, cause=str(error))
                 continue
             self._number = max(self._number, number)
-            entry = self._entries[id] = _Entry(decide.stopped(task), self._next_version())
-            if entry.state.is_over:
-                entry.over.set()
+            task = decide.stopped(task)
+            entry = self._entries[id] = _Entry(task, self._next_version())
+            entry.become(task)
+            self._file(task)
+        self._over = dict(sorted(self._over.items(), key=lambda item: item[1].ended or 0.0))
         self._forget()
         self._start()
 
@@ -193,12 +199,12 @@ class Tasks:
             raise RequestInvalid("the id of a task has 16 hexadecimal digits")
         entry = self._entries.get(id)
         if entry is None:
-            waiting = sum(one.state is TaskState.PENDING for one in self._entries.values())
-            if waiting >= MAX_WAITING:
-                raise QueueFull(60.0, message=f"{waiting} tasks wait already")
+            if len(self._pending) >= MAX_WAITING:
+                raise QueueFull(60.0, message=f"{len(self._pending)} tasks wait already")
             self._number += 1
             task = decide.fresh(id, self._number, order, self._wall())
             entry = self._entries[id] = _Entry(task, 0)
+            self._file(task)
             written = self._changed(entry)
             self._log.info("task_added", task=id, kind=order.kind, images=len(order.images))
             self._start()
@@ -266,6 +272,7 @@ class Tasks:
     def _move(self, entry: _Entry, task: Task) -> None:
         """The one way in which a task changes its state."""
         entry.become(task)
+        self._file(task)
         _ = self._changed(entry)
         if not task.state.is_over:
             return
@@ -273,6 +280,16 @@ class Tasks:
         failed = [image.image for image in task.images if image.state is TaskState.FAILED]
         self._log.info("task_over", task=task.id, state=task.state.value, failed=failed)
         self._forget()
+
+    def _file(self, task: Task) -> None:
+        """Put it where tasks of its state are."""
+        for shelf in (self._pending, self._running, self._over):
+            shelf.pop(task.id, None)
+        if task.state.is_over:
+            self._over[task.id] = task
+        else:
+            shelf = self._pending if task.state is TaskState.PENDING else self._running
+            shelf[task.id] = task
 
     def _changed(self, entry: _Entry) -> asyncio.Task[None]:
         """Write it down, and tell."""
@@ -289,10 +306,9 @@ class Tasks:
 
     def _forget(self) -> None:
         """Let go of old tasks that are over."""
-        tasks = (entry.bare for entry in self._entries.values())
-        gone = decide.forgotten(tasks, self._wall())
+        gone = decide.forgotten(self._over.values(), self._wall())
         for id in gone:
-            del self._entries[id]
+            del self._entries[id], self._over[id]
         if gone:
             _ = self._write(self._rows.drop_tasks(gone))
 
@@ -300,8 +316,7 @@ class Tasks:
         """Start what may run now."""
         if self._is_draining:
             return
-        tasks = [entry.bare for entry in self._entries.values()]
-        for task in decide.next_ones(tasks, self._most):
+        for task in decide.next_ones(self._pending.values(), len(self._running), self._most):
             entry = self._entries[task.id]
             self._move(entry, decide.started(task, self._wall()))
             entry.run = asyncio.create_task(self._run(entry), name=task.client)

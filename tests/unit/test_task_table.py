@@ -181,8 +181,8 @@ async def test_there_is_an_end_to_what_may_wait() -> None:
     rows, runner = FakeRows(), FakeRunner()
     async with table(rows, runner, most=0) as tasks:
         some = await tasks.add(new_id(), ORDER)
-        [entry] = tasks._entries.values()
-        tasks._entries |= {str(number): entry for number in range(MAX_WAITING - 1)}
+        [task] = tasks._pending.values()
+        tasks._pending |= {str(number): task for number in range(MAX_WAITING - 1)}
         with pytest.raises(QueueFull):
             await tasks.add(new_id(), ORDER)
         assert await tasks.add(some["id"], ORDER) == some  # it is there already

@@ -395,7 +395,7 @@ class TestQueue:
     async def test_a_thousand_wait_and_none_is_refused(self, served: Served) -> None:
         pool, fake = served
         async with busy(pool, fake):
-            order = Order((f"{SHA512.name}:v1",))
+            order = Order((f"{SHA512.name}@{SHA512.digest}",))
             added = [await pool.proxy.tasks.add(new_id(), order) for _ in range(1000)]
             assert {task["state"] for task in added} == {"PENDING"}
             _, answer = await ask(pool, "GET", "?state=pending&limit=3")
