@@ -147,6 +147,23 @@ async def test_what_is_stopped_waits_for_the_next_table() -> None:
     assert again.begun == ids
 
 
+async def test_what_ran_when_the_process_was_killed_runs_again_in_its_place() -> None:
+    rows, runner = FakeRows(), FakeRunner()
+    async with table(rows, runner, most=1) as tasks:
+        ids = [(await tasks.add(new_id(), ORDER))["id"] for _ in range(3)]
+        await until(lambda: "RUNNING" in rows.written)
+        left = FakeRows()
+        left.rows = dict(rows.rows)  # as a kill leaves them
+    again = FakeRunner()
+    async with table(left, again, most=1) as tasks:
+        await until(lambda: again.begun == ids[:1])
+        assert tasks.counts() == {**dict.fromkeys(TaskState, 0), "RUNNING": 1, "PENDING": 2}
+        again.go.set()
+        for id in ids:
+            assert (await tasks.wait(id, 60.0))["state"] == "SUCCEEDED"
+    assert again.begun == ids
+
+
 async def test_a_table_that_drains_cancels_and_takes_but_starts_nothing() -> None:
     rows, runner = FakeRows(), FakeRunner()
     async with table(rows, runner) as tasks:
