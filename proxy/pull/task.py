@@ -93,8 +93,9 @@ def _texts(document: Mapping[str, object], key: str, most: int) -> list[str]:
         raise RequestInvalid(f"the {key} of a task are a list of names")
     if len(value) > most:
         raise RequestInvalid(f"name 1 to {most} {key}, not {len(value)}")
-    if any(not 0 < len(text) <= MAX_NAME for text in value):
-        raise RequestInvalid(f"each of the {key} has 1 to {MAX_NAME} characters")
+    # Printable ASCII: they are shown on terminals, and a hundred fit into a frame of ``team/``.
+    if any(not (0 < len(t) <= MAX_NAME and t.isascii() and t.isprintable()) for t in value):
+        raise RequestInvalid(f"each of the {key} has 1 to {MAX_NAME} printable ASCII characters")
     return value
 
 

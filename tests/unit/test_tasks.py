@@ -304,6 +304,8 @@ class TestOrder:
             {"kind": "prefetch", "images": [1]},
             {"kind": "prefetch", "images": [""]},
             {"kind": "prefetch", "images": ["a" * 1001]},
+            {"kind": "prefetch", "images": ["team/\x1b[2Japp"]},
+            {"kind": "prefetch", "images": ["team/äpp"]},
             {"kind": "prefetch", "images": [TAG] * (MAX_IMAGES + 1)},
             {"kind": "prefetch", "images": [TAG], "platforms": ["linux"]},
             {"kind": "prefetch", "images": [TAG], "nodes": "all"},

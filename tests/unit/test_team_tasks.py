@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.oci.errors import LeaderMissing, TaskUnknown
-from proxy.pull.task import Order
+from proxy.pull.task import MAX_IMAGES, MAX_NAME, Order
 from proxy.pull.tasks import Board, new_id
 from proxy.team.frames import BadFrame
 from proxy.team.tasks import TeamBoard, answer, listen
@@ -142,6 +142,12 @@ async def test_what_no_follower_asks_is_a_bad_frame(tmp_path: Path, fields: Docu
             await answer(leader.proxy.tasks, fields)
         with pytest.raises(TaskUnknown):
             await answer(leader.proxy.tasks, {"question": "get", "id": "0"})
+
+
+async def test_the_longest_order_gets_to_the_leader(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (_, follower, _fake):
+        names = [f'{number:03}"' + "\\" * (MAX_NAME - 4) for number in range(MAX_IMAGES)]
+        assert (await done(follower, *names))["failed"] == MAX_IMAGES
 
 
 async def test_nor_does_anybody_listen_so(tmp_path: Path) -> None:
