@@ -9,6 +9,7 @@ No label holds a repository, a digest or a client: their number has no bound.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -88,7 +89,14 @@ class Tally:
 
 
 class Durations(Histogram):
-    """A histogram that takes many observations of the first bucket at once."""
+    """A histogram that takes many observations of the first bucket at once, and finds the bucket of
+    one without a look at each."""
+
+    def observe(self, amount: float, exemplar: Mapping[str, str] | None = None) -> None:
+        """One observation. Exemplars are not kept."""
+        self._raise_if_not_observable()
+        self._sum.inc(amount)
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
     def observe_quick(self, count: int, total: float) -> None:
         """``count`` observations, ``total`` in all, none beyond the first bucket's bound."""
