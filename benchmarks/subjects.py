@@ -161,7 +161,7 @@ def pullpool(place: Place) -> Iterator[Front]:
     config = directory / "pullpool.toml"
     config.write_text(text)
     command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
-    # An installed package has its bytecode; a tree that may not keep it would compile at each start.
+    # An installed package has its bytecode; one that may not keep it compiles at each start.
     compiled = {"PYTHONDONTWRITEBYTECODE": ""}
     with running("pullpool", command, directory, environment=compiled) as part:
         await_http(part, admin, "/readyz", ready=lambda status: status == 200)

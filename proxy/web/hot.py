@@ -31,7 +31,7 @@ between an eviction and the answer there is either no turn of the loop, or a mar
 process that follows another one, the step is that in which the leader's word arrives (``team/``).
 
 **Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
-what is fetched ahead. For what is asked for it is done every ``RENEW`` seconds, or with many answers
+what is fetched ahead. For what is asked for it is done every ``RENEW`` seconds, with many answers
 as often as makes ``RENEWALS`` a second in all (``renew_after``): the order of eviction is right to
 that. It costs as much as an answer; ten thousand that are asked for in turn, each a second after
 the last time, would otherwise be looked for at every request.

@@ -37,7 +37,9 @@ def test_a_duration_counts_in_the_buckets_that_the_library_would_choose(seconds:
     plain = Histogram("w", "", registry=theirs, buckets=buckets)
     ours.labels("hub", "blob").observe(seconds)
     plain.observe(seconds)
-    found = [[sample.value for sample in one.collect()[0].samples][:-1] for one in (ours, plain)]
+    found = [
+        [sample.value for sample in next(iter(one.collect())).samples][:-1] for one in (ours, plain)
+    ]
     assert found[0] == found[1]
 
 
