@@ -15,6 +15,7 @@ import pytest_asyncio
 from proxy.oci.digest import Digest
 from proxy.oci.reference import Tag
 from proxy.pull.asks import Ask
+from proxy.pull.at_hand import Hit
 from proxy.store.store import Store
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
@@ -312,8 +313,14 @@ async def test_so_many_hits_are_looked_for_a_second_however_many_are_asked_for(h
     (entry,) = table.entries.values()
     for number in range(3 * RENEWALS - 1):
         table.put(b"GET /v2/other-%d HTTP/1.1" % number, entry)
-    looks = []
-    again, entry.again = entry.again, lambda: looks.append(1) or again()
+    looks: list[Hit | None] = []
+    again = entry.again
+
+    def look() -> Hit | None:
+        looks.append(again())
+        return looks[-1]
+
+    entry.again = look
     hot.clock.advance(RENEW)
     assert await hot.is_hot(MANIFEST)
     assert len(looks) == 1
