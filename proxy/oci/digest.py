@@ -39,7 +39,7 @@ class Digest:
             raise DigestInvalid(detail={"digest": f"{self.algorithm}:{self.hex}"[:200]})
 
     def __hash__(self) -> int:
-        # Not of both: that takes three times as long, and the hex alone tells them apart.
+        # Of the hex alone, which tells them apart: both would have to be put together first.
         return hash(self.hex)
 
     @classmethod

@@ -294,7 +294,7 @@ class Gate:
             future.set_result(slot)
 
     def _waited(self, turn_class: TurnClass) -> Histogram:
-        """Where the waits of a class are counted; to look it up anew costs a third of a turn."""
+        """Where the waits of a class are counted, looked up once: it is done in each turn."""
         known = self._waits.get(turn_class)
         if known is None:
             known = self._metrics.queue_wait.labels(self.name, turn_class)
