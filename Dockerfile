@@ -2,7 +2,7 @@
 #
 # BASE is any image with python3 >= 3.11 and its venv module. Where the package index cannot be
 # reached during the build, put a directory `wheelhouse` beside this file, filled by
-#   pip download --dest wheelhouse --constraint deploy/constraints.txt . hatchling
+#   pip download --dest wheelhouse --constraint deploy/constraints.txt '.[fleet]' hatchling
 # and nothing is asked of an index.
 ARG BASE=python:3.13-slim-bookworm
 
@@ -16,7 +16,7 @@ WORKDIR /source
 COPY . .
 RUN if [ -d wheelhouse ]; then export PIP_NO_INDEX=1 PIP_FIND_LINKS=/source/wheelhouse; fi \
     && python3 -m venv /opt/pullpool \
-    && /opt/pullpool/bin/pip install --constraint deploy/constraints.txt . \
+    && /opt/pullpool/bin/pip install --constraint deploy/constraints.txt '.[fleet]' \
     && /opt/pullpool/bin/pip uninstall --yes pip setuptools \
     && install --directory --owner 65532 --group 65532 /cache
 

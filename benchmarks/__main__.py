@@ -33,6 +33,9 @@ SCENARIOS = (
     "workers",
     "overload",
     "fairness",
+    "fleet",
+    "fleet_sim",
+    "fleet_directory",
 )
 
 PIPE_WIDTH = 160

@@ -9,7 +9,6 @@ and one turn of the gate with 10 and with 10,000 waiting.
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import time
 from collections.abc import Iterator, Sequence
@@ -198,7 +197,7 @@ def play(subject: Subject, directory: Path, size: Size) -> Played:
         found = {
             "images": request_cpu(subject, places[0], size.images[many], size.lasting),
             "start": start_seconds(subject, places[1], size.blobs[many]),
-            "turn": asyncio.run(seconds_a_turn(size.waiting[many], size.turns)),
+            "turn": seconds_a_turn(size.waiting[many], size.turns),
             **follow(subject, places[2], size, many=many),
         }
         values |= {f"{key}_{name}": value for key, value in found.items()}

@@ -161,7 +161,9 @@ def pullpool(place: Place) -> Iterator[Front]:
     config = directory / "pullpool.toml"
     config.write_text(text)
     command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
-    with running("pullpool", command, directory) as part:
+    # An installed package has its bytecode; one that may not keep it compiles at each start.
+    compiled = {"PYTHONDONTWRITEBYTECODE": ""}
+    with running("pullpool", command, directory, environment=compiled) as part:
         await_http(part, admin, "/readyz", ready=lambda status: status == 200)
         yield Front(port, part, shown(text, directory), admin)
 

@@ -21,12 +21,14 @@ from typing import Any
 
 from proxy import __version__
 from proxy.config import HostPort, Settings
+from proxy.joining import Fleet, give, join
 from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
+from proxy.oci.digest import Digest
 from proxy.process import begin_collecting, ending, hold_collecting, unheard
 from proxy.pull.tags import TagBook
-from proxy.pulling import make_deadlines, make_puller
+from proxy.pulling import make_deadlines, make_puller, make_tasks
 from proxy.seat import Seat
 from proxy.status import status_of
 from proxy.store.durability import Durability
@@ -35,8 +37,9 @@ from proxy.store.store import Store
 from proxy.surroundings import Surroundings as Surroundings
 from proxy.team.front import Front
 from proxy.team.leader import Leader
+from proxy.team.tasks import TeamBoard
 from proxy.upstream.origins import Origins
-from proxy.upstream.routing import Routes, Upstream
+from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
 from proxy.web.admin import Admin, all_metrics
 from proxy.web.auth import Authentication
@@ -50,6 +53,7 @@ from proxy.web.registry import Registry
 from proxy.web.reload import Reloader, Unusable
 from proxy.web.server import AdminRunner, RegistryRunner
 from proxy.web.siblings import Siblings
+from proxy.web.tasks import TaskPages
 from proxy.web.tls import TlsFiles, server_context
 from proxy.web.watch import LoopWatch
 from proxy.wiring import (
@@ -99,6 +103,7 @@ class Proxy:
         self.listener: Listener | None = None
         self.certificates: Reloader | None = None
         self.accounts: Reloader | None = None
+        self.fleet: Fleet | None = None  # while this process leads
 
     @property
     def url(self) -> str:
@@ -127,6 +132,7 @@ class Proxy:
         self.metrics.draining.set(1)
         if self.front.leads:
             self.puller.drain()
+            self.tasks.drain()
 
     async def finish(self, grace: float) -> bool:
         """Wait until the pulls under way have ended, at most ``grace`` seconds; have they?"""
@@ -142,12 +148,12 @@ class Proxy:
         self.metrics.build_info.info({"version": __version__})
         upstreams = make_upstreams(settings)
         self.front = Front(make_deadlines(settings))
-        lead = partial(self._lead, upstreams)
+        routes = Routes(upstreams, settings.default_upstream)
+        lead = partial(self._lead, routes)
         self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
         stack.push_async_callback(self.roles.close)
         await self.roles.start()
         watch = await stack.enter_async_context(LoopWatch(self.metrics))
-        routes = Routes(upstreams, settings.default_upstream)
         self.admin_address = await self._serve_admin(stack, watch, routes)
         self.address = await self._serve_registry(stack, routes)
         self._is_started = True
@@ -160,16 +166,20 @@ class Proxy:
             cache=str(settings.cache.dir),
         )
 
-    async def _lead(
-        self, upstreams: Sequence[Upstream], stack: contextlib.AsyncExitStack
-    ) -> Leader:
+    async def _lead(self, routes: Routes, stack: contextlib.AsyncExitStack) -> Leader:
         """Open what one process of a cache directory has. Raises ``CacheDirBusy`` if not this."""
         settings, clock = self.settings, self._around.clock
         self.store = await self._open_store(stack)
         caps = await make_cap_book(self.store, clock)
         stack.push_async_callback(caps.close)
+        fleet = self.fleet = await join(stack, settings, self.metrics, self.log, self._around)
         self.origins = Origins(
-            metrics=self.metrics, clock=clock, log=self.log, caps=caps, budget=self._around.budget
+            metrics=self.metrics,
+            clock=clock,
+            log=self.log,
+            caps=caps,
+            budget=self._around.budget,
+            leases=None if fleet is None else fleet.leases,
         )
         stack.push_async_callback(self.origins.close)
         clients = self.clients = await make_clients(
@@ -177,25 +187,63 @@ class Proxy:
         )
         self._tags = TagBook(self.store, clock=clock, wall=self._around.wall)
         self.puller = make_puller(
-            settings, self.store, self._tags, clients, self.metrics, self.log, self._around
+            settings,
+            self.store,
+            self._tags,
+            clients,
+            self.metrics,
+            self.log,
+            self._around,
+            fleet,
         )
         stack.push_async_callback(self.puller.close)
+        if fleet is not None:
+            await give(
+                stack,
+                fleet,
+                settings,
+                self.puller,
+                self.store,
+                self.metrics,
+                self.log,
+                self._around,
+                lambda: self.is_draining,
+            )
+        self.tasks = await make_tasks(
+            stack,
+            self.puller,
+            self.store,
+            clients,
+            routes,
+            self.metrics,
+            self.log,
+            self._around,
+            fleet,
+        )
         if self.is_draining:  # the last leader was done before this process
             self.puller.drain()
+            self.tasks.drain()
         self._observe()
         self.leader = Leader(
             self.puller,
-            upstreams=upstreams,
+            upstreams=routes.upstreams,
             settings=common_settings(settings),
             touch=self.store.touch,
             status=self._leader_status,
             hand_over=self.store.hand_over,
+            tasks=self.tasks,
             log=self.log,
             beat=self._around.beat,
         )
         self._tags.on_doubt = self.leader.doubt
-        self.store.tell(gone=self.leader.gone, unlinked=self.leader.unlinked)
+        self.store.tell(gone=self._gone, unlinked=self.leader.unlinked)
         return self.leader
+
+    def _gone(self, digests: Sequence[Digest]) -> None:
+        """The store has these no more: whoever relies on them hears it."""
+        self.leader.gone(digests)
+        if self.fleet is not None:
+            self.fleet.keeper.gone(digests)
 
     def _observe(self) -> None:
         self.metrics.observe_gates(self.origins.states)
@@ -203,6 +251,7 @@ class Proxy:
         self.metrics.observe_urls(lambda: urls_in_use(self.clients))
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
+        self.metrics.tasks.observe(self.tasks.counts)
 
     async def _open_store(self, stack: contextlib.AsyncExitStack) -> Store:
         cache = self.settings.cache
@@ -235,11 +284,13 @@ class Proxy:
             log=self.log,
             refresh=Refresh(puller=self.front, routes=routes, host=host).post,
             siblings=siblings,
+            pages=TaskPages(TeamBoard(self.front.board), host=host).routes(),
         )
         runner = AdminRunner(
             admin.application(),
             admin.malformed,
             keepalive_timeout=KEEPALIVE,
+            handler_cancellation=True,  # who waits for a task, or listens, may leave
             shutdown_timeout=CANCEL_PATIENCE,
         )
         # It may have all descriptors that are left: who asks what is wrong must be answered.
@@ -354,7 +405,9 @@ class Proxy:
     def _leader_status(self) -> Mapping[str, Any]:
         own = {"version": __version__, "draining": self.is_draining, "role": "leader"}
         figures = status_of(self.origins, self.clients, self.puller, self.store)
-        return {**own, "followers": len(self.leader), **figures}
+        tasks = {"tasks": self.tasks.counts()}
+        fleet = {"fleet": None if self.fleet is None else self.fleet.status()}
+        return {**own, "followers": len(self.leader), **figures, **tasks, **fleet}
 
 
 async def serve(settings: Settings, seat: Seat | None = None) -> int:

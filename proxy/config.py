@@ -34,6 +34,7 @@ from proxy.settings.faults import (
     collect,
     read_toml,
 )
+from proxy.settings.fleet import Fleet
 from proxy.settings.listener import Auth, Tls
 from proxy.settings.model import Cache, Queue, Settings, Tags, default_cache_dir
 from proxy.settings.types import Access, Overload, Shown
@@ -47,6 +48,7 @@ __all__ = [
     "Cache",
     "ConfigError",
     "Fault",
+    "Fleet",
     "HostPort",
     "Overload",
     "Queue",

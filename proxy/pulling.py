@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from proxy.config import Settings
+from proxy.fleet.orders import place_of
+from proxy.joining import Fleet
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Deadlines, Waits
 from proxy.pull.flight import Flights, FlightSettings
+from proxy.pull.giving_orders import GivingOrders
+from proxy.pull.hearsay import Alone
+from proxy.pull.images import Images
 from proxy.pull.manifests import Manifests
 from proxy.pull.permissions import Permissions
 from proxy.pull.prefetch import Prefetch
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagBook, TagPolicy
+from proxy.pull.taking_orders import TakingOrders
+from proxy.pull.task import PREFETCH
+from proxy.pull.tasks import Tasks
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.upstream.mirrored import MirroredClient
+from proxy.upstream.routing import Routes
 
 
 def make_puller(
@@ -29,8 +39,9 @@ def make_puller(
     metrics: Metrics,
     log: Logger,
     around: Surroundings,
+    fleet: Fleet | None = None,
 ) -> Puller:
-    """What answers requests, of all these upstreams."""
+    """What answers requests, of all these upstreams; as a part of a fleet, if there is one."""
     permissions = Permissions(
         store,
         proofs=Questions(log=log, pause=around.short_pause, patience=_patience(settings)),
@@ -44,6 +55,7 @@ def make_puller(
         ),
         metrics=metrics,
         log=log,
+        fellows=None if fleet is None else fleet.fellows,
     )
     waits = _waits(settings, clients, metrics)
     blobs = Blobs(
@@ -56,7 +68,17 @@ def make_puller(
     )
     return Puller(
         clients=clients,
-        manifests=_manifests(settings, store, book, clients, permissions, metrics, log, around),
+        manifests=_manifests(
+            settings,
+            store,
+            book,
+            clients,
+            permissions,
+            metrics,
+            log,
+            around,
+            None if fleet is None else fleet.hearsay,
+        ),
         blobs=blobs,
         flights=flights,
         permissions=permissions,
@@ -65,6 +87,53 @@ def make_puller(
         store=store,
         prefetch=_prefetch(settings, store, flights, clients, metrics, around.clock),
     )
+
+
+async def make_tasks(
+    stack: contextlib.AsyncExitStack,
+    puller: Puller,
+    store: Store,
+    clients: Mapping[str, MirroredClient],
+    routes: Routes,
+    metrics: Metrics,
+    log: Logger,
+    around: Surroundings,
+    fleet: Fleet | None = None,
+) -> Tasks:
+    """What was left of tasks, and what is to come, also from other nodes of the fleet, until the
+    stack is closed."""
+    clock, orders = around.clock, None if fleet is None else fleet.orders
+    images = Images(
+        pulls=puller,
+        flights=puller.flights,
+        clients=clients,
+        store=store,
+        routes=routes,
+        clock=clock,
+        pause=around.short_pause,
+        log=log,
+    )
+    giving = None
+    if fleet is not None and orders is not None:
+        giving = GivingOrders(
+            orders, members=lambda: fleet.members, routes=routes, clock=clock, log=log
+        )
+        await stack.enter_async_context(giving)
+    tasks = Tasks(
+        rows=store,
+        kinds={PREFETCH: images},
+        metrics=metrics.tasks,
+        log=log,
+        wall=around.wall,
+        fleet=giving,
+    )
+    await tasks.open()
+    stack.push_async_callback(tasks.close)
+    if fleet is not None and fleet.members is not None and orders is not None:
+        place = place_of(fleet.members.node)
+        taking = TakingOrders(orders, place, tasks, clock=clock, log=log)
+        await stack.enter_async_context(taking)
+    return tasks
 
 
 def _manifests(
@@ -76,6 +145,7 @@ def _manifests(
     metrics: Metrics,
     log: Logger,
     around: Surroundings,
+    hearsay: Alone | None,
 ) -> Manifests:
     tags = settings.tags
     policy = TagPolicy(
@@ -99,6 +169,7 @@ def _manifests(
         clock=around.clock,
         pause=around.short_pause,
         patience=_patience(settings),
+        hearsay=hearsay,
     )
 
 

@@ -33,5 +33,4 @@ def status_of(
         ],
         "questions": puller.questions,
         "cache": {"bytes": held.bytes, "limit": held.limit, "blobs": held.blobs},
-        "fleet": None,
     }

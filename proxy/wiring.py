@@ -20,6 +20,7 @@ from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.team.front import Front
 from proxy.team.roles import Lead, Roles
+from proxy.throttle import Throttle, Throttles
 from proxy.upstream.cap import Learned
 from proxy.upstream.certificates import CannotTrust, Tls, TlsFiles
 from proxy.upstream.client import UpstreamClient
@@ -40,7 +41,6 @@ from proxy.upstream.mirrors import Mirrors, MirrorState, State
 from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Upstream
 from proxy.upstream.stall import StallLimit
-from proxy.upstream.throttle import Throttle, Throttles
 from proxy.upstream.tokens import Authenticator
 from proxy.web.access import AccessLog
 from proxy.web.descriptors import BASE, for_clients

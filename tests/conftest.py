@@ -41,9 +41,12 @@ def debugged_loop() -> asyncio.AbstractEventLoop:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
-    """The loops that a test runs on; both for unit tests, the first alone for the others."""
+    """The loops that a test runs on; both for unit tests, the first alone for the others. Tests
+    that wait for what takes real seconds (leases that end) run on the loop that serves alone."""
     if not item.path.is_relative_to(UNIT):
         return {"asyncio": asyncio.new_event_loop}
+    if item.get_closest_marker("real_seconds"):
+        return {"uvloop": loop_factory(fast_transport=True)}
     return {"asyncio": debugged_loop, "uvloop": loop_factory(fast_transport=True)}
 
 

@@ -79,10 +79,15 @@ def healthcheck(
 
 
 def ask(
-    address: HostPort, path: str, timeout: float, *, body: bytes | None = None
+    address: HostPort,
+    path: str,
+    timeout: float,
+    *,
+    body: bytes | None = None,
+    limit: int | None = None,
 ) -> tuple[int, str]:
     """GET a path of a local server, or POST JSON to it: status and text, without any proxy."""
-    host = _EVERY_INTERFACE.get(address.host, address.host)
+    host = reachable(address.host)
     connection = http.client.HTTPConnection(host, address.port, timeout=timeout)
     try:
         if body is None:
@@ -90,10 +95,15 @@ def ask(
         else:
             connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        limit = _MAX_TEXT if body is None else _MAX_ANSWER
+        limit = limit or (_MAX_TEXT if body is None else _MAX_ANSWER)
         return response.status, response.read(limit).decode(errors="replace").strip()
     finally:
         connection.close()
+
+
+def reachable(host: str) -> str:
+    """Where a server can be asked that listens on ``host``."""
+    return _EVERY_INTERFACE.get(host, host)
 
 
 def admin_address(admin: str | None, config: Path | None) -> HostPort:

@@ -11,6 +11,8 @@ from proxy.cli.check import check_config, config_group
 from proxy.cli.health import healthcheck
 from proxy.cli.refresh import refresh
 from proxy.cli.serve import serve
+from proxy.cli.status import status
+from proxy.cli.tasks import prefetch, tasks_group
 from proxy.settings.values import parse_size
 
 
@@ -83,7 +85,17 @@ def demo(context: click.Context, /, **options: int) -> None:
     context.exit(run_demo(Plan(layers=LAYERS, **options)))
 
 
-for _command in (serve, demo, check_config, config_group, healthcheck, refresh):
+for _command in (
+    serve,
+    demo,
+    check_config,
+    config_group,
+    healthcheck,
+    refresh,
+    status,
+    prefetch,
+    tasks_group,
+):
     cli.add_command(_command)
 
 

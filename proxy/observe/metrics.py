@@ -9,6 +9,7 @@ No label holds a repository, a digest or a client: their number has no bound.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from proxy.observe.fleet import FleetMetrics
+from proxy.observe.task_metrics import TaskMetrics
 
 # From a hit out of memory to a large blob over a slow line.
 _DURATION = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 900)
@@ -88,7 +92,13 @@ class Tally:
 
 
 class Durations(Histogram):
-    """A histogram that takes many observations of the first bucket at once."""
+    """A histogram that takes many observations of the first bucket at once, and finds the bucket of
+    one without a look at each."""
+
+    def observe(self, amount: float, exemplar: Mapping[str, str] | None = None) -> None:
+        """One observation. Exemplars are not kept."""
+        self._sum.inc(amount)
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
     def observe_quick(self, count: int, total: float) -> None:
         """``count`` observations, ``total`` in all, none beyond the first bucket's bound."""
@@ -116,6 +126,8 @@ class Metrics:
         self._make_bodies()
         self._make_flow()
         self._make_process()
+        self.fleet = FleetMetrics(self.registry)
+        self.tasks = TaskMetrics(self.registry)
 
     def observe_gates(self, gates: Callable[[], Iterable[GateState]]) -> None:
         """Read the gates with this callback at every scrape."""

@@ -38,6 +38,10 @@ class Digest:
         if grammar is None or not grammar.fullmatch(self.hex):
             raise DigestInvalid(detail={"digest": f"{self.algorithm}:{self.hex}"[:200]})
 
+    def __hash__(self) -> int:
+        # Of the hex alone, which tells them apart: both would have to be put together first.
+        return hash(self.hex)
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read the wire form. Raises DigestInvalid."""

@@ -223,7 +223,7 @@ class Blobs:
             digest=reader.flight.digest,
             size=size,
             span=span,
-            cache=CacheWord.JOINED if joined else CacheWord.MISS,
+            cache=_word(reader.flight, joined=joined),
             pieces=self._bounded(ask, reader, link, start, stop),
             close=reader.close,
             warning=early,
@@ -275,6 +275,14 @@ async def _hold(place: Reader) -> None:
     with contextlib.suppress(TimeoutError, PullError):
         async with asyncio.timeout(KEEP_PLACE):
             await place.started()
+
+
+def _word(flight: Flight, *, joined: bool) -> CacheWord:
+    """What brings the blob, as far as that is known when the answer begins."""
+    if joined:
+        return CacheWord.JOINED
+    is_of_peers = flight.sharing is not None and flight.sharing.is_of_peers
+    return CacheWord.PEER if is_of_peers else CacheWord.MISS
 
 
 def _size(flight: Flight, link: Link | None) -> int | None:

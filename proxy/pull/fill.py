@@ -22,11 +22,13 @@ received, but the first part that nobody brings yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
@@ -37,7 +39,10 @@ from proxy.pull.pace import Pace
 from proxy.pull.progress import Progress
 from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd, Piece
+from proxy.pull.recall import Recall, Recalled
 from proxy.pull.segments import Segment
+from proxy.pull.shared_fill import SharedFill
+from proxy.pull.sharing import Sharing
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
 from proxy.pull.spread import Spread
 from proxy.pull.window import WindowBudget
@@ -96,9 +101,10 @@ class Fill:
         log: Logger,
         on_full: Callable[[], None],
         image: Key | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         """``on_full`` is called when a window takes the place of the file. ``image`` is the
-        repository whose turns it takes."""
+        repository whose turns it takes. ``sharing``: its part in a fleet, if it has one."""
         self.digest = digest
         self.size: int | None = None  # as the upstream says, or found out at the end
         self.sources = Sources()
@@ -121,7 +127,7 @@ class Fill:
             publish=self._publish,
             pause_after=settings.pause_after,
             count=self._count_segment,
-            moved=self.progress.went_ahead,
+            moved=self._moved,
             delay=settings.gather,
             pace=self._pace,
         )
@@ -130,6 +136,10 @@ class Fill:
         self._metrics = metrics
         self._log = log
         self._on_full = on_full
+        self._sharing = sharing
+        self._is_promise = False  # the size: a manifest says it, and no upstream yet
+        self._recall = Recall(self.ticket)
+        self._opening = asyncio.Lock()
 
     @property
     def received(self) -> int:
@@ -142,14 +152,15 @@ class Fill:
         Raises ``PullError`` when no source is left that is worth another try.
         """
         await self._take_over(store, on_begun)
-        try:
-            while not self._is_complete:
-                source = self.sources.next()
-                segment = await self._spread.lead(source)
-                if segment is not None:
-                    await self._go_on(source, segment, store, on_begun)
-        finally:
-            await self._spread.close()
+        async with self._shared(partial(self._opened, store, on_begun)):
+            try:
+                while not self._is_complete:
+                    source = self.sources.next()
+                    segment = await self._spread.lead(source)
+                    if segment is not None:
+                        await self._go_on(source, segment, store, on_begun)
+            finally:
+                await self._spread.close()
         await self.intake.drain()
 
     async def _take_over(self, store: Store, on_begun: Callable[[], None]) -> None:
@@ -186,11 +197,15 @@ class Fill:
             self.sources.went_on()
             self.ticket.urgent = False
             self.ticket.retry = ""
+        except Recalled:
+            return
         except StoreFull:
-            self._spread.disk_full()
+            self._spread.go_alone()
         except UpstreamError as error:
             if segment.at > segment.start:
                 self.sources.went_on()
+            if self._sharing is not None:
+                self._sharing.upstream_failed()
             await self._failed(source, error)
 
     def distrust(self) -> None:
@@ -210,6 +225,68 @@ class Fill:
         if plan is None:
             return None
         return self.intake.piece_ahead(position, min(limit, plan.done_after(position)))
+
+    # -- what a fleet brings ---------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _shared(self, opened: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+        """Take part in the fleet while the block lasts."""
+        sharing = self._sharing
+        if sharing is None or not self._begin_shared(sharing.size):
+            yield
+            return
+
+        async def put(segment: Segment, chunks: list[Chunk]) -> None:
+            await self._put(segment, chunks, sum(map(len, chunks)), leads=False, may_cut=True)
+
+        ground = SharedFill(
+            sharing.size,
+            intake=self.intake,
+            spread=self._spread,
+            opened=opened,
+            put=put,
+            bound=self._recall,
+        )
+        task = asyncio.create_task(sharing.run(ground), name=f"sharing {self.digest}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _opened(self, store: Store, on_begun: Callable[[], None]) -> None:
+        """Settle the place, with the first bytes."""
+        async with self._opening:
+            if not self.intake.has_place:
+                await self.intake.open(store, self.size)
+                on_begun()
+                self.progress.tell()
+
+    def _begin_shared(self, size: int) -> bool:
+        """May others bring parts of it? Then it has ``size`` bytes, until the upstream says
+        something else."""
+        if self.intake.window is not None:
+            return False
+        is_promise = self.size is None
+        try:
+            self._settle_size(size)
+        except SizeMismatch:  # manifests do not agree, or what was taken over: the upstream decides
+            return False
+        self._is_promise = is_promise
+        return True
+
+    def doubt_size(self, size: int) -> None:
+        """Another manifest says ``size``: if only one has said anything so far, the upstream has to
+        decide, and nobody else may bring parts until then."""
+        if self._is_promise and size != self.size and self.received < (self.size or 0):
+            self._is_promise, self.size = False, None
+            self._spread.go_alone()
+
+    def _moved(self) -> None:
+        """Somebody brings something no more, or more than before."""
+        self.progress.went_ahead()
+        if self._sharing is not None:
+            self._sharing.wrote()
 
     # -- whose it is -----------------------------------------------------------------------
 
@@ -269,14 +346,14 @@ class Fill:
         self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
     ) -> None:
         length = await self.intake.room() or self._length(source, segment)
-        async with source.open(segment.at, length, self.ticket) as body:
+        async with self._recall.turn(), source.open(segment.at, length, self.ticket) as body:
+            self._recall.answered()
             if body.total is not None:
+                self.doubt_size(body.total)
                 self._settle_size(body.total)
+                self._is_promise = False
             self.sources.prove(source)
-            if not self.intake.has_place:
-                await self.intake.open(store, self.size)
-                on_begun()
-                self.progress.tell()
+            await self._opened(store, on_begun)
             await self._spread.begun(source, segment, body, length)
             whole = await self._carry(segment, body)
             body.learn()
@@ -320,7 +397,7 @@ class Fill:
         self._spread.wrote(segment, count)
         await self._spread.catch_up()
         self._publish(now=False)
-        self.progress.went_ahead()
+        self._moved()
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()
@@ -355,7 +432,7 @@ class Fill:
 
     def _disk_full(self, error: Exception) -> None:
         self._log.warning("fill_without_disk", digest=str(self.digest), cause=str(error))
-        self._spread.disk_full()
+        self._spread.go_alone()
         self._on_full()
 
     def __repr__(self) -> str:

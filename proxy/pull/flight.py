@@ -21,6 +21,10 @@ States, and who moves them (always the fill task, but for the last row):
 * ABANDONED the last reader left and ``on_abandon`` is ``cancel`` (or there is no file to finish):
             moved by ``leave``
 
+A *backer* (a task, tasks.py) wants the blob in the store and does not read it. While nobody reads,
+the flight stands in the last class of the queue, in its backers' names, so that tasks take turns
+there; while somebody does, for its readers alone. It goes on for a backer as for a reader.
+
 A flight that is FAILED or ABANDONED leaves the table in the same loop turn, so that whoever comes
 then opens a flight of its own, with a staging file of its own. One that is VERIFIED stays there
 until its task has ended, so that nothing is fetched again while it is being stored.
@@ -35,6 +39,7 @@ leaves a staging file that the store removes at the next start.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection
 from enum import StrEnum
 
@@ -49,11 +54,14 @@ from proxy.oci.errors import (
     StoreFailed,
 )
 from proxy.pull.fill import Fill, FlightSettings
+from proxy.pull.ground import Fellows
 from proxy.pull.intake import Intake
 from proxy.pull.reader import Crowd, Piece, Reader
+from proxy.pull.sharing import Sharing, share
 from proxy.pull.sources import Key, Source, Sources
 from proxy.pull.window import WindowBudget
 from proxy.store.store import Store
+from proxy.store.work import finish
 from proxy.upstream.turns import Ticket, TurnClass
 
 __all__ = ["Flight", "FlightSettings", "Flights", "State"]
@@ -82,14 +90,18 @@ class Flight:
         log: Logger,
         on_gone: Callable[[Flight], None],
         image: Key | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         """``on_gone`` is called when it takes no more readers, and again when its task ends.
-        ``image``: the repository whose turns it takes, its first reader's."""
+        ``image``: the repository whose turns it takes, its first reader's. ``sharing``: its part in
+        a fleet."""
         self.digest = digest
         self.state = State.WAITING
         self.error: PullError | None = None
         self.is_over = False  # the fill task has given everything back
         self.readers = Crowd()
+        self._backers: Counter[str] = Counter()
+        self._is_backed_only = True  # nobody else has ever wanted it
         self.settings = settings
         self._fill = Fill(
             digest,
@@ -100,7 +112,9 @@ class Flight:
             log=log,
             on_full=self._disk_full,
             image=image,
+            sharing=sharing,
         )
+        self.sharing = sharing
         self._metrics = metrics
         self._store = store
         self._log = log
@@ -116,6 +130,11 @@ class Flight:
     def is_verified(self) -> bool:
         """Is every byte there, and the digest right?"""
         return self.state in (State.VERIFIED, State.LANDED)
+
+    @property
+    def is_stored(self) -> bool:
+        """Is it in the store?"""
+        return self.state is State.LANDED
 
     @property
     def size(self) -> int | None:
@@ -161,10 +180,15 @@ class Flight:
         """
         source = self.sources.add(source, named=named)
         reader = Reader(self, source, client, size)
+        if size is not None:
+            self._fill.doubt_size(size)
         reader.check_promise(self.size)
         if self.size is None and size is not None and size < self.received:
             reader.check_promise(self.received)
         self.readers.add(reader)
+        self._is_backed_only = False
+        for backer in self._backers:
+            self.ticket.leave(backer)
         self._fill.join(client)
         self.reader_moved()
         self._start()
@@ -174,13 +198,40 @@ class Flight:
         """Fetch it through ``source``, which a manifest names it for, though nobody reads it yet:
         behind everybody else, until somebody joins."""
         self.sources.add(source, named=True)
+        self._is_backed_only = False
         self.ticket.move(TurnClass.ABANDONED)
         self._start()
 
-    def stop_unread(self) -> None:
-        """End a fetch that nobody reads."""
-        if not self.readers and self.state in (State.WAITING, State.FILLING):
+    def back(self, source: Source, client: str) -> None:
+        """The same, in the name of ``client``, who sees to it that it goes on until ``unback``."""
+        self.sources.add(source, named=True)
+        self._backers[client] += 1
+        if not self.readers:
+            self.ticket.move(TurnClass.ABANDONED)
+            self.ticket.join(client)
+        self._start()
+
+    def unback(self, client: str) -> None:
+        """``client`` wants it no more."""
+        self._backers[client] -= 1
+        if self._backers[client]:
+            return
+        del self._backers[client]
+        self.ticket.leave(client)
+        if self._backers or self.readers or not self._is_under_way:
+            return
+        keeps = self.settings.on_abandon == "finish" and not self._is_backed_only
+        if not keeps:
             self._abandon(keep=False)
+
+    def stop_unread(self) -> None:
+        """End a fetch that nobody reads, nor backs."""
+        if not self.readers and not self._backers and self._is_under_way:
+            self._abandon(keep=False)
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self.state in (State.WAITING, State.FILLING)
 
     def _start(self) -> None:
         if self._task is None:
@@ -199,9 +250,9 @@ class Flight:
             return
         if self.is_over:
             self.intake.release()
-        elif self.state in (State.WAITING, State.FILLING):
-            keep = self.settings.on_abandon == "finish" and self.intake.window is None
-            self._abandon(keep=keep and not (for_good and self.is_waiting))
+        elif self._is_under_way:
+            keep = self.settings.on_abandon == "finish" and not (for_good and self.is_waiting)
+            self._abandon(keep=(keep or bool(self._backers)) and self.intake.window is None)
 
     def _disk_full(self) -> None:
         """There is no file to finish any more."""
@@ -213,6 +264,8 @@ class Flight:
         self._metrics.fills_abandoned.labels("finish" if keep else "cancel").inc()
         if keep:
             self.ticket.move(TurnClass.ABANDONED)
+            for backer in self._backers:
+                self.ticket.join(backer)
             return
         self.state = State.ABANDONED
         self._on_gone(self)
@@ -245,7 +298,7 @@ class Flight:
     async def _run(self) -> None:
         try:
             await self._fill.run(self._store, self._begun)
-            self._verify()
+            await self._verify()
             await self._land()
         except asyncio.CancelledError:
             self._fail(ShuttingDown())
@@ -256,21 +309,29 @@ class Flight:
             self._log.exception("flight_defect", digest=str(self.digest))
             self._fail(InternalError(f"{type(error).__name__} in a flight"))
         finally:
-            await self.intake.discard()
+            try:
+                if self.sharing is not None:
+                    await finish(asyncio.ensure_future(self.sharing.close()))
+            finally:
+                await self.intake.discard()
 
     def _begun(self) -> None:
         if self.state is State.WAITING:
             self.state = State.FILLING
 
-    def _verify(self) -> None:
+    async def _verify(self) -> None:
         verifier = self.intake.verifier
         if not verifier.matches():
             self._metrics.digest_mismatch.labels("upstream").inc()
             self._fill.distrust()
+            if self.sharing is not None:
+                await self.sharing.was_wrong()
             raise DigestMismatch(self.digest, verifier.actual())
         self.state = State.VERIFIED
         self._fill.progress.reach(self.received)
         self._fill.progress.tell()
+        if self.sharing is not None:
+            await self.sharing.was_right()
 
     async def _land(self) -> None:
         """Into the store. Failing here costs the cache entry, not the readers."""
@@ -281,6 +342,8 @@ class Flight:
             self._log.error("fill_not_kept", digest=str(self.digest), cause=str(error))
             return
         self.state = State.LANDED
+        if self.sharing is not None:
+            await self.sharing.landed()
         for upstream, repository in tuple(self.proved):
             await self._store.link(upstream, repository, [(self.digest, self.size)])
 
@@ -318,9 +381,17 @@ class Flights:
     """The table of flights: at most one per digest."""
 
     def __init__(
-        self, *, store: Store, settings: FlightSettings, metrics: Metrics, log: Logger
+        self,
+        *,
+        store: Store,
+        settings: FlightSettings,
+        metrics: Metrics,
+        log: Logger,
+        fellows: Fellows | None = None,
     ) -> None:
+        """``fellows``: with whom blobs are shared, in a fleet."""
         self._store = store
+        self._fellows = fellows
         self._settings = settings
         self._windows = WindowBudget(settings.window_bytes)
         self._metrics = metrics
@@ -352,23 +423,38 @@ class Flights:
         flight = self._flights.get(source.digest)
         joined = flight is not None
         if flight is None:
-            flight = self._open(source)
+            flight = self._open(source, size if named else None)
         else:
             self._metrics.coalesced.labels("blob").inc()
         return flight.join(source, client, size=size, named=named), joined
 
-    def begin(self, source: Source) -> Flight | None:
+    def begin(self, source: Source, size: int | None = None) -> Flight | None:
         """Open a flight that nobody reads; None if there is one of its digest, or none may start.
+        ``size`` in bytes, as the manifest says that names it.
 
         Does not suspend, like ``join``.
         """
         if self._is_closing or source.digest in self._flights:
             return None
-        flight = self._open(source)
+        flight = self._open(source, size)
         flight.begin(source)
         return flight
 
-    def _open(self, source: Source) -> Flight:
+    def back(self, source: Source, client: str, size: int | None = None) -> Flight:
+        """The flight of the source's digest, opened if need be, with ``client`` as a backer, who
+        has to ``unback`` it; ``size`` as for ``begin``. Does not suspend, like ``join``. Raises
+        ``ShuttingDown``."""
+        if self._is_closing:
+            raise ShuttingDown()
+        flight = self._flights.get(source.digest) or self._open(source, size)
+        flight.back(source, client)
+        return flight
+
+    def _open(self, source: Source, size: int | None) -> Flight:
+        """``size`` is known of a blob that a manifest names: others may bring it then."""
+        sharing = None
+        if self._fellows is not None:
+            sharing = share(self._fellows, source.key[0], source.digest, size)
         flight = Flight(
             source.digest,
             store=self._store,
@@ -378,6 +464,7 @@ class Flights:
             log=self._log,
             on_gone=self._gone,
             image=source.key,
+            sharing=sharing,
         )
         self._flights[source.digest] = flight
         self._running.add(flight)

@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from proxy.oci.digest import Chunk, Digest, Verifier
+from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import Crowd, FileSpan, Piece
 from proxy.pull.window import Window, WindowBudget
 from proxy.store.blobs import FileLease, Staging, StoreFull
@@ -104,6 +105,12 @@ class Intake:
         if self._lease is None or self.window is not None or position >= limit:
             return None
         return FileSpan(self._lease, position, limit)
+
+    def lend(self) -> FileLease:
+        """The file for one more, who reads what he knows to be there. Raises ``StoreFailed``."""
+        if self._staging is None:
+            raise StoreFailed("there is no file")
+        return self._staging.lease()
 
     def has_lost(self, position: int) -> bool:
         """Did the window give up the byte at ``position``?"""

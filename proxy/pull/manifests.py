@@ -13,26 +13,24 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cachetools import LRUCache
-
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
-    DigestMismatch,
     NotFound,
     Overloaded,
     PullError,
-    StoreFailed,
     UpstreamDown,
     UpstreamTimeout,
 )
-from proxy.oci.manifest import Manifest, parse_manifest
+from proxy.oci.manifest import Manifest
 from proxy.oci.paths import Kind
 from proxy.oci.reference import Reference, Tag
 from proxy.pull.asking import PATIENCE, Key, Pause, Questions, short_pause
 from proxy.pull.asks import Ask, CacheWord, ManifestAnswer
+from proxy.pull.fetching import Fetching
+from proxy.pull.hearsay import Alone
 from proxy.pull.permissions import Permissions
 from proxy.pull.tags import (
     Fresh,
@@ -46,16 +44,12 @@ from proxy.pull.tags import (
     fresh_for,
     judge,
 )
-from proxy.store.blobs import StoreFull
 from proxy.store.store import Store
-from proxy.upstream.client import Head
 from proxy.upstream.mirrored import MirroredClient
 from proxy.upstream.turns import Ticket
 
 #: Manifests below an index that are looked at to see whether any of them can be served.
 MAX_CHILDREN = 64
-#: Manifests up to this many bytes are parsed on the loop.
-SMALL = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +77,10 @@ class Manifests:
         clock: Callable[[], float],
         pause: Pause = short_pause,
         patience: float = PATIENCE,
+        hearsay: Alone | None = None,
     ) -> None:
         """``memory`` is how many bytes of manifests are kept in memory; ``patience`` as for
-        ``Questions``."""
+        ``Questions``; ``hearsay``: of the fleet, if there is one."""
         self._store = store
         self._clients = clients
         self._permissions = permissions
@@ -94,11 +89,21 @@ class Manifests:
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._memory: LRUCache[Digest, Manifest] = LRUCache(
-            memory, getsizeof=lambda manifest: len(manifest.raw)
+        self._hearsay = hearsay or Alone()
+        self._fetching = Fetching(
+            store=store,
+            clients=clients,
+            permissions=permissions,
+            book=book,
+            hearsay=self._hearsay,
+            tag_ttl=policy.ttl,
+            memory=memory,
+            metrics=metrics,
+            log=log,
+            clock=clock,
+            pause=pause,
+            patience=patience,
         )
-        self._fetches: Questions[Manifest] = Questions(log=log, pause=pause, patience=patience)
-        self._heads: Questions[Head] = Questions(log=log, pause=pause, patience=patience)
         self._checks: Questions[Checked] = Questions(log=log, pause=pause, patience=patience)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshes = itertools.count(1)
@@ -134,10 +139,10 @@ class Manifests:
             self._permissions.check(ask, Kind.MANIFEST, str(digest))
         named = linked is not None
         if head:
-            known = await self._head(ask, str(digest), digest, named=named)
+            known = await self._fetching.head(ask, str(digest), digest, named=named)
             if known is not None:
                 return known
-        manifest, word = await self._fetch(ask, str(digest), digest, named=named)
+        manifest, word = await self._fetching.fetch(ask, str(digest), digest, named=named)
         return _answer(manifest, word, warning)
 
     async def _by_tag(self, ask: Ask, tag: Tag, *, head: bool) -> ManifestAnswer:
@@ -145,7 +150,7 @@ class Manifests:
         entry = await self._book.get(key)
         verdict = judge(entry, str(tag), self._clock(), self._policy)
         if entry is None or verdict is Verdict.FETCH:
-            return await self._unknown_tag(ask, tag, key, head=head)
+            return await self._unknown_tag(ask, tag, head=head)
         if verdict is Verdict.FRESH:
             return await self._by_digest(ask, entry.digest, CacheWord.HIT, head=head)
         if verdict is Verdict.BACKGROUND:
@@ -155,15 +160,13 @@ class Manifests:
             return await self._stale(ask, entry, "the upstream failed a moment ago", head=head)
         return await self._checked_tag(ask, key, entry, head=head)
 
-    async def _unknown_tag(self, ask: Ask, tag: Tag, key: TagKey, *, head: bool) -> ManifestAnswer:
+    async def _unknown_tag(self, ask: Ask, tag: Tag, *, head: bool) -> ManifestAnswer:
         self._permissions.check(ask, Kind.MANIFEST, str(tag))
         if head:
-            asked = self._clock()
-            known = await self._head(ask, str(tag), None, named=False)
+            known = await self._fetching.head(ask, str(tag), None, named=False)
             if known is not None:
-                await self._book.confirm(key, known.digest, asked=asked)
                 return known
-        manifest, word = await self._fetch(ask, str(tag), None, named=False)
+        manifest, word = await self._fetching.fetch(ask, str(tag), None, named=False)
         return _answer(manifest, word)
 
     # -- freshness -------------------------------------------------------------------------
@@ -224,14 +227,21 @@ class Manifests:
                 raise
 
         async def put(ticket: Ticket, asked: float) -> Checked:
-            found = await client.head_manifest(ask.repository, key[2], ticket, known=known)
-            if question is None and found.digest != known:
-                await self._keep_last_pulls(ask, key, found.digest)
-            if found.digest is None:  # an upstream that does not say it: ask for the bytes
-                return Checked((await self._get(ask, key[2], None, ticket)).digest, known)
-            await self._permissions.grant(ask, found.digest, found.size)
-            await self._book.confirm(key, found.digest, asked=asked)
-            return Checked(found.digest, known)
+            listen = question is None
+            async with self._hearsay.about(key, self._policy.ttl, listen=listen) as word:
+                if word.told is not None:
+                    return Checked(await self._fetching.believe(ask, key, word.told), known)
+                found = await client.head_manifest(ask.repository, key[2], ticket, known=known)
+                if question is None and found.digest != known:
+                    await self._keep_last_pulls(ask, key, found.digest)
+                if found.digest is not None:
+                    await self._permissions.grant(ask, found.digest, found.size)
+                    await self._book.confirm(key, found.digest, asked=asked)
+                    self._fetching.tell(word, found, asked)
+                    return Checked(found.digest, known)
+            # An upstream that does not say it: ask for the bytes.
+            fetched = await self._fetching.get(ask, key[2], None, ticket, listen=listen)
+            return Checked(fetched.manifest.digest, known)
 
         linger = ask.arrived + self._policy.check_deadline
         checked, _ = await self._checks.ask(ask, question or key, check, linger=linger)
@@ -308,22 +318,6 @@ class Manifests:
         text = f"served stale: {reason}"
         return await self._by_digest(ask, entry.digest, CacheWord.STALE, head=head, warning=text)
 
-    # -- fetching --------------------------------------------------------------------------
-
-    async def held(self, digest: Digest) -> Manifest | None:
-        """The manifest from memory or store, whoever may have it."""
-        manifest = self._memory.get(digest)
-        if manifest is not None:
-            return manifest
-        if self._store.size_of(digest) is None:
-            return None
-        raw, media_type = await self._store.read(digest), await self._store.manifest_type(digest)
-        if raw is None or media_type is None:
-            return None
-        manifest = await _read(raw, media_type, digest)
-        self._keep(manifest)
-        return manifest
-
     def fresh(self, upstream: str, repository: str, reference: Reference) -> Fresh | None:
         """Which manifest a reference names, if that needs no question and no look into the store;
         the client's own words for it are enough when it is a digest."""
@@ -331,114 +325,26 @@ class Manifests:
             return Fresh(reference)
         return self._book.fresh((upstream, repository, str(reference)), self._policy)
 
+    async def held(self, digest: Digest) -> Manifest | None:
+        """The manifest from memory or store, whoever may have it."""
+        return await self._fetching.held(digest)
+
     def in_memory(self, digest: Digest) -> Manifest | None:
         """The manifest, if it needs no look into the store."""
-        return self._memory.get(digest)
-
-    def _keep(self, manifest: Manifest) -> None:
-        if len(manifest.raw) <= self._memory.maxsize:
-            self._memory[manifest.digest] = manifest
-
-    async def _head(
-        self, ask: Ask, reference: str, expected: Digest | None, *, named: bool
-    ) -> ManifestAnswer | None:
-        """What a HEAD says, if it says enough; ``None`` if the bytes are needed for that."""
-        client = self._clients[ask.upstream]
-
-        async def head(ticket: Ticket) -> Head:
-            return await client.head_manifest(ask.repository, reference, ticket)
-
-        key = (ask.upstream, ask.repository, reference)
-        try:
-            found, joined = await self._heads.ask(ask, key, head, named=named)
-        except PullError as error:
-            if not named:
-                self._permissions.remember(ask, Kind.MANIFEST, reference, error)
-            raise
-        if found.digest is None or found.size is None or not found.media_type:
-            return None
-        if expected is not None and found.digest != expected:
-            return None  # another algorithm's name for it, or a lie: the bytes will tell
-        await self._permissions.grant(ask, found.digest, found.size)
-        word = self._word(joined)
-        return ManifestAnswer(found.digest, found.media_type, found.size, word)
-
-    async def _fetch(
-        self, ask: Ask, reference: str, expected: Digest | None, *, named: bool
-    ) -> tuple[Manifest, CacheWord]:
-        """GET it, once for everybody who waits."""
-
-        async def fetch(ticket: Ticket) -> Manifest:
-            return await self._get(ask, reference, expected, ticket)
-
-        key = (ask.upstream, ask.repository, reference)
-        try:
-            manifest, joined = await self._fetches.ask(ask, key, fetch, named=named)
-        except PullError as error:
-            if not named:
-                self._permissions.remember(ask, Kind.MANIFEST, reference, error)
-            raise
-        return manifest, self._word(joined)
-
-    def _word(self, joined: bool) -> CacheWord:
-        if not joined:
-            return CacheWord.MISS
-        self._metrics.coalesced.labels("manifest").inc()
-        return CacheWord.JOINED
-
-    async def _get(
-        self, ask: Ask, reference: str, expected: Digest | None, ticket: Ticket
-    ) -> Manifest:
-        """GET; verify, keep, link."""
-        client, asked = self._clients[ask.upstream], self._clock()
-        raw, media_type, claimed = await client.manifest(ask.repository, reference, ticket)
-        try:
-            manifest = await _read(raw, media_type, expected or claimed)
-        except DigestMismatch:
-            self._metrics.digest_mismatch.labels("upstream").inc()
-            raise
-        await self._admit(ask, manifest)
-        if expected is None:
-            key = (ask.upstream, ask.repository, reference)
-            await self._book.confirm(key, manifest.digest, asked=asked)
-        return manifest
-
-    async def _admit(self, ask: Ask, manifest: Manifest) -> None:
-        """Keep it, and let its repository have what it names. A full disk costs only the copy."""
-        self._keep(manifest)
-        try:
-            await self._store.put_manifest(manifest)
-        except (StoreFailed, StoreFull) as error:
-            self._log.warning("manifest_not_kept", digest=str(manifest.digest), cause=str(error))
-        links = [(child.digest, child.size) for child in manifest.children]
-        links.append((manifest.digest, len(manifest.raw)))
-        await self._store.link(ask.upstream, ask.repository, links)
+        return self._fetching.in_memory(digest)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for the upstream's word about a manifest."""
-        return sum(one.waiting for one in (self._checks, self._heads, self._fetches))
+        return self._checks.waiting + self._fetching.waiting
 
     async def close(self) -> None:
         """Stop what is under way."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        for questions in (self._checks, self._heads, self._fetches):
-            await questions.close()
-
-
-async def _read(raw: bytes, media_type: str, expected: Digest | None) -> Manifest:
-    """Check and parse a manifest. Raises ``DigestMismatch``, ``ManifestInvalid``."""
-
-    def read() -> Manifest:
-        actual = Digest.of(raw, expected.algorithm if expected else "sha256")
-        if expected is not None and actual != expected:
-            raise DigestMismatch(expected, actual)
-        return parse_manifest(raw, media_type, actual)
-
-    # 8 MiB of JSON take a tenth of a second; nearly all manifests have a few KiB.
-    return read() if len(raw) <= SMALL else await asyncio.to_thread(read)
+        await self._checks.close()
+        await self._fetching.close()
 
 
 def _answer(manifest: Manifest, word: CacheWord, warning: str | None = None) -> ManifestAnswer:

@@ -41,16 +41,16 @@ MEMORY = 16_384
 
 def chosen(
     children: Iterable[Descriptor], is_there: Callable[[Digest], bool], room: int, most: int
-) -> list[Digest]:
+) -> list[Descriptor]:
     """What to fetch of these, in order: at most ``most``, and as many as ``room`` bytes hold."""
-    digests: list[Digest] = []
+    found: list[Descriptor] = []
     for child in children:
-        if len(digests) == most:
+        if len(found) == most:
             break
         if child.size <= room and not is_there(child.digest):
-            digests.append(child.digest)
+            found.append(child)
             room -= child.size
-    return digests
+    return found
 
 
 class Prefetch:
@@ -80,10 +80,11 @@ class Prefetch:
         self._begun = {flight for flight in self._begun if not flight.is_over}
         most, room = MAX_FLIGHTS - len(self._begun), self._store.state().spare // 2
         client = self._clients[upstream]
-        for digest in chosen(manifest.children, self._is_there, room, most):
-            flight = self._flights.begin(client.blob(repository, digest))
+        for child in chosen(manifest.children, self._is_there, room, most):
+            source = client.blob(repository, child.digest)
+            flight = self._flights.begin(source, child.size)
             if flight is not None:
-                self._lately[digest] = None
+                self._lately[child.digest] = None
                 self._begun.add(flight)
                 self._metrics.prefetches.inc()
 

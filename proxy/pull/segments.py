@@ -11,6 +11,8 @@ places: *done* (written), *taken* (some segment's, and still to come), or in a *
   there is something left for it. But a cut has ``least`` bytes, for each costs a request, and no
   more than its turn may have (D2).
 * What a broken or cut segment did not bring is a hole again.
+* With ``bounds`` only what lies between them is cut from holes: the rest is others' to bring, who
+  ``claim`` a range that they have chosen themselves.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Segments:
 
     def __init__(self, size: int, *, least: int, done: int = 0) -> None:
         self.size = size
+        self.bounds: tuple[int, int] | None = None
         self._least = least
         # Sorted, disjoint, and with something between any two: [start, stop).
         self._done: list[tuple[int, int]] = []
@@ -95,15 +98,35 @@ class Segments:
     def take(self, *, parts: int, most: int) -> Segment | None:
         """The next segment, for a turn of ``most`` bytes, one of ``parts`` at once; ``None``: all
         that is not done is taken."""
-        hole = next(self.holes(), None)
+        hole = next(self.open_holes(), None)
         if hole is None:
             return None
         start, stop = hole
-        left = self.left if parts > 1 else stop - start
+        left = sum(b - a for a, b in self.open_holes()) if parts > 1 else stop - start
         length = cut(stop - start, left, parts=parts, least=self._least, most=most)
         segment = Segment(start, start + length)
         self._taken.add(segment)
         return segment
+
+    def open_holes(self) -> Iterator[tuple[int, int]]:
+        """The holes within the bounds."""
+        first, last = self.bounds or (0, self.size)
+        for start, stop in self.holes():
+            if max(start, first) < min(stop, last):
+                yield max(start, first), min(stop, last)
+
+    def claim(self, start: int, stop: int) -> Segment:
+        """A segment for just this range. Raises ``ValueError`` if somebody brings some of it: two
+        that write the same bytes would both take them for the next ones."""
+        if not self.is_free(start, stop):
+            raise ValueError(f"{self!r}: somebody brings some of {start}-{stop}")
+        segment = Segment(start, stop)
+        self._taken.add(segment)
+        return segment
+
+    def is_free(self, start: int, stop: int) -> bool:
+        """Does nobody bring any of it?"""
+        return all(segment.at >= stop or _stop(segment) <= start for segment in self._taken)
 
     def adopt(self, segment: Segment, stop: int) -> None:
         """A turn that began before there was a plan brings what is before ``stop``."""

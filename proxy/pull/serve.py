@@ -7,6 +7,8 @@ from typing import Protocol
 from urllib.parse import urlencode
 
 from proxy.oci.digest import Digest
+from proxy.oci.errors import InternalError
+from proxy.oci.manifest import Manifest
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import ByteRange
 from proxy.oci.reference import Reference, Tag
@@ -77,6 +79,13 @@ class Puller:
         if self._prefetch is not None and is_useful and answer.manifest is not None:
             self._prefetch.begin(ask.upstream, ask.repository, answer.manifest)
         return answer
+
+    async def alone(self, ask: Ask, digest: Digest) -> Manifest:
+        """GET of a manifest by somebody who sees to its blobs himself. Raises PullError."""
+        answer = await self._waits.short(ask, self._manifests.answer(ask, digest, head=False))
+        if answer.manifest is None:
+            raise InternalError("a manifest without its bytes")
+        return answer.manifest
 
     @property
     def wants_pulls(self) -> bool:

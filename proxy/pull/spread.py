@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from proxy.oci.errors import PullError, SizeMismatch, UnexpectedAnswer, UpstreamUnavailable
 from proxy.pull.intake import Intake
@@ -123,7 +123,8 @@ class Spread:
         self._failures = 0  # in a row
         self._retry = ""
         self._is_alone = False  # there are no further turns any more
-        self._is_void = False  # … and the plan has to go
+        self.is_void = False  # … and the plan has to go
+        self._puts = 0  # of others, under way
         self._pause: asyncio.TimerHandle | None = None
         self._pace = pace
         # Do the lead's bytes wait for us, and would those of others? Yes, until it was looked at.
@@ -182,8 +183,8 @@ class Spread:
         while True:
             if self._defect is not None:
                 raise self._defect
-            self._is_void = self._is_void or not source.ranged
-            if self._is_void:
+            self.is_void = self.is_void or not source.ranged
+            if self.is_void:
                 await self._drop_plan()
             if self.plan is None:
                 return Segment(self._intake.received, None)
@@ -226,11 +227,42 @@ class Spread:
         self.widen()
 
     def ended(self, segment: Segment) -> None:
-        """The lead's turn is over."""
+        """The lead's turn is over, or somebody else's who claimed a range."""
         if self.plan is not None:
             self.plan.give_back(segment)
+            self._changed.set()
             self._moved()
             self.widen()
+
+    # -- with a fleet ----------------------------------------------------------------------
+
+    def share(self, size: int) -> Segments:
+        """Make the plan of a blob of which other nodes bring parts: no turn begins until it is
+        ``bound`` to some of it."""
+        self.plan = Segments(size, least=self._least, done=self._intake.received)
+        self.bind(0, 0)
+        return self.plan
+
+    def bind(self, start: int, stop: int) -> None:
+        """Turns bring this part from now on, whatever is missing of it. Those under way go on, but
+        for those that still wait for a slot."""
+        if self.plan is not None:
+            self.plan.bounds = (start, stop)
+            for helper in self._helpers:
+                if helper.is_waiting and not start <= helper.segment.start < stop:
+                    helper.task.cancel()
+            self._changed.set()
+            self.widen()
+
+    @contextlib.contextmanager
+    def putting(self) -> Iterator[None]:
+        """Another's bytes go into the file meanwhile: the plan stays until they are there."""
+        self._puts += 1
+        try:
+            yield
+        finally:
+            self._puts -= 1
+            self._changed.set()
 
     def wrote(self, segment: Segment, count: int) -> None:
         """So many bytes more of ``segment`` are in the file."""
@@ -359,7 +391,7 @@ class Spread:
         self._pause = None
         if self._delay and not self._helpers and (outrun := self._pace.is_outrun()) is not None:
             self._is_behind = outrun
-        if self._is_behind and not self._helpers and not self._is_void:
+        if self._is_behind and not self._helpers and not self.is_void:
             loop = asyncio.get_running_loop()
             self._pause = loop.call_later(self._delay, self._paused)
         else:
@@ -373,27 +405,32 @@ class Spread:
         if not waiting or self.plan is None:
             return
         helper = min(waiting, key=lambda one: one.segment.start)
-        hole, _ = next(self.plan.holes(), (self.plan.size, 0))
+        hole, _ = next(self.plan.open_holes(), (self.plan.size, 0))
         if helper.segment.start < hole:
             self.plan.give_back(helper.segment)
             helper.task.cancel()
 
-    def disk_full(self) -> None:
+    def go_alone(self) -> None:
         """Bytes can only be taken in order from now on."""
         self._void()
+        self._changed.set()
 
     def _void(self) -> None:
         """No further turn begins, those under way end, and the lead will drop the plan."""
-        self._is_alone = self._is_void = True
+        self._is_alone = self.is_void = True
         for helper in self._helpers:
             helper.task.cancel()
 
     async def _drop_plan(self) -> None:
         """Go on at the first byte that is not hashed."""
         await self.close()
+        while self._puts:  # what is appended in two places at once would be in the wrong one
+            self._changed.clear()
+            await self._changed.wait()
         await self.catch_up()
         self.plan = None
         self._intake.forget_ahead()
+        self._moved()
 
     async def close(self) -> None:
         """End every further turn. Goes to its end when it is cancelled."""

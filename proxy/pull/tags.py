@@ -191,11 +191,14 @@ class TagBook:
         # Another request may have put a newer one meanwhile.
         return self._memory.setdefault(key, TagEntry(row.digest, row.checked_at))
 
-    async def confirm(self, key: TagKey, digest: Digest, *, asked: float | None = None) -> None:
-        """The upstream has just said that the tag is ``digest``, ``asked`` at that monotonic time
-        (now, by default). An answer that was asked for before the one that is known says nothing.
+    async def confirm(
+        self, key: TagKey, digest: Digest, *, asked: float | None = None, age: float = 0.0
+    ) -> None:
+        """The upstream said ``age`` seconds ago that the tag is ``digest``, ``asked`` at that
+        monotonic time (then, by default). An answer that was asked for before the one that is known
+        says nothing.
         """
-        now, wall = self._clock(), self._wall()
+        now, wall = self._clock() - age, self._wall() - age
         asked, known = now if asked is None else asked, self._memory.get(key)
         if known is not None and known.asked is not None and known.asked > asked:
             return

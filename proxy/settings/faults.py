@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 # User name and password before a host, and the query of a URL.
 _PERHAPS_SECRET = re.compile(r".+(?=@)|(?<=\?).+", re.DOTALL)
+_SECRET_KEY = re.compile(r"^password|_password|^secret")
 _CONFLICTS = "conflicts"
 _BUILT = "built"
 _TABLE = "must be a table (in an environment variable: a JSON object)"
@@ -208,7 +209,7 @@ def _fault(detail: ErrorDetails, model: type[BaseModel], layers: Sequence[Layer]
 
 def _shown(location: Location, value: object) -> str | None:
     """What was given, if it is short and cannot be a secret."""
-    if any(str(part).startswith("password") or part == "proxy" for part in location):
+    if any(part == "proxy" or _SECRET_KEY.search(str(part)) for part in location):
         return None
     if not isinstance(value, str | int | float):
         return None

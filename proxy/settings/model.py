@@ -25,6 +25,7 @@ from proxy.settings.faults import (
     raise_conflicts,
     suggestion,
 )
+from proxy.settings.fleet import Fleet
 from proxy.settings.listener import Auth, Tls
 from proxy.settings.types import (
     Address,
@@ -235,6 +236,7 @@ class Settings(BaseSettings):
     tags: Tags = Field(default_factory=Tags)
     tls: Tls = Field(default_factory=Tls)
     auth: Auth = Field(default_factory=Auth)
+    fleet: Fleet = Field(default_factory=Fleet)
     upstreams: Mapping[str, Upstream] = Field(
         default_factory=dict,
         description="Registries to pull from. None: the well-known public ones.",
@@ -276,6 +278,7 @@ class Settings(BaseSettings):
         yield from self.cache.conflicts()
         yield from self.queue.conflicts()
         yield from self.tls.conflicts()
+        yield from self.fleet.conflicts(self.listen, self.admin)
         about = (("trusted_proxies",), ("tls",))
         if self.proxy_protocol and not self.trusted_proxies:
             yield Conflict(("proxy_protocol",), "needs trusted_proxies beside it", about)
@@ -319,7 +322,7 @@ class Settings(BaseSettings):
 
     def warnings(self) -> list[str]:
         """What is allowed but is likely to be regretted; one line of text each."""
-        found = list(self.queue.warnings())
+        found = [*self.queue.warnings(), *self.fleet.warnings()]
         if self.default_upstream is None:
             found.append(
                 "default_upstream: not set, so a request without ns or path prefix is answered 404"
@@ -346,7 +349,7 @@ class Settings(BaseSettings):
         found = [fault for name, one in named for fault in one.missing(name, environ)]
         if self._heeds_environment(frozenset(wrong)):
             found += [Fault(variable, why) for variable, why in environment_faults(environ)]
-        return [*self.tls.missing(), *self.auth.missing(), *found]
+        return [*self.tls.missing(), *self.auth.missing(), *self.fleet.missing(environ), *found]
 
     def _heeds_environment(self, wrong: frozenset[Location]) -> bool:
         """Does an upstream go through the proxy that the environment names, for all we know?"""

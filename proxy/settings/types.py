@@ -112,7 +112,7 @@ def _patient_time(value: float) -> float:
     return value
 
 
-def _pattern(expression: str, message: str) -> AfterValidator:
+def pattern(expression: str, message: str) -> AfterValidator:
     compiled = re.compile(expression)
 
     def check(value: str) -> str:
@@ -129,7 +129,7 @@ def _prefix(value: str) -> str:
     return value if not value or value.endswith("/") else f"{value}/"
 
 
-def _text_schema(*examples: str) -> WithJsonSchema:
+def text_schema(*examples: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "examples": list(examples)})
 
 
@@ -142,14 +142,14 @@ Address = Annotated[
     HostPort,
     PlainValidator(HostPort.parse),
     PlainSerializer(str),
-    _text_schema("127.0.0.1:5050", "[::1]:5050"),
+    text_schema("127.0.0.1:5050", "[::1]:5050"),
     Shown("host:port"),
 ]
 TrustedNetwork = Annotated[
     Network,
     PlainValidator(parse_network),
     PlainSerializer(str),
-    _text_schema("10.0.0.0/8", "192.0.2.7"),
+    text_schema("10.0.0.0/8", "192.0.2.7"),
 ]
 Size = Annotated[
     int, BeforeValidator(parse_size), _amount_schema("integer", "50GiB"), Shown("size")
@@ -158,13 +158,13 @@ EgressUrl = Annotated[
     EgressProxy,
     PlainValidator(_egress),
     PlainSerializer(str),
-    _text_schema("http://proxy.example.com:3128", "http://user:password@proxy.example.com:3128"),
+    text_schema("http://proxy.example.com:3128", "http://user:password@proxy.example.com:3128"),
 ]
 Hosts = Annotated[
     HostPattern,
     PlainValidator(HostPattern.parse),
     PlainSerializer(str),
-    _text_schema("harbor.example.com", ".example.com", "10.0.0.0/8", "minio:9000"),
+    text_schema("harbor.example.com", ".example.com", "10.0.0.0/8", "minio:9000"),
 ]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), _amount_schema("number", "20s"), Shown("duration")
@@ -172,31 +172,29 @@ Duration = Annotated[
 Limit = Annotated[int, Field(ge=1), BeforeValidator(_no_boolean), Shown("number")]
 Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_no_boolean), Shown("number")]
 MaybeRate = Annotated[
-    Annotated[Rate, PlainValidator(Rate.parse), PlainSerializer(str), _text_schema("100/s")] | None,
+    Annotated[Rate, PlainValidator(Rate.parse), PlainSerializer(str), text_schema("100/s")] | None,
     Shown("rate"),
 ]
 BytesInTime = Annotated[
     ByteRate,
     PlainValidator(ByteRate.parse),
     PlainSerializer(str),
-    _text_schema("50MiB/s"),
+    text_schema("50MiB/s"),
     Shown("byte rate"),
 ]
 StallRate = Annotated[BytesInTime, AfterValidator(_patient_rate)]
 StallTime = Annotated[Duration, AfterValidator(_patient_time)]
 MaybeBytesInTime = Annotated[BytesInTime | None, Shown("byte rate")]
-Url = Annotated[
-    str, BeforeValidator(parse_registry_url), _text_schema("https://harbor.example.com")
-]
+Url = Annotated[str, BeforeValidator(parse_registry_url), text_schema("https://harbor.example.com")]
 FilePath = Annotated[Path, BeforeValidator(_file_path)]
 Account = Annotated[str, Field(min_length=1), AfterValidator(_account)]
 Secret = Annotated[SecretStr, Field(min_length=1), AfterValidator(_secret)]
-Variable = Annotated[str, _pattern(r"[A-Za-z_][A-Za-z0-9_]*", "must be a variable's name")]
+Variable = Annotated[str, pattern(r"[A-Za-z_][A-Za-z0-9_]*", "must be a variable's name")]
 Helper = Annotated[
-    str, _pattern(r"[A-Za-z0-9][A-Za-z0-9._-]*", "must be NAME of docker-credential-NAME")
+    str, pattern(r"[A-Za-z0-9][A-Za-z0-9._-]*", "must be NAME of docker-credential-NAME")
 ]
 Prefix = Annotated[str, AfterValidator(_prefix)]
-Name = Annotated[str, _pattern(NAME.pattern, "must be host or host:port, in lower case")]
+Name = Annotated[str, pattern(NAME.pattern, "must be host or host:port, in lower case")]
 
 Access = Literal["public", "shared", "passthrough"]
 Overload = Literal["wait", "spill"]

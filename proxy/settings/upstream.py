@@ -171,6 +171,10 @@ class Upstream(Section):
         description="Who may read what was pulled: 'public' needs no credentials, 'shared' gives"
         " every client what the credentials may pull.",
     )
+    share_private: bool = Field(
+        default=False,
+        description="Lend what was pulled with credentials to the other nodes of the fleet, too.",
+    )
     overload: Overload = Field(
         default="wait",
         description="When the queue is long: 'wait' keeps a pull's place, 'spill' sends it on to"

@@ -1,4 +1,5 @@
-"""What the files cannot say: links, tags, media types, children, last use. SQLite, one thread.
+"""What the files cannot say: links, tags, media types, children, last use, tasks. SQLite, one
+thread.
 
 Theory of operation. One connection lives on one thread of its own. Whoever wants something adds a
 job to a list on the event loop; while the thread works on one batch, the next one gathers, so the
@@ -60,6 +61,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # it broke (if it did), and when that was known, in seconds since the epoch.
         """CREATE TABLE cap (
             origin TEXT PRIMARY KEY, value INTEGER NOT NULL, ceiling INTEGER, learned REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
+    (
+        # number: the order in which tasks came. document: JSON, only ever read as a whole
+        """CREATE TABLE task (
+            id TEXT PRIMARY KEY, number INTEGER NOT NULL, document TEXT NOT NULL
         ) WITHOUT ROWID""",
     ),
 )
@@ -228,6 +235,16 @@ class Index:
 
         return await self.run(find)
 
+    async def linking(self, digest: str) -> frozenset[str]:
+        """The upstreams with a link to it. Looks through all links, which took this thread 12 to
+        18 ms for a hundred thousand of them: who asks often remembers."""
+
+        def find(connection: sqlite3.Connection) -> frozenset[str]:
+            query = "SELECT DISTINCT upstream FROM link WHERE digest = ?"
+            return frozenset(row[0] for row in connection.execute(query, (digest,)))
+
+        return await self.run(find)
+
     async def unlink(self, upstream: str, repository: str, digest: str) -> None:
         await self._many(
             "DELETE FROM link WHERE upstream = ? AND repository = ? AND digest = ?",
@@ -286,6 +303,27 @@ class Index:
 
         def find(connection: sqlite3.Connection) -> list[tuple[str, int, int | None, float]]:
             query = "SELECT origin, value, ceiling, learned FROM cap"
+            return connection.execute(query).fetchall()
+
+        return await self.run(find)
+
+    # Tasks
+
+    async def put_task(self, task: str, number: int, document: str) -> None:
+        await self._many(
+            "INSERT INTO task VALUES (?, ?, ?) ON CONFLICT (id) "
+            "DO UPDATE SET number = excluded.number, document = excluded.document",
+            [(task, number, document)],
+        )
+
+    async def drop_tasks(self, tasks: Iterable[str]) -> None:
+        await self._many("DELETE FROM task WHERE id = ?", [(task,) for task in tasks])
+
+    async def tasks(self) -> list[tuple[str, int, str]]:
+        """All tasks, in the order in which they came."""
+
+        def find(connection: sqlite3.Connection) -> list[tuple[str, int, str]]:
+            query = "SELECT id, number, document FROM task ORDER BY number, id"
             return connection.execute(query).fetchall()
 
         return await self.run(find)

@@ -359,6 +359,11 @@ class Store:
             self._links.setdefault(key, link)
         return link
 
+    async def upstreams_of(self, digest: Digest) -> frozenset[str]:
+        """The upstreams with a repository that is known to have it; none when the index fails."""
+        found = await self._shelf.record(self._index.linking(str(digest)))
+        return found or frozenset()
+
     def known_link(self, upstream: str, repository: str, digest: Digest) -> Mark | None:
         """A mark that holds for as long as this repository is known to have it; None when that
         is not known from memory alone."""
@@ -409,6 +414,20 @@ class Store:
             origin: CapRow(value, ceiling, now - learned)
             for origin, value, ceiling, learned in rows
         }
+
+    # Tasks
+
+    async def put_task(self, task: str, number: int, document: str) -> None:
+        """Note a task; `number` is its place in their order."""
+        await self._shelf.record(self._index.put_task(task, number, document))
+
+    async def drop_tasks(self, tasks: Iterable[str]) -> None:
+        """Forget tasks."""
+        await self._shelf.record(self._index.drop_tasks(tasks))
+
+    async def tasks(self) -> list[tuple[str, int, str]]:
+        """Id, number and document of every task, in the order in which they came."""
+        return await self._shelf.record(self._index.tasks()) or []
 
     def _require_open(self) -> None:
         if self._shelf.is_closing:

@@ -22,6 +22,11 @@ them out, so what a follower may send ends at the contiguous mark, the last byte
 verdict, and a wrong digest ends the call with an error, on which the follower resets its client's
 connection. The bytes themselves do not pass the socket: the follower sends them from the file.
 
+*Tasks* are the leader's. A call "task" is one question about them, a call "watch" a listener: each
+word is asked for like a piece, so that a slow one is slow at the leader, whose queue is bounded.
+When the leader goes the question is asked again of the next one, which has the tasks from the
+index; an order carries the id of its task, so it is taken once (``tasks.py``).
+
 *Who counts.* A call that is open is a reader of the flight at the leader. It ends with the answer,
 by "stop" when the client has left, or with the channel when the follower has died. Uses of what the
 follower serves by itself are told in lots, for the order of eviction, and to a leader that fetches

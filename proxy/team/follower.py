@@ -174,7 +174,7 @@ class Remote:
         """GET or HEAD of a blob. The answer must be closed; its pieces raise ``LeaderGone`` when
         the leader goes. Raises ``PullError``, ``LeaderGone``."""
         span = wire.range_fields(wanted)
-        call = self._call("blob", ask, digest=str(digest), range=span, head=head)
+        call = self.open("blob", ask, digest=str(digest), range=span, head=head)
         try:
             frame = await call.reply()
             told = wire.read_blob(frame.fields)
@@ -194,7 +194,7 @@ class Remote:
         """What the leader's status says. Raises ``LeaderMissing``."""
         try:
             async with asyncio.timeout(HELLO):
-                with contextlib.closing(self._call("status", None)) as call:
+                with contextlib.closing(self.open("status", None)) as call:
                     return dict(json.loads((await call.reply()).data))
         except (LeaderGone, TimeoutError):
             raise LeaderMissing from None
@@ -218,7 +218,7 @@ class Remote:
 
     async def _once(self, ask: Ask, kind: str, **fields: Any) -> Frame:
         """A call that has one answer."""
-        call = self._call(kind, ask, **fields)
+        call = self.open(kind, ask, **fields)
         try:
             frame = await call.reply()
         finally:
@@ -226,7 +226,8 @@ class Remote:
         _note(ask, frame)
         return frame
 
-    def _call(self, kind: str, ask: Ask | None, **fields: Any) -> _Call:
+    def open(self, kind: str, ask: Ask | None, **fields: Any) -> _Call:
+        """A call of this kind, which must be closed. Raises ``LeaderGone``."""
         if ask is not None:
             fields |= wire.ask_fields(ask, asyncio.get_running_loop().time())
         self._numbers += 1
@@ -356,13 +357,17 @@ class _Call:
         # Its size is what the pieces say, and no eviction is held up: the file outlives its name.
         self._lease = FileLease(file, 0, lambda: None)
 
+    def ask_more(self) -> None:
+        """The next one may come. Raises ``LeaderGone``."""
+        try:
+            self._channel.send("more", self._number)
+        except ChannelClosed:
+            raise LeaderGone from None
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The body, piece by piece; asking for the next one means that the last one was sent."""
         while True:
-            try:
-                self._channel.send("more", self._number)
-            except ChannelClosed:
-                raise LeaderGone from None
+            self.ask_more()
             try:
                 piece = self._piece(await self.reply())
             except BadFrame as error:

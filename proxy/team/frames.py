@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Said in the first frame of each side; peers of another version do not understand one another.
-VERSION = 1
+VERSION = 2
 #: Bytes of a frame's JSON and of its data, at most: a manifest has 4 MiB, a listing 8 MiB.
 MAX_FIELDS = 256 << 10
 MAX_DATA = 16 << 20

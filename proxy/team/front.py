@@ -28,8 +28,10 @@ from proxy.pull.deadlines import Deadlines
 from proxy.pull.manifests import Checked
 from proxy.pull.reader import FileSpan, Piece
 from proxy.pull.serve import Answerer
+from proxy.pull.tasks import Board
 from proxy.team.follower import Remote, same_blob, skipped
 from proxy.team.hits import Hits
+from proxy.team.tasks import RemoteBoard
 from proxy.team.wire import LeaderGone
 from proxy.upstream.client import Page
 
@@ -48,6 +50,7 @@ class Front:
         self._deadlines = deadlines
         self._recovery = recovery
         self._own: Answerer | None = None  # while this process leads
+        self._own_board: Board | None = None
         self._remote: Remote | None = None  # while it follows
         self._hits: Hits | None = None
         self.found_by: Finder | None = None  # what is at hand
@@ -56,9 +59,10 @@ class Front:
 
     # -- whom to ask -----------------------------------------------------------------------
 
-    def lead(self, own: Answerer, at_hand: Finder) -> None:
+    def lead(self, own: Answerer, at_hand: Finder, board: Board) -> None:
         """This process leads; ``at_hand`` finds what ``own`` would answer out of memory."""
         self._own, self._remote, self._hits = own, None, None
+        self._own_board = board
         self.found_by = at_hand
         self._changed.set()
 
@@ -85,6 +89,15 @@ class Front:
                 return self._remote
             self._changed.clear()
             await self._changed.wait()
+
+    async def board(self) -> Board:
+        """The tasks of whoever leads; waits until somebody does."""
+        while True:
+            _ = await self.leader()
+            if self._own_board is not None:
+                return self._own_board
+            if self._remote is not None:
+                return RemoteBoard(self._remote.open)
 
     # -- requests --------------------------------------------------------------------------
 

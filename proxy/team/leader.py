@@ -13,6 +13,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ from proxy.observe.logs import Logger
 from proxy.oci.digest import Digest
 from proxy.oci.errors import InternalError, PullError, ShuttingDown
 from proxy.oci.reference import Tag, parse_reference
-from proxy.pull.asks import Ask, BlobAnswer
+from proxy.pull.asks import Ask, BlobAnswer, Timing
 from proxy.pull.reader import FileSpan, Piece
 from proxy.pull.serve import Puller
 from proxy.pull.tags import TagKey
+from proxy.pull.task_news import News, Watch
+from proxy.pull.tasks import Board
 from proxy.store.blobs import FileLease
 from proxy.store.store import LinkKey
 from proxy.store.work import finish
 from proxy.team import wire
 from proxy.team.channel import BEAT, Channel, ChannelClosed, is_own_user
 from proxy.team.frames import MAX_DIGESTS, VERSION, BadFrame, Frame
+from proxy.team.tasks import answer, listen
 from proxy.upstream.routing import Upstream
 
 #: Followers at a time, at most: workers of one machine.
@@ -55,6 +59,7 @@ class Leader:
         touch: Touch,
         status: Status,
         hand_over: Callable[[], None],
+        tasks: Board,
         log: Logger,
         beat: float = BEAT,
     ) -> None:
@@ -65,6 +70,7 @@ class Leader:
         self.settings = settings
         self.touch = touch
         self.status = status
+        self.tasks = tasks
         self.log = log
         self._hand_over = hand_over
         self._beat = beat
@@ -255,25 +261,29 @@ class _Call:
             if self._frame.kind == "pulled":
                 await self._pulled()
                 return
+            if self._frame.kind in ("task", "watch"):
+                about = self._task if self._frame.kind == "task" else self._watch
+                await self._answer(about, Timing())
+                return
             handler = handlers.get(self._frame.kind)
             if handler is None:
                 raise BadFrame(f"no call is named {self._frame.kind[:20]!r}")
             now = asyncio.get_running_loop().time()
             ask = wire.read_ask(self._frame.fields, self._leader.upstreams, now)
-            await self._answer(handler, ask)
+            await self._answer(partial(handler, ask), ask.timing)
         except ChannelClosed:
             return
         except BadFrame as error:
             self._channel.close(f"it said what no follower says: {error}")
 
-    async def _answer(self, handler: Callable[[Ask], Awaitable[None]], ask: Ask) -> None:
+    async def _answer(self, handler: Callable[[], Awaitable[None]], timing: Timing) -> None:
         try:
-            await handler(ask)
+            await handler()
         except ShuttingDown:
             # The client need not know that the leader ends: the next one will answer.
             self._channel.close("the leader ends")
         except PullError as error:
-            self._send("error", **wire.error_fields(error), **wire.timing_fields(ask.timing))
+            self._send("error", **wire.error_fields(error), **wire.timing_fields(timing))
         except (BadFrame, ChannelClosed):
             raise
         except Exception as error:  # a defect of ours: its client hears of it, and the log
@@ -301,6 +311,31 @@ class _Call:
                 await self._leader.puller.pulled(*image)
             except PullError as error:  # a guess: whoever asks for its blobs hears of it
                 self._leader.log.debug("not_prefetched", digest=str(image[2]), cause=str(error))
+
+    async def _task(self) -> None:
+        """A question about tasks."""
+        said = await answer(self._leader.tasks, self._frame.fields)
+        self._send("answer", data=json.dumps(said).encode())
+
+    async def _watch(self) -> None:
+        """A listener to tasks: a word for each time that more is asked for."""
+        watch = await listen(self._leader.tasks, self._frame.fields)
+        with contextlib.closing(watch):
+            self._send("answer", pieces=True)
+            while (news := await self._next_word(watch)) is not None:
+                said = json.dumps(news.document).encode()
+                self._send("news", data=said, id=news.id, what=news.kind)
+            self._send("end")
+
+    async def _next_word(self, watch: Watch) -> News | None:
+        await self.wants.wait()
+        self.wants.clear()
+        try:
+            return await watch.next()
+        except ShuttingDown:
+            # The next leader goes on with it. That is when the channel ends, not yet: pulls go on.
+            never: asyncio.Future[News] = asyncio.get_running_loop().create_future()
+            return await never
 
     async def _refresh(self, ask: Ask) -> None:
         tag = Tag.parse(str(self._frame.fields.get("reference")))

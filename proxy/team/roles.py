@@ -144,7 +144,7 @@ class Roles:
                 raise CacheDirUnusable(self._directory, f"{SOCKET}: {error}") from error
             await self._leave()
             self._stack = stack.pop_all()
-        self._front.lead(leader.puller, leader.puller.at_hand)
+        self._front.lead(leader.puller, leader.puller.at_hand, leader.tasks)
         self._log.info("leads", directory=str(self._directory))
         return True
 

@@ -212,7 +212,7 @@ async def _serve(options: argparse.Namespace, out: TextIO) -> None:
         control = web.ServerRunner(web.Server(_Control(registry, options).answer, access_log=None))
         await control.setup()
         try:
-            await web.TCPSite(control, "127.0.0.1", 0).start()
+            await web.TCPSite(control, options.host, 0).start()
             host, port = control.addresses[0][:2]
             said = _announcement(registry, images, f"http://{host}:{port}")
             said["patterns"] = {"name": PATTERNS, "digests": [str(digest) for digest in patterns]}

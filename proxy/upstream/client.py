@@ -34,6 +34,7 @@ from proxy.oci.errors import (
 from proxy.oci.manifest import MANIFEST_ACCEPT, MAX_MANIFEST
 from proxy.oci.paths import Kind
 from proxy.oci.ranges import parse_content_range
+from proxy.throttle import Stream, Throttle
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import refusal, translated
 from proxy.upstream.hosts import HostPattern
@@ -45,7 +46,6 @@ from proxy.upstream.reach import ANYWHERE, Reach, allowing
 from proxy.upstream.reply import Reply, drain, next_hop, read_bounded
 from proxy.upstream.routing import Upstream
 from proxy.upstream.signs import BUSY
-from proxy.upstream.throttle import Stream, Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 

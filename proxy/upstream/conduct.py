@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -48,6 +49,7 @@ from proxy.upstream.health import (
     State,
     Trouble,
 )
+from proxy.upstream.leases import Leases, Unshared
 from proxy.upstream.quota import Pulls
 from proxy.upstream.turns import Ticket, TurnClass
 
@@ -82,8 +84,10 @@ class Conduct:
         log: Logger | None = None,
         budget: RetryBudget | None = None,
         on_cap: Callable[[Cap], None] = lambda _cap: None,
+        leases: Leases | None = None,
     ) -> None:
         self.cap = cap
+        self._leases: Leases = leases or Unshared(cap.maximum)
         self.health = Health(label, clock=clock, on_change=self._health_changed)
         self.retries = Retries(label, metrics=metrics, clock=clock, budget=budget)
         apart = self.retries.budget.another()
@@ -245,7 +249,28 @@ class Conduct:
 
     def went_well(self, sent_at: float, *, full: bool) -> None:
         """A request got what it asked for; ``full``: the cap was the limit when it was sent."""
-        self._settle(self.cap.succeeded(self._clock(), sent_at=sent_at, full=full))
+        cap = self.cap.succeeded(self._clock(), sent_at=sent_at, full=full)
+        if self._leases.is_shared:
+            # The successes of all nodes count together, and so it is not for this one to grow.
+            if cap.run > self.cap.run or cap.limit > self.cap.limit:
+                self._leases.went_well(self.cap.needed_run)
+            cap = replace(self.cap, is_proved=cap.is_proved)
+        self._settle(cap)
+
+    def adopt(self, limit: int, ceiling: int | None) -> None:
+        """The cap that the nodes of the fleet have agreed on."""
+        limit = max(1, min(limit, self.cap.maximum))
+        self._gate.limit = limit
+        self.cap = replace(
+            self.cap,
+            limit=limit,
+            ceiling=ceiling,
+            run=0,
+            changed_at=self._clock(),
+            is_proved=limit >= self.cap.limit,
+            reason="shared by the fleet",
+        )
+        self._note(self.cap)
 
     def was_too_much(self, repository: str, sent_at: float, reason: str) -> None:
         """The upstream broke under a request for ``repository`` sent at ``sent_at``."""
@@ -285,7 +310,12 @@ class Conduct:
     def _settle(self, cap: Cap) -> None:
         if cap.limit != self.cap.limit:
             self._gate.limit = cap.limit
+        if (cap.limit, cap.ceiling) != (self.cap.limit, self.cap.ceiling):
+            self._leases.cap_changed()
         self.cap = cap
+        self._note(cap)
+
+    def _note(self, cap: Cap) -> None:
         breaker = self.health.breaker
         is_out = breaker.state is not State.CLOSED and breaker.is_unreachable
         self._on_cap(self._before if is_out else cap)

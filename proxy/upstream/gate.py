@@ -23,6 +23,9 @@ States of a waiter, and who moves it:
 A class may be *paused* for a while, because the upstream asked for it (Retry-After): its waiters
 keep their places and are passed over until then. A timer, one at most, looks again at the end.
 
+Where several nodes share an origin's cap (``leases.py``), turns may use only as many slots as this
+node has leases for; who waits for one waits in the same queue.
+
 The request rate, where there is one, is asked for after the slot: the limiter lets newcomers
 overtake, the queue does not. A waiter cancelled there gives its slot back.
 
@@ -37,8 +40,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from prometheus_client import Histogram
+
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import QueueFull
+from proxy.upstream.leases import Leases, RateLimit, Unshared
 from proxy.upstream.turns import Ticket, TurnClass, TurnQueue, TurnTimes
 
 #: From this limit on one slot is kept for metadata (D3).
@@ -52,6 +58,8 @@ QUEUE_FULL_RETRY = 5.0
 
 _ALL = frozenset(TurnClass)
 _METADATA_ONLY = frozenset({TurnClass.METADATA})
+#: Classes that take what nobody else wants, here or in other nodes.
+_SPARE = (TurnClass.SEGMENT, TurnClass.ABANDONED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +105,6 @@ class Slots(Protocol):
     def state(self) -> GateState: ...
 
 
-class RateLimit(Protocol):
-    """What the gate asks of aiolimiter's ``AsyncLimiter``; only ever with an amount of one,
-    because its queue lets small amounts overtake large ones."""
-
-    async def acquire(self, amount: float = 1) -> None: ...
-
-
 class Gate:
     """The in-process ``Slots``."""
 
@@ -116,6 +117,7 @@ class Gate:
         clock: Callable[[], float],
         max_waiting: int = 10_000,
         rate: RateLimit | None = None,
+        leases: Leases | None = None,
         is_open: Callable[[int], bool] = lambda _number: False,
         is_warm: Callable[[int], bool] = lambda _number: False,
     ) -> None:
@@ -128,6 +130,7 @@ class Gate:
         self._metrics = metrics
         self._clock = clock
         self._rate = rate
+        self._leases: Leases = leases or Unshared(capacity)
         self._is_open = is_open
         self._is_warm = is_warm
         self._limit = capacity
@@ -138,11 +141,12 @@ class Gate:
         self._granted: dict[int, TurnClass] = {}
         self._bulk = 0  # granted slots that are not for metadata
         self._paused: dict[TurnClass, float] = {}  # until when
+        self._waits: dict[TurnClass, Histogram] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def limit(self) -> int:
-        return self._limit
+        return min(self._limit, self._leases.total)
 
     @limit.setter
     def limit(self, limit: int) -> None:
@@ -151,18 +155,56 @@ class Gate:
 
     @property
     def spare(self) -> int:
-        return 0 if len(self._queue) else max(0, self._open_to(TurnClass.BLOB))
+        return 0 if len(self._queue) else max(0, self._could_open_to(TurnClass.BLOB))
 
     def is_full(self, turn_class: TurnClass) -> bool:
         """Are as many slots granted as may be to this class?"""
-        return self._open_to(turn_class) <= 0
+        return self._could_open_to(turn_class) <= 0
 
-    def _open_to(self, turn_class: TurnClass) -> int:
-        """Slots that may still be granted to this class, which does not get the kept one."""
-        free = self._limit - len(self._granted)
-        if turn_class is TurnClass.METADATA or self._limit < RESERVE_FROM:
+    def _could_open_to(self, turn_class: TurnClass) -> int:
+        """Slots that could still be granted to this class, which does not get the kept one, as far
+        as is known of leases that nobody has."""
+        leases = self._leases
+        free = min(self.limit, leases.most + leases.free) - len(self._granted)
+        if turn_class is TurnClass.METADATA:
             return free
-        return min(free, self._limit - 1 - self._bulk)
+        return min(free, self._bulk_room(leases.free_bulk) - self._bulk)
+
+    def _bulk_room(self, more: int = 0) -> int:
+        """Slots that may be used for anything but metadata."""
+        limit = self.limit
+        return min(limit - (limit >= RESERVE_FROM), self._leases.bulk + more)
+
+    # -- for leases ------------------------------------------------------------------------
+
+    @property
+    def granted(self) -> Collection[int]:
+        """The numbers of slots in use."""
+        return self._granted.keys()
+
+    @property
+    def pressing(self) -> int:
+        """Slots in use and waited for, but for those that take what nobody else wants."""
+        waiting = sum(self._queue.depth(one) for one in TurnClass if one not in _SPARE)
+        return (
+            len(self._granted)
+            + waiting
+            - sum(self._queue.depth(one) for one in self._paused_now() if one not in _SPARE)
+        )
+
+    @property
+    def spare_waiters(self) -> int:
+        """Waiters that take what nobody else wants."""
+        return sum(map(self._queue.depth, _SPARE))
+
+    @property
+    def metadata(self) -> int:
+        """Slots that metadata uses and waits for."""
+        return len(self._granted) - self._bulk + self._queue.depth(TurnClass.METADATA)
+
+    def regrant(self) -> None:
+        """There may be more leases, or fewer, than there were."""
+        self._grant()
 
     # -- pauses ----------------------------------------------------------------------------
 
@@ -225,7 +267,8 @@ class Gate:
         self._grant()
         # Only now: a slot may have been free for this ticket though others wait (the kept one).
         # Further turns of flights wait for everybody else, and so they take nobody's place.
-        if len(self._queue) - self._queue.depth(TurnClass.SEGMENT) > self.max_waiting:
+        is_full = len(self._queue) - self._queue.depth(TurnClass.SEGMENT) > self.max_waiting
+        if is_full and not self._can_be_leased(ticket.turn_class):
             self._withdraw(ticket, future)
             raise QueueFull(
                 QUEUE_FULL_RETRY,
@@ -238,6 +281,10 @@ class Gate:
                 self.release(future.result(), was_used=False)
             self._metrics.queue_abandoned.labels(self.name, ticket.turn_class).inc()
             raise
+
+    def _can_be_leased(self, turn_class: TurnClass) -> bool:
+        """Is a slot free for this class, as soon as there is a lease for it?"""
+        return self._leases.is_shared and self._could_open_to(turn_class) > 0
 
     def _withdraw(self, ticket: Ticket, future: asyncio.Future[Slot]) -> bool:
         """Leave the queue; false if it is too late, because the slot has been granted."""
@@ -267,15 +314,18 @@ class Gate:
         """
         bulk = (TurnClass.SMALL, TurnClass.BLOB)
         seconds = sum(self._queue.images(one) * self._times.of(one) for one in bulk)
-        return seconds / (self._limit - (self._limit >= RESERVE_FROM))
+        return seconds / max(1, self.limit - (self.limit >= RESERVE_FROM))
 
     def _grant(self) -> None:
         if self._paused:
             self._look_again()
-        while len(self._granted) < self._limit and len(self._queue):
-            ticket = self._queue.take(self._allowed())
+        while len(self._granted) < min(self.limit, self._leases.most) and len(self._queue):
+            allowed = self._allowed()
+            if allowed is _METADATA_ONLY and not self._queue.depth(TurnClass.METADATA):
+                break  # so most turns of blobs end
+            ticket = self._queue.take(allowed)
             if ticket is None:
-                return
+                break
             future, since = self._waiters.pop(ticket)
             if future.done():  # cancelled, but its task has not run yet
                 continue
@@ -284,8 +334,17 @@ class Gate:
             self._granted[slot.number] = slot.turn_class
             self._bulk += slot.turn_class is not TurnClass.METADATA
             ticket.waited += now - since
-            self._metrics.queue_wait.labels(self.name, slot.turn_class).observe(now - since)
+            self._waited(slot.turn_class).observe(now - since)
             future.set_result(slot)
+        self._leases.changed()
+
+    def _waited(self, turn_class: TurnClass) -> Histogram:
+        """Where the waits of a class are counted, looked up once: it is done in each turn."""
+        known = self._waits.get(turn_class)
+        if known is None:
+            known = self._metrics.queue_wait.labels(self.name, turn_class)
+            self._waits[turn_class] = known
+        return known
 
     def _next_free(self) -> int:
         for place in range(len(self._free) - 1, -1, -1):
@@ -294,12 +353,13 @@ class Gate:
         return self._free.pop()
 
     def _allowed(self) -> frozenset[TurnClass]:
-        is_kept = self._limit >= RESERVE_FROM and self._bulk >= self._limit - 1
+        is_kept = self._bulk >= self._bulk_room()
         allowed = _METADATA_ONLY if is_kept else _ALL
         return allowed.difference(self._paused_now()) if self._paused else allowed
 
     def has_rival(self, slot: Slot) -> bool:
-        return self._queue.has_rival(slot.turn_class, self._paused_now())
+        is_wanted = self._queue.has_rival(slot.turn_class, self._paused_now())
+        return is_wanted or self._leases.is_contested
 
     def ahead_of(self, ticket: Ticket) -> int:
         return self._queue.ahead_of(ticket)
@@ -310,11 +370,11 @@ class Gate:
             upstream=self.name,
             active=len(self._granted),
             idle=sum(1 for number in self._free if self._is_open(number)),
-            limit=self._limit,
+            limit=self.limit,
             depth=self._queue.depths(),
             queue_limit=self.max_waiting,
             round_seconds=self.round_seconds,
         )
 
     def __repr__(self) -> str:
-        return f"<Gate {self.name} {len(self._granted)}/{self._limit} active, {self._queue!r}>"
+        return f"<Gate {self.name} {len(self._granted)}/{self.limit} active, {self._queue!r}>"

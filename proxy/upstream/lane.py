@@ -12,6 +12,9 @@ that is not closed on our side:
   that was cancelled while it dialled;
 * it keeps its socket after a body that was read to the end, for the next turn on the same slot.
 
+Before each dial the lane asks (``on_dial``): where several nodes share the cap, the lease may have
+been lost since the turn was granted. ``cut`` ends what is being dialled, too.
+
 ``abort`` is how a socket with an unfinished answer ends. Closing it would not do: uvloop with TLS
 goes on downloading until its shutdown time-out (measured: 1 GB after the client had left at
 0.4 MB). The descriptor goes away within a loop turn or two after it, on every loop we run on.
@@ -116,7 +119,12 @@ class _LaneConnector(aiohttp.TCPConnector):
     """
 
     def __init__(
-        self, tls: Tls, proxy_tls: Tls, resolver: AbstractResolver, connect_timeout: float
+        self,
+        tls: Tls,
+        proxy_tls: Tls,
+        resolver: AbstractResolver,
+        connect_timeout: float,
+        on_dial: Callable[[], None],
     ) -> None:
         super().__init__(
             limit=1,
@@ -127,6 +135,8 @@ class _LaneConnector(aiohttp.TCPConnector):
             socket_factory=self._dial,
         )
         self.dialled = 0  # how often
+        self._dial_limit: asyncio.Timeout | None = None  # while it dials
+        self._on_dial = on_dial
         # aiohttp has no parameter for it.
         self._factory = functools.partial(
             _Protocol,
@@ -150,6 +160,7 @@ class _LaneConnector(aiohttp.TCPConnector):
         family, kind, proto, _name, address = addr_info
         if not self._request.is_proxied:
             self._request.expect(str(address[0]), address[1])
+        self._on_dial()
         sock = socket.socket(family, kind, proto)
         self._sockets = [known for known in self._sockets if known.fileno() != -1]
         self._sockets.append(sock)
@@ -211,6 +222,16 @@ class _LaneConnector(aiohttp.TCPConnector):
         await self.shut()
         self.peer = None
         self._contexts = (await context_of(self._tls), await context_of(self._proxy_tls))
+        try:
+            async with asyncio.timeout(None) as self._dial_limit:
+                proto = await self._connect(req, *args, **kwargs)
+        finally:
+            self._dial_limit = None
+        self._proto = proto
+        self._transport = proto.transport
+        return proto
+
+    async def _connect(self, req: Any, *args: Any, **kwargs: Any) -> ResponseHandler:
         if req.proxy is None:
             proto = await super()._create_connection(req, *args, **kwargs)
             self.peer = _peer_of(proto)
@@ -222,8 +243,6 @@ class _LaneConnector(aiohttp.TCPConnector):
             except TimeoutError as error:
                 raise aiohttp.ConnectionTimeoutError("through the egress proxy") from error
             self.peer = req.host
-        self._proto = proto
-        self._transport = proto.transport
         return proto
 
     def _get_ssl_context(self, req: Any) -> ssl.SSLContext | None:
@@ -239,6 +258,12 @@ class _LaneConnector(aiohttp.TCPConnector):
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort()
+
+    def cut(self) -> None:
+        """Drop the socket and, other than ``abort``, one that is being made: that is cancelled."""
+        self.abort()
+        if self._dial_limit is not None:
+            self._dial_limit.reschedule(asyncio.get_running_loop().time())
 
     async def shut(self) -> None:
         """Abort the socket, if there is one, and wait until it is closed."""
@@ -300,11 +325,12 @@ class Lane:
         connect_timeout: float,
         read_timeout: float,
         on_replay: Callable[[], None] = lambda: None,
+        on_dial: Callable[[], None] = lambda: None,
         proxy: EgressProxy | None = None,
         proxy_tls: Tls = None,
     ) -> None:
         self._on_replay = on_replay
-        self._connector = _LaneConnector(tls, proxy_tls, resolver, connect_timeout)
+        self._connector = _LaneConnector(tls, proxy_tls, resolver, connect_timeout, on_dial)
         self._patience = read_timeout
         self._proxy = proxy
         self._session = aiohttp.ClientSession(
@@ -385,6 +411,10 @@ class Lane:
     def abort(self) -> None:
         """Drop the socket, whatever it is doing."""
         self._connector.abort()
+
+    def cut(self) -> None:
+        """Drop the socket, be it that it is only being made."""
+        self._connector.cut()
 
     async def shut(self) -> None:
         """Drop the socket and wait until it is closed."""

@@ -10,7 +10,9 @@ again before the aborted socket is closed: its lane waits for that before it dia
 
 So the sockets that are not yet closed on our side never outnumber the lanes. When the limit is
 below the number of lanes, lanes with idle sockets beyond it are closed before a request is sent, so
-that idle sockets never push the count over the limit either.
+that idle sockets never push the count over the limit either. Where nodes share the limit
+(``leases.py``) that is true of this node's part of it, and a turn whose socket had to be given up
+with its lease fails with ``LeaseLost``, which is held against nobody.
 
 Before a turn is queued for, ``conduct.py`` may hold it back: the origin is down, it asked for a
 pause, or too many retries were made. The breaker is asked again when the slot has been granted, and
@@ -33,21 +35,21 @@ from proxy.oci.digest import Chunk
 from proxy.oci.errors import (
     EgressFailed,
     EgressRefused,
+    LeaseLost,
     PullError,
-    ShuttingDown,
     UpstreamStalled,
 )
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import Cap
 from proxy.upstream.conduct import Conduct
-from proxy.upstream.dns import OriginResolver
 from proxy.upstream.egress import EgressProxy
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.errors import egress_failure, egress_refusal
-from proxy.upstream.gate import Gate, RateLimit, Slot, Slots
+from proxy.upstream.gate import Gate, Slot, Slots
 from proxy.upstream.incoming import Incoming
-from proxy.upstream.lane import Lane
+from proxy.upstream.lanes import Borrowing, Lanes
 from proxy.upstream.learned import CapBook
+from proxy.upstream.leases import Alone, LeaseSource, RateLimit
 from proxy.upstream.reach import ANYWHERE, Reach
 from proxy.upstream.ring import Rings
 from proxy.upstream.stall import StallLimit
@@ -80,6 +82,7 @@ class Turn:
         self._sent_at = slot.since
         # Only a request that went out at a full cap says that the cap could be larger.
         self._was_full = origin.gate.is_full(slot.turn_class)
+        self.cuts = origin.cuts  # when its request was sent
         self.was_of_use = False  # there was an answer that was meant
         self._received = 0  # bytes of bodies
 
@@ -100,6 +103,7 @@ class Turn:
         self.finish()
         await self.origin.allow(self)
         self._sent_at = self.origin.clock()
+        self.cuts = self.origin.cuts
         try:
             self._response = await self.origin.send(
                 self, method, url, headers or {}, reach=reach, patience=self._patience(), data=data
@@ -120,11 +124,18 @@ class Turn:
     async def borrow(self, most: int = -1) -> Chunk:
         """The next bytes of the body, up to ``most`` (-1: as many as there are); ``b""`` at its
         end. They are good until the next call, or the end of the turn.
-        Raises what aiohttp raises, and ``UpstreamStalled``, after which the turn has to end.
+        Raises what aiohttp raises, and ``UpstreamStalled`` and ``LeaseLost``, after which the turn
+        has to end.
         """
         if self._incoming is None:
             raise ValueError(f"{self!r} has no answer to read")
-        data = await self._incoming.borrow(most)
+        try:
+            data = await self._incoming.borrow(most)
+        except (aiohttp.ClientError, OSError, UpstreamStalled) as error:
+            self.origin.expect_lease(self, error)
+            raise
+        if not data and self._response is not None and self._response.content_length is None:
+            self.origin.expect_lease(self)  # the end may be that of a socket that was dropped
         self._received += len(data)
         return data
 
@@ -203,21 +214,34 @@ class Origin:
         caps: CapBook | None = None,
         budget: RetryBudget | None = None,
         rings: Rings | None = None,
+        leases: LeaseSource | None = None,
     ) -> None:
-        """``caps``: where the cap is remembered; without, nothing of it is."""
+        """``caps``: where the cap is remembered; without, nothing of it is. ``leases``: of whom
+        the cap is shared with; without, of nobody."""
         self.key = key
         self.settings = settings
         self.clock = clock
         self.rings = (rings or Rings()) if settings.fast_receive else None
+        self.leases = (leases or Alone()).open(key.label, settings.max_connections, rate)
         self.gate = Gate(
             key.label,
             capacity=settings.max_connections,
             metrics=metrics,
             clock=clock,
             max_waiting=settings.max_waiting,
-            rate=rate,
-            is_open=self._is_open,
-            is_warm=self._is_warm,
+            rate=self.leases.rate,
+            leases=self.leases,
+            is_open=lambda number: self._lanes.is_open(number),
+            is_warm=lambda number: self._lanes.is_warm(number),
+        )
+        self._lanes = Lanes(
+            key.label,
+            settings,
+            self.leases,
+            granted=lambda: self.gate.granted,
+            clock=clock,
+            proxy=self.proxy,
+            on_replay=metrics.upstream_replays.labels(key.label).inc,
         )
         self.slots: Slots = self.gate
         self.conduct = Conduct(
@@ -229,12 +253,10 @@ class Origin:
             log=log,
             budget=budget,
             on_cap=(lambda cap: caps.note(key.label, cap)) if caps else lambda _cap: None,
+            leases=self.leases,
         )
+        self.leases.bind(Borrowing(self.gate, self._lanes, self.conduct))
         self._metrics = metrics
-        self._lanes: dict[int, Lane] = {}
-        self._resolver: OriginResolver | None = None
-        self._busy: set[int] = set()
-        self._is_closed = False
         self._coming = 0
         self._bytes_per_second = MAX_TURN_BYTES / TURN_SECONDS
 
@@ -262,7 +284,6 @@ class Origin:
         finally:
             self._coming -= 1
         turn = Turn(self, slot, repository)
-        self._busy.add(slot.number)
         try:
             yield turn
         except PullError:
@@ -270,7 +291,6 @@ class Origin:
             raise
         finally:
             turn.finish()
-            self._busy.discard(slot.number)
             self.conduct.health.leave(slot.number)
             self.slots.release(slot)
             if turn.was_of_use:
@@ -309,14 +329,15 @@ class Origin:
     ) -> aiohttp.ClientResponse:
         """One request on the lane of the turn's slot, counted. Raises as ``Turn.request`` does."""
         slot = turn.slot
-        lane = self._lane(slot.number)
-        await self._make_room()
+        lane = self._lanes.lane(slot.number)
+        await self._lanes.make_room(min(self.slots.limit, self.leases.allowed))
         started = self.clock()
         try:
             response = await lane.request(
                 method, url, headers, reach=reach, patience=patience, data=data
             )
         except (aiohttp.ClientError, OSError, asyncio.CancelledError) as error:
+            self.expect_lease(turn, error)
             failure = self._egress_failure(error)
             if failure is None:
                 self.conduct.broke(slot, error, turn.repository, sent_at=started)
@@ -336,19 +357,31 @@ class Origin:
             return None
         return egress_failure(error, self.key.label, self.proxy.label)
 
-    def _counted(self, failure: E) -> E:
-        self._metrics.upstream_errors.labels(self.key.label, "egress").inc()
+    def _counted(self, failure: E, kind: str = "egress") -> E:
+        self._metrics.upstream_errors.labels(self.key.label, kind).inc()
         return failure
+
+    @property
+    def cuts(self) -> int:
+        """How often all sockets had to be given up."""
+        return self._lanes.cuts
+
+    def expect_lease(self, turn: Turn, error: BaseException | None = None) -> None:
+        """Raises ``LeaseLost`` if the turn's socket was given up since it sent its request; that
+        is why there was this ``error``."""
+        if turn.cuts != self.cuts and not isinstance(error, asyncio.CancelledError):
+            lost = LeaseLost(f"{self.key.label}: its leases ended")
+            raise self._counted(lost, "lease") from error
 
     def abort(self, slot: Slot) -> None:
         """Drop the socket of the slot's lane, whatever it is doing."""
-        lane = self._lanes.get(slot.number)
+        lane = self._lanes.find(slot.number)
         if lane is not None:
             lane.abort()
 
     def peer(self, slot: Slot) -> str:
         """Who answers on the slot's lane."""
-        lane = self._lanes.get(slot.number)
+        lane = self._lanes.find(slot.number)
         return (lane.peer if lane is not None else None) or self.key.host
 
     @property
@@ -356,44 +389,9 @@ class Origin:
         """The egress proxy that its sockets go through."""
         return self.settings.egress.proxy_for(self.key.scheme, self.key.host, self.key.port)
 
-    def _lane(self, number: int) -> Lane:
-        if self._is_closed:
-            raise ShuttingDown
-        lane = self._lanes.get(number)
-        if lane is None:
-            settings = self.settings
-            if self._resolver is None:
-                self._resolver = OriginResolver(
-                    aiohttp.DefaultResolver(), patience=settings.connect_timeout, clock=self.clock
-                )
-            lane = self._lanes[number] = Lane(
-                tls=settings.tls,
-                resolver=self._resolver,
-                connect_timeout=settings.connect_timeout,
-                read_timeout=settings.read_timeout,
-                on_replay=self._metrics.upstream_replays.labels(self.key.label).inc,
-                proxy=self.proxy,
-                proxy_tls=settings.proxy_tls,
-            )
-        return lane
-
-    async def _make_room(self) -> None:
-        """Close idle sockets that would, with the ones in turns, exceed the limit.
-
-        A lane that is given a turn while its socket is being closed here was counted already.
-        """
-        for number, lane in list(self._lanes.items()):
-            held = self._busy | {n for n, other in self._lanes.items() if other.is_open}
-            if len(held) <= self.slots.limit:
-                return
-            if number not in self._busy:
-                await lane.shut()
-
     async def shut_idle(self) -> None:
         """Close every socket that no turn uses."""
-        for number, lane in list(self._lanes.items()):
-            if number not in self._busy:
-                await lane.shut()
+        await self._lanes.shut_idle()
 
     def stalled(self, limit: StallLimit) -> UpstreamStalled:
         """The error of a body that was slower than this, counted."""
@@ -424,27 +422,16 @@ class Origin:
     @property
     def is_open(self) -> bool:
         """Is there a socket that is not yet closed on our side?"""
-        return any(lane.is_open for lane in self._lanes.values())
+        return self._lanes.is_any_open
 
     def state(self) -> GateState:
         return self.slots.state()
 
-    def _is_open(self, number: int) -> bool:
-        lane = self._lanes.get(number)
-        return lane is not None and lane.is_open
-
-    def _is_warm(self, number: int) -> bool:
-        lane = self._lanes.get(number)
-        return lane is not None and lane.is_warm
-
     async def close(self) -> None:
-        """Close every socket; turns that are in use fail."""
-        self._is_closed = True
+        """Close every socket, and give its leases back; turns that are in use fail."""
         self.conduct.close()
-        for lane in self._lanes.values():
-            await lane.close()
-        if self._resolver is not None:
-            await self._resolver.close()
+        await self._lanes.close()
+        await self.leases.close()
 
     def __repr__(self) -> str:
         return f"<Origin {self.key.label} {self.slots!r}>"

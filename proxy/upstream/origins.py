@@ -15,8 +15,8 @@ from proxy.observe.logs import Logger
 from proxy.observe.metrics import GateState, Metrics, OriginState
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.endpoint import OriginKey, OriginSettings
-from proxy.upstream.gate import RateLimit
 from proxy.upstream.learned import CapBook
+from proxy.upstream.leases import LeaseSource, RateLimit
 from proxy.upstream.origin import Origin
 from proxy.upstream.ring import Rings
 
@@ -35,14 +35,16 @@ class Origins:
         log: Logger | None = None,
         caps: CapBook | None = None,
         budget: Callable[[], RetryBudget] = RetryBudget,
+        leases: LeaseSource | None = None,
     ) -> None:
         """``caps`` remembers the caps of configured upstreams across a restart, ``budget`` makes
-        the retry budget of an origin."""
+        the retry budget of an origin, ``leases`` are those of caps that nodes share."""
         self._metrics = metrics
         self._clock = clock
         self._log = log
         self._caps = caps
         self._budget = budget
+        self._leases = leases
         self._rings = Rings()
         self._own: dict[OriginKey, Origin] = {}
         self._foreign: OrderedDict[OriginKey, Origin] = OrderedDict()
@@ -62,6 +64,7 @@ class Origins:
                 caps=self._caps,
                 budget=self._budget(),
                 rings=self._rings,
+                leases=self._leases,
             )
         return self._own[key]
 
@@ -84,6 +87,7 @@ class Origins:
                 log=self._log,
                 budget=self._budget(),
                 rings=self._rings,
+                leases=self._leases,
             )
             self._foreign[key] = known
         elif key in self._foreign:

@@ -16,11 +16,11 @@ from yarl import URL
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Chunk
 from proxy.oci.errors import RedirectRefused, TooLarge
+from proxy.throttle import Stream
 from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import translated
 from proxy.upstream.origin import Origin, Turn
 from proxy.upstream.reach import ANYWHERE, Reach
-from proxy.upstream.throttle import Stream
 
 #: Bytes read of an answer that is only read to keep its connection, or for its error text.
 MAX_ERROR_BODY = 64 << 10

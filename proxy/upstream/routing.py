@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from proxy.oci.errors import NameInvalid, NameUnknown
+from proxy.oci.image import ImageName
 from proxy.oci.reference import Repository
 
 # Three hosts, one registry: image names say the first, old dockerds the second, and the third is
@@ -121,6 +122,16 @@ class Routes:
         if self._default is None:
             raise NameUnknown(f"{asked!r} names no configured upstream and there is no default")
         return Route(self._default, self._default.repository(asked), asked, None)
+
+    def image(self, name: ImageName) -> Route:
+        """The same for the name of an image. One without a registry means what it means to a client
+        that pulls from here: the default upstream, or docker.io where there is none."""
+        try:
+            return self.route(name.repository, name.registry)
+        except NameUnknown:
+            if name.registry is not None:
+                raise
+            return self.route(name.repository, DOCKER_HUB_NAMES[0])
 
 
 def _shown(text: str) -> str:

@@ -38,7 +38,8 @@ having none.
 
 Every entry is removed at once when its ticket leaves, so an abandoned waiter costs nothing later.
 A grant costs one step per client of the granted ticket, whatever the number of tickets, images
-and clients waiting.
+and clients waiting. A client that joins or leaves costs one step, whatever the number of others:
+thousands come to a flight at once, and leave it at once.
 """
 
 from __future__ import annotations
@@ -160,28 +161,36 @@ class Ticket:
 
     def join(self, client: str) -> None:
         """``client`` waits for this ticket too."""
-        self._change({**self._clients, client: None}, self.turn_class)
+        if client in self._clients:
+            return
+        if self._queue is None:
+            self._clients[client] = None
+        elif self._clients:
+            self._queue._rings[self.turn_class].line_up(self, client)
+            self._clients[client] = None
+        else:
+            self._stand_anew({client: None}, self.turn_class)
 
     def leave(self, client: str) -> None:
         """``client`` does not wait for it any more."""
-        kept = {known: None for known in self._clients if known != client}
-        self._change(kept, self.turn_class)
+        if client not in self._clients:
+            return
+        if self._queue is None:
+            del self._clients[client]
+        elif len(self._clients) > 1:
+            self._queue._rings[self.turn_class].drop(self, client)
+            del self._clients[client]
+        else:
+            self._stand_anew({}, self.turn_class)
 
     def move(self, turn_class: TurnClass) -> None:
         """Stand in another class from now on."""
-        self._change(self._clients, turn_class)
+        if turn_class != self.turn_class:
+            self._stand_anew(self._clients, turn_class)
 
-    def _change(self, clients: dict[str, None], turn_class: TurnClass) -> None:
-        if clients == self._clients and turn_class == self.turn_class:
-            return
+    def _stand_anew(self, clients: dict[str, None], turn_class: TurnClass) -> None:
+        """Be another one: at the end of the line, where it waits in one."""
         queue = self._queue
-        if queue is not None and turn_class == self.turn_class and self._clients and clients:
-            for client in clients.keys() - self._clients.keys():
-                queue._rings[turn_class].line_up(self, client)
-            for client in self._clients.keys() - clients.keys():
-                queue._rings[turn_class].drop(self, client)
-            self._clients = clients
-            return
         if queue is not None:
             queue.discard(self)
         self._clients, self.turn_class = clients, turn_class
@@ -242,9 +251,13 @@ class _Ring:
             del self.clients[client]
 
 
-def _yields_to(turn_class: TurnClass, lower: TurnClass) -> bool:
-    """Must ``turn_class`` let ``lower`` pass now and then?"""
-    return _RANK[turn_class] < _RANK[lower] and lower not in _SPARE
+#: Those that each class must let pass now and then.
+_YIELDS_TO = {
+    turn_class: frozenset(
+        lower for lower in TurnClass if _RANK[turn_class] < _RANK[lower] and lower not in _SPARE
+    )
+    for turn_class in TurnClass
+}
 
 
 class TurnQueue:
@@ -262,9 +275,10 @@ class TurnQueue:
         self.on_move = on_move
         self._row = row
         self._rings = {turn_class: _Ring() for turn_class in TurnClass}
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(ring.count for ring in self._rings.values())
+        return self._length
 
     def depth(self, turn_class: TurnClass) -> int:
         """Tickets waiting in one class."""
@@ -309,6 +323,7 @@ class TurnQueue:
         ticket._queue = self
         ring = self._rings[ticket.turn_class]
         ring.count += 1
+        self._length += 1
         if ticket.urgent:
             ring.urgent[ticket] = None
         for client in ticket.clients:
@@ -321,6 +336,7 @@ class TurnQueue:
         ticket._queue = None
         ring = self._rings[ticket.turn_class]
         ring.count -= 1
+        self._length -= 1
         ring.urgent.pop(ticket, None)
         for client in ticket.clients:
             ring.drop(ticket, client)
@@ -336,26 +352,27 @@ class TurnQueue:
         return ticket
 
     def _choose(self, allowed: Collection[TurnClass]) -> TurnClass | None:
-        waiting = [c for c in TurnClass if self._rings[c].count]
+        waiting = [c for c, ring in self._rings.items() if ring.count]
         candidates = [c for c in waiting if c in allowed]
         if not candidates:
             return None
-        chosen = candidates[-1]
-        for turn_class in reversed(candidates[:-1]):
+        chosen = candidates.pop()
+        while candidates:
             # `chosen` goes if this class does not.
+            turn_class = candidates.pop()
             is_done = self._rings[turn_class].streak >= self._row(turn_class, chosen)
-            if not (is_done and _yields_to(turn_class, chosen)):
+            if not (is_done and chosen in _YIELDS_TO[turn_class]):
                 chosen = turn_class
-        self._count(chosen, is_contested=any(_yields_to(chosen, c) for c in waiting))
+        self._count(chosen, is_contested=not _YIELDS_TO[chosen].isdisjoint(waiting))
         return chosen
 
     def _count(self, granted: TurnClass, *, is_contested: bool) -> None:
         """One more grant in a row for this class; rows of better classes end with it."""
         for turn_class, ring in self._rings.items():
-            if _RANK[turn_class] < _RANK[granted]:
-                ring.streak = 0
-        ring = self._rings[granted]
-        ring.streak = ring.streak + 1 if is_contested else 0
+            if turn_class is granted:
+                ring.streak = ring.streak + 1 if is_contested else 0
+                return
+            ring.streak = 0
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.depths().items() if count)

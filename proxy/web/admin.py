@@ -1,4 +1,4 @@
-"""The admin listener: health, metrics, status, refresh (DESIGN §6); loopback by default.
+"""The admin listener: health, metrics, status, refresh, tasks (DESIGN §6); loopback by default.
 
 ``/livez`` says that the process and its loop work, and never depends on an upstream: a restart
 would not mend one. ``/readyz`` says that requests are welcome: it turns to 503 while draining.
@@ -11,7 +11,7 @@ one line at most.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -42,8 +42,10 @@ class Admin:
         log: Logger,
         refresh: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None,
         siblings: Siblings | None = None,
+        pages: Iterable[web.RouteDef] = (),
     ) -> None:
-        """``siblings`` are the other workers, for which this process speaks too."""
+        """``pages`` are what else is served; ``siblings`` are the other workers, for which this
+        process speaks too."""
         self._metrics = metrics
         self._is_started = is_started
         self._is_draining = is_draining
@@ -52,6 +54,7 @@ class Admin:
         self._log = log
         self._refresh = refresh
         self._siblings = siblings
+        self._pages = tuple(pages)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._answer_defects])
@@ -62,6 +65,7 @@ class Admin:
                 web.get("/startupz", self._startupz),
                 web.get("/metrics", self._render_metrics),
                 web.get("/api/v1/status", self._render_status),
+                *self._pages,
             ]
         )
         if self._refresh is not None:

@@ -31,8 +31,10 @@ between an eviction and the answer there is either no turn of the loop, or a mar
 process that follows another one, the step is that in which the leader's word arrives (``team/``).
 
 **Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
-what is fetched ahead. It is done every ``RENEW`` seconds at least for what is asked for, so that
-the order of eviction is right to that.
+what is fetched ahead. For what is asked for it is done every ``RENEW`` seconds, with many answers
+as often as makes ``RENEWALS`` a second in all (``renew_after``): the order of eviction is right to
+that. It costs as much as an answer; ten thousand that are asked for in turn, each a second after
+the last time, would otherwise be looked for at every request.
 
 **What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
 a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
@@ -69,8 +71,9 @@ from proxy.web.prepared import Entry, Prepared, Table
 from proxy.web.registry import content_headers, contract_headers
 from proxy.web.rows import Row, Rows
 
-#: Seconds after which a hit is looked for anew.
+#: Seconds after which a hit is looked for anew, at least; and how many may be, each second.
 RENEW = 1.0
+RENEWALS = 1000
 #: Bytes of answers that are made before the transport is asked whether it takes more.
 MOST = 64 << 10
 #: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
@@ -163,7 +166,7 @@ class HotPath:
         body = b"" if request.method == "HEAD" else hit.body
         whole = prepared("200 OK", body, Content_Length=str(hit.size))
         unchanged = prepared("304 Not Modified", b"") if kind is Kind.MANIFEST else None
-        return Entry(hit, again, self.clock() + RENEW, whole, unchanged)
+        return Entry(hit, again, self._renew_at(self.clock()), whole, unchanged)
 
     def find(self, line: bytes, head: Head, now: float) -> Prepared | None:
         """The answer to a request line with this head; None: ask the slow path."""
@@ -207,9 +210,12 @@ class HotPath:
         if hit is None or (hit.digest, hit.media_type) != (entry.hit.digest, entry.hit.media_type):
             self.table.drop(line)
             return False
-        entry.hit, entry.renew_at = hit, now + RENEW
+        entry.hit, entry.renew_at = hit, self._renew_at(now)
         self.table.put(line, entry)
         return True
+
+    def _renew_at(self, now: float) -> float:
+        return now + renew_after(len(self.table))
 
     @staticmethod
     def _takes(head: Head, media_type: str) -> bool:
@@ -279,3 +285,8 @@ class HotPath:
         if shape is None:
             shape = prepared.shapes[named] = self.rows.shape(prepared.fields, named=named)
         return self.rows.row(shape, peer, head.agent, user)
+
+
+def renew_after(answers: int) -> float:
+    """Seconds until one of so many answers is looked for anew, if it is asked for."""
+    return max(RENEW, answers / RENEWALS)

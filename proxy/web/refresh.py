@@ -7,30 +7,23 @@
 
 ``was`` is null for a tag that was not known. A name without a registry means what it means to a
 client that pulls from here: the default upstream, or docker.io where there is none.
-
-A browser must not be able to do this on behalf of a page that its user looks at. Such a request is
-either plain (a form, ``text/plain``) and lacks the JSON content type, which no page can send to
-another origin unasked; or it names another Origin; or it reached us by DNS rebinding, and its Host
-is a name of the attacker's. So: JSON, our own Origin or none, and a Host that nobody else can own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import json
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from proxy.oci.errors import NameUnknown, PullError, RequestInvalid
+from proxy.oci.errors import PullError, RequestInvalid
 from proxy.oci.image import ImageName
 from proxy.oci.reference import Tag
 from proxy.pull.asks import Ask
 from proxy.pull.serve import Answerer
-from proxy.upstream.routing import DOCKER_HUB_NAMES, Route, Routes
+from proxy.upstream.routing import Routes
+from proxy.web.orders import Refused, order
 
 #: Images of one request, at most.
 MAX_IMAGES = 100
@@ -48,16 +41,11 @@ class Refresh:
 
     async def post(self, request: web.Request) -> web.Response:
         """Handle one request."""
-        refused = refusal(request.headers.get("Host"), request.headers.get("Origin"), self._host)
-        if refused is not None:
-            return web.json_response({"error": refused}, status=403)
-        if request.content_type != "application/json":
-            return web.json_response({"error": "send application/json"}, status=415)
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            return web.json_response({"error": "send it without Content-Encoding"}, status=400)
         try:
-            names = _names(json.loads(await request.read()))
-        except (ValueError, RecursionError) as error:
+            names = _names(await order(request, self._host))
+        except Refused as error:
+            return error.answer()
+        except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.json_response({"images": await self.refresh(names)})
 
@@ -72,20 +60,12 @@ class Refresh:
             image = ImageName.parse(name)
             if not isinstance(image.reference, Tag):
                 raise RequestInvalid("a digest never changes: name a tag")
-            ask = Ask(self._route(image), CLIENT, asyncio.get_running_loop().time())
+            ask = Ask(self._routes.image(image), CLIENT, asyncio.get_running_loop().time())
             found = await self._puller.refresh(ask, image.reference)
         except PullError as error:
             return {"image": name, "error": {"code": error.code, "message": error.message}}
         was = None if found.was is None else str(found.was)
         return {"image": name, "was": was, "now": str(found.digest)}
-
-    def _route(self, image: ImageName) -> Route:
-        try:
-            return self._routes.route(image.repository, image.registry)
-        except NameUnknown:
-            if image.registry is not None:
-                raise
-            return self._routes.route(image.repository, DOCKER_HUB_NAMES[0])
 
 
 def _names(document: Any) -> list[str]:
@@ -96,27 +76,3 @@ def _names(document: Any) -> list[str]:
     if not 0 < len(images) <= MAX_IMAGES:
         raise ValueError(f"name 1 to {MAX_IMAGES} images, not {len(images)}")
     return images
-
-
-def refusal(host: str | None, origin: str | None, own: str) -> str | None:
-    """Why a request that changes something may not come from where it comes from; None: it may.
-
-    ``host`` and ``origin`` are its headers, ``own`` is what the listener is called.
-    """
-    try:
-        name = urlsplit(f"//{host or ''}").hostname or ""
-    except ValueError:
-        name = ""
-    if name not in ("localhost", own.lower().strip("[]")) and not _is_address(name):
-        return "the Host header must be an address, localhost, or the configured admin host"
-    if origin is not None and origin.lower() != f"http://{host}".lower():
-        return "requests from other origins are refused"
-    return None
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

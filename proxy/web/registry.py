@@ -47,8 +47,8 @@ from proxy.oci.reference import Reference
 from proxy.pull.asks import Ask, BlobAnswer, CacheWord
 from proxy.pull.deadlines import COME_AGAIN
 from proxy.pull.serve import Answerer
+from proxy.throttle import Stream, Throttles
 from proxy.upstream.routing import Route, Routes
-from proxy.upstream.throttle import Stream, Throttles
 from proxy.web.access import AccessLog, Visit
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients, certified

@@ -31,7 +31,7 @@ from aiohttp import web
 from proxy.oci.digest import Chunk
 from proxy.oci.errors import StoreFailed
 from proxy.pull.reader import FileSpan, Piece
-from proxy.upstream.throttle import Stream
+from proxy.throttle import Stream
 
 #: Bytes of one read and write where sendfile is not to be had. With the buffers of TLS (loop.py) it
 #: is what a slow client costs.

@@ -130,8 +130,9 @@ class ClientProtocol(web.RequestHandler):
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))
         if transport.get_extra_info("sslcontext") is not None:
-            # What a slow client has not taken is held once: its next piece is not read before.
-            cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+            # What a slow client has not taken is held once: its next piece is not read before. Not
+            # 0, at which asyncio's TLS pauses a writer who has nothing left that could resume it.
+            cast(asyncio.Transport, transport).set_write_buffer_limits(high=1)
         if self._proxies is not None and is_trusted(
             parse_address(self._peer()), self._proxies.trusted
         ):

@@ -43,6 +43,19 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
+def peer_context(files: TlsFiles) -> ssl.SSLContext:
+    """The context that one node dials another with: the same certificate, and of all authorities
+    only the fleet's own. Reads files; raises ``Unusable``."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the name, too
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    _load_key_pair(context, files.cert, files.key)
+    if files.client_ca is None:
+        raise Unusable("nodes need an authority that vouches for them")
+    _load_authorities(context, files.client_ca)
+    return context
+
+
 def check_authorities(file: Path) -> None:
     """Raises ``Unusable`` for a file that is no PEM of certificates."""
     _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), file)

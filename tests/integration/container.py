@@ -80,7 +80,10 @@ def import_base_image(dockerd: Dockerd, rig: Rig) -> str:
 
 def _build_requirements() -> Sequence[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    return [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    extras = project["project"]["optional-dependencies"]["fleet"]
+    # redis needs it before Python 3.11.3; pip looks at the Python that runs it, not the image's.
+    needed = [*project["project"]["dependencies"], *extras, "async-timeout>=4.0.3"]
+    return [*project["build-system"]["requires"], *needed]
 
 
 def make_context(rig: Rig, python_version: str) -> Path:

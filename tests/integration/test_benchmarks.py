@@ -26,6 +26,7 @@ GROUPS = (
     (("memory", "herd", "crowd"), ()),
     (("warm",), ("nginx",)),
     (("workers",), ("one",)),
+    (("fleet",), ()),
     (("overload",), ("nothing",)),
     (("cold",), ("registry", "nginx", "varnish")),
 )
@@ -40,7 +41,10 @@ NEEDS = {
     "memory": ("nginx", "openssl"),
     "scale": ("nginx", "wrk"),
     "workers": ("nginx", "wrk"),
+    "fleet": ("redis-server", "redis-cli", "ip", "tc"),
 }
+#: They make network namespaces, or start containerd.
+AS_ROOT = frozenset({"fleet", "image"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Futu
 
 def is_able(name: str) -> bool:
     """Whether this machine has what a scenario needs; containerd needs root."""
-    return has(*NEEDS.get(name, ())) and (name != "image" or os.geteuid() == 0)
+    return has(*NEEDS.get(name, ())) and (name not in AS_ROOT or os.geteuid() == 0)
 
 
 def found(runs: Mapping[str, Future[Run]], name: str) -> Run:
@@ -194,10 +198,24 @@ def test_two_workers_answer_as_one_does_and_a_killed_leader_fails_no_pull(
         assert 1 <= values["upstream"] < 2  # resumed; from the start it would be fetched anew
 
 
+def test_a_fleet_fetches_an_image_once_and_no_pull_fails(runs: Mapping[str, Future[Run]]) -> None:
+    scenario = found(runs, "fleet").scenario("fleet")
+    plays = {each["kind"]: each for each in scenario["figures"]}
+    assert plays.keys() == {"alone", "fleet", "star", "own", "rolling", "killed"}
+    for kind in ("alone", "fleet", "rolling", "killed"):
+        assert plays[kind]["failed"] == 0
+    for kind in ("fleet", "rolling"):
+        assert plays[kind]["upstream_bytes"] == plays[kind]["unique_bytes"]
+        assert plays[kind]["directory_operations"] > 0
+    assert plays["own"]["upstream_bytes"] > plays["own"]["unique_bytes"]
+    assert all(kept(scenario, "sockets").values())
+
+
 def test_every_scenario_has_a_fast_run_here() -> None:
-    """`fairness` has a test of its own, which plays it with two proxies."""
+    """`fairness` has a test of its own, which plays it with two proxies; so have the scenarios of
+    the fleet that need no fleet."""
     played = {name for names, _ in GROUPS for name in names}
-    assert played | {"fairness"} == set(SCENARIOS)
+    assert played | {"fairness", "fleet_sim", "fleet_directory"} == set(SCENARIOS)
 
 
 def test_the_micro_benchmarks_run() -> None:

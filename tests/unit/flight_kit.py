@@ -14,6 +14,7 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
 from proxy.pull.flight import Flight, Flights, FlightSettings
+from proxy.pull.ground import Fellows
 from proxy.pull.reader import FileSpan, Piece, Reader
 from proxy.store.store import Disk, Store
 from proxy.upstream.turns import Ticket, TurnClass
@@ -281,6 +282,7 @@ async def flying(
     segment_bytes: int = 20 * KIB,
     gather: float = 0.0,
     clock: Pauses | None = None,
+    fellows: Fellows | None = None,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
     metrics, clock = Metrics(), clock or Pauses()
@@ -296,7 +298,9 @@ async def flying(
             gather,
             clock,
         )
-        flights = Flights(store=store, settings=settings, metrics=metrics, log=silent())
+        flights = Flights(
+            store=store, settings=settings, metrics=metrics, log=silent(), fellows=fellows
+        )
         rig = Rig(directory, store, flights, metrics)
         try:
             yield rig

@@ -35,8 +35,9 @@ async def until(condition: Callable[[], bool]) -> None:
 class Crowd:
     """Tickets that wait at once, the order they were granted in, and the slots they hold."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, is_settled: Callable[[], bool] = lambda: True) -> None:
         self.slots = slots
+        self.is_settled = is_settled
         self.order: list[str] = []
         self.held: dict[str, Slot] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -47,9 +48,9 @@ class Crowd:
 
     async def ask(self, name: str, ticket: Ticket) -> None:
         """Wait for a turn under this name; returns when it is queued or granted."""
-        before = waiting(self.slots)
         task = self.tasks[name] = asyncio.create_task(self._wait(name, ticket))
-        await until(lambda: task.done() or waiting(self.slots) > before)
+        await until(lambda: task.done() or ticket.is_queued)
+        await until(lambda: task.done() or (ticket.is_queued and self.is_settled()))
 
     async def granted(self, count: int) -> None:
         await until(lambda: len(self.order) >= count)
@@ -75,8 +76,11 @@ class Crowd:
 
 
 @contextlib.asynccontextmanager
-async def crowd(slots: Slots) -> AsyncIterator[Crowd]:
-    people = Crowd(slots)
+async def crowd(
+    slots: Slots, is_settled: Callable[[], bool] = lambda: True
+) -> AsyncIterator[Crowd]:
+    """People that wait for ``slots``; it is settled who may go when ``is_settled`` says so."""
+    people = Crowd(slots, is_settled)
     try:
         yield people
     finally:
@@ -92,6 +96,10 @@ class SlotsConformance(ABC):
     ) -> contextlib.AbstractAsyncContextManager[Slots]:
         """Slots that nobody holds."""
 
+    def crowd(self, slots: Slots) -> contextlib.AbstractAsyncContextManager[Crowd]:
+        """People that wait for ``slots``."""
+        return crowd(slots)
+
     async def order_of(
         self,
         tickets: Sequence[Ticket],
@@ -102,7 +110,7 @@ class SlotsConformance(ABC):
     ) -> list[int]:
         """In which order tickets that wait for one slot get it, after turns ``before`` of no
         length."""
-        async with self.make(limit) as slots, crowd(slots) as people:
+        async with self.make(limit) as slots, self.crowd(slots) as people:
             for turn_class in before:
                 slots.release(await slots.acquire(Ticket(turn_class)))
             await people.ask("holder", Ticket(holder, ["somebody else"]))
@@ -113,7 +121,7 @@ class SlotsConformance(ABC):
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 8])
     async def test_no_more_slots_are_held_than_the_limit(self, limit: int) -> None:
-        async with self.make(limit) as slots, crowd(slots) as people:
+        async with self.make(limit) as slots, self.crowd(slots) as people:
             for number in range(limit + 3):
                 # Metadata, because no slot is kept from it.
                 await people.ask(str(number), Ticket(METADATA, [f"client {number}"]))
@@ -166,7 +174,7 @@ class SlotsConformance(ABC):
         assert await self.order_of(tickets) == [2, 1, 0]
 
     async def test_tickets_change_while_they_wait(self) -> None:
-        async with self.make(1) as slots, crowd(slots) as people:
+        async with self.make(1) as slots, self.crowd(slots) as people:
             tickets = {name: Ticket(BLOB, ["a"]) for name in ("one", "two", "three")}
             await people.ask("holder", Ticket(BLOB))
             for name, ticket in tickets.items():
@@ -186,7 +194,7 @@ class SlotsConformance(ABC):
     @pytest.mark.parametrize("limit", range(1, RESERVE_FROM + 3))
     async def test_from_four_slots_on_one_is_kept_for_metadata(self, limit: int) -> None:
         kept = 1 if limit >= RESERVE_FROM else 0
-        async with self.make(limit) as slots, crowd(slots) as people:
+        async with self.make(limit) as slots, self.crowd(slots) as people:
             for number in range(limit + 1):
                 await people.ask(f"blob {number}", Ticket(BLOB))
             await people.granted(limit - kept)
@@ -196,7 +204,7 @@ class SlotsConformance(ABC):
             assert ("manifest" in people.held) == bool(kept)
 
     async def test_who_turns_into_metadata_while_waiting_may_have_the_kept_slot(self) -> None:
-        async with self.make(RESERVE_FROM) as slots, crowd(slots) as people:
+        async with self.make(RESERVE_FROM) as slots, self.crowd(slots) as people:
             for number in range(RESERVE_FROM - 1):
                 await people.ask(f"blob {number}", Ticket(BLOB))
             ticket = Ticket(BLOB)
@@ -206,7 +214,7 @@ class SlotsConformance(ABC):
             await until(lambda: "manifest" in people.held)
 
     async def test_the_kept_slot_can_be_had_though_the_queue_is_full(self) -> None:
-        async with self.make(RESERVE_FROM, max_waiting=1) as slots, crowd(slots) as people:
+        async with self.make(RESERVE_FROM, max_waiting=1) as slots, self.crowd(slots) as people:
             for number in range(RESERVE_FROM):
                 await people.ask(f"blob {number}", Ticket(BLOB))
             assert waiting(slots) == 1
@@ -217,7 +225,7 @@ class SlotsConformance(ABC):
     async def test_spare_is_what_blobs_could_have_while_nobody_waits(
         self, limit: int, spare: int
     ) -> None:
-        async with self.make(limit) as slots, crowd(slots) as people:
+        async with self.make(limit) as slots, self.crowd(slots) as people:
             for number in range(spare):
                 assert slots.spare == spare - number
                 await people.ask(f"blob {number}", Ticket(SEGMENT))
@@ -230,14 +238,14 @@ class SlotsConformance(ABC):
             assert slots.spare == 1
 
     async def test_a_waiter_of_any_class_leaves_nothing_spare(self) -> None:
-        async with self.make(RESERVE_FROM) as slots, crowd(slots) as people:
+        async with self.make(RESERVE_FROM) as slots, self.crowd(slots) as people:
             for number in range(RESERVE_FROM):
                 await people.ask(f"blob {number}", Ticket(BLOB))
             assert waiting(slots) == 1
             assert slots.spare == 0
 
     async def test_further_turns_of_flights_take_nobodys_place_in_the_queue(self) -> None:
-        async with self.make(1, max_waiting=1) as slots, crowd(slots) as people:
+        async with self.make(1, max_waiting=1) as slots, self.crowd(slots) as people:
             await people.ask("holder", Ticket(BLOB))
             for number in range(5):
                 await people.ask(f"segment {number}", Ticket(SEGMENT))
@@ -246,7 +254,7 @@ class SlotsConformance(ABC):
                 await slots.acquire(Ticket(BLOB))
 
     async def test_a_full_queue_refuses_at_once_and_keeps_who_waits(self) -> None:
-        async with self.make(1, max_waiting=2) as slots, crowd(slots) as people:
+        async with self.make(1, max_waiting=2) as slots, self.crowd(slots) as people:
             for name in ("holder", "one", "two"):
                 await people.ask(name, Ticket(BLOB, ["a"]))
             with pytest.raises(QueueFull) as refusal:
@@ -256,7 +264,7 @@ class SlotsConformance(ABC):
             assert await people.serve(3) == ["holder", "one", "two"]
 
     async def test_who_leaves_the_queue_is_gone_at_once(self) -> None:
-        async with self.make(1) as slots, crowd(slots) as people:
+        async with self.make(1) as slots, self.crowd(slots) as people:
             for name in ("holder", "leaver", "stayer"):
                 await people.ask(name, Ticket(BLOB, ["a"]))
             people.tasks["leaver"].cancel()
@@ -265,7 +273,7 @@ class SlotsConformance(ABC):
             assert await people.serve(2) == ["holder", "stayer"]
 
     async def test_a_slot_granted_to_who_is_being_cancelled_goes_to_the_next(self) -> None:
-        async with self.make(1) as slots, crowd(slots) as people:
+        async with self.make(1) as slots, self.crowd(slots) as people:
             for name in ("holder", "leaver", "stayer"):
                 await people.ask(name, Ticket(BLOB, ["a"]))
             people.release("holder")
@@ -275,7 +283,7 @@ class SlotsConformance(ABC):
             assert slots.state().active == 1
 
     async def test_a_slot_is_not_granted_to_who_was_cancelled_before(self) -> None:
-        async with self.make(1) as slots, crowd(slots) as people:
+        async with self.make(1) as slots, self.crowd(slots) as people:
             for name in ("holder", "leaver", "stayer"):
                 await people.ask(name, Ticket(BLOB, ["a"]))
             people.tasks["leaver"].cancel()
@@ -293,7 +301,7 @@ class SlotsConformance(ABC):
             assert waiting(slots) == 0
 
     async def test_a_holder_learns_of_rivals(self) -> None:
-        async with self.make(1) as slots, crowd(slots) as people:
+        async with self.make(1) as slots, self.crowd(slots) as people:
             slot = await slots.acquire(Ticket(BLOB))
             assert not slots.has_rival(slot)
             await people.ask("abandoned", Ticket(ABANDONED))

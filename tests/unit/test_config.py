@@ -41,6 +41,14 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
     water = {"cache.low_water": "0.07", "cache.high_water": "0.97"}
     off = {"fast_transport": "false", "hot_path": "false", "proxy_from_env": "false"}
     networks = {"trusted_proxies": "10.0.0.0/8"}
+    of_the_fleet = {"fleet.directory": "redis://redis", "fleet.secret": "7" * 16}
+    of_the_fleet["fleet.advertise"] = "http://seven"
+    of_the_fleet |= dict.fromkeys(("fleet.secret_env", "fleet.directory_password_env"), "SEVEN")
+    fleet = {
+        "PULLPOOL_FLEET_DIRECTORY": "rediss://seven",
+        "PULLPOOL_FLEET_LISTEN": "127.0.0.1:8",
+        "PULLPOOL_FLEET_ADVERTISE": "http://eight",
+    }
     for row in settings_table():
         if row.key.startswith("upstreams."):
             continue
@@ -51,6 +59,18 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
             extra = {"PULLPOOL_TRUSTED_PROXIES": "10.0.0.0/8"}
         if row.key.startswith("tls."):
             extra = {"PULLPOOL_TLS_CERT_FILE": "/cert", "PULLPOOL_TLS_KEY_FILE": "/key"}
+        if row.key.startswith("fleet."):
+            text = of_the_fleet.get(row.key, text)
+            extra = {**fleet}
+            if row.key in ("fleet.ca_file", "fleet.cert_file", "fleet.key_file"):
+                extra |= {f"PULLPOOL_FLEET_{one}_FILE": "/it" for one in ("CA", "CERT", "KEY")}
+                extra["PULLPOOL_FLEET_ADVERTISE"] = "https://eight"
+            if row.key in ("fleet.directory_cert_file", "fleet.directory_key_file"):
+                extra["PULLPOOL_FLEET_DIRECTORY_CERT_FILE"] = "/cert"
+                extra["PULLPOOL_FLEET_DIRECTORY_KEY_FILE"] = "/key"
+            if row.key == "fleet.directory_username":
+                extra["PULLPOOL_FLEET_DIRECTORY_PASSWORD"] = "password"
+            extra.pop(variable, None)
         settings = load(tmp_path, "", {variable: text, **extra})
         assert settings != default, variable
 
@@ -272,7 +292,7 @@ def test_every_setting_is_described() -> None:
     assert by_key["upstreams.NAME.access"].type == "public or shared or passthrough"
 
 
-SECTIONS = ("cache", "queue", "tags", "tls", "auth")
+SECTIONS = ("cache", "queue", "tags", "tls", "auth", "fleet")
 
 
 def test_the_schema_names_every_key_and_no_default_that_the_file_could_not_hold() -> None:

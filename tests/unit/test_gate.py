@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import QueueFull
 from proxy.testing import FakeClock
-from proxy.upstream.gate import RESERVE_FROM, Gate, RateLimit, Slot, Slots
+from proxy.upstream.gate import RESERVE_FROM, Gate, Slot, Slots
+from proxy.upstream.leases import RateLimit
 from proxy.upstream.turns import USUAL, Ticket, TurnClass
 from tests.unit.slots_conformance import Crowd, SlotsConformance, crowd, until, waiting
 
@@ -195,6 +196,8 @@ async def test_who_leaves_the_queue_is_counted() -> None:
 
 class ShutLimiter:
     """A rate limit that is used up."""
+
+    max_rate = time_period = 1.0
 
     def __init__(self) -> None:
         self.refilled = asyncio.Event()

@@ -15,11 +15,12 @@ import pytest_asyncio
 from proxy.oci.digest import Digest
 from proxy.oci.reference import Tag
 from proxy.pull.asks import Ask
+from proxy.pull.at_hand import Hit
 from proxy.store.store import Store
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
 from proxy.upstream.routing import Route
-from proxy.web.hot import MAX_HEADS, MOST, RENEW, HotPath
+from proxy.web.hot import MAX_HEADS, MOST, RENEW, RENEWALS, HotPath, renew_after
 from tests.unit.hot_kit import Connection, MemoryTransport, Side, make_side, request, two_sides
 from tests.unit.proxy_kit import (
     IMAGE,
@@ -304,6 +305,38 @@ async def test_hot_hits_count_as_use(hot: Hot) -> None:
     hot.clock.advance(RENEW)
     assert await hot.is_hot(blob_path(SMALL.digest))
     assert list(hot.store._ledger)[-1] == SMALL.digest
+
+
+async def test_so_many_hits_are_looked_for_a_second_however_many_are_asked_for(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    table = hot.path.table
+    (entry,) = table.entries.values()
+    for number in range(3 * RENEWALS - 1):
+        table.put(b"GET /v2/other-%d HTTP/1.1" % number, entry)
+    looks: list[Hit | None] = []
+    again = entry.again
+
+    def look() -> Hit | None:
+        looks.append(again())
+        return looks[-1]
+
+    entry.again = look
+    hot.clock.advance(RENEW)
+    assert await hot.is_hot(MANIFEST)
+    assert len(looks) == 1
+    hot.clock.advance(RENEW)
+    assert await hot.is_hot(MANIFEST)
+    assert len(looks) == 1
+    hot.clock.advance(3.0 - RENEW)
+    assert await hot.is_hot(MANIFEST)
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "seconds"), [(0, RENEW), (RENEWALS, RENEW), (10 * RENEWALS, 10.0)]
+)
+def test_many_hits_are_looked_for_later_each(answers: int, seconds: float) -> None:
+    assert renew_after(answers) == seconds
 
 
 async def test_the_caches_behind_keep_what_is_only_asked_for_hot(hot: Hot) -> None:

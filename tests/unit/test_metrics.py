@@ -1,6 +1,7 @@
 """Metrics: two proxies do not share them, state is read when it is asked for."""
 
-from prometheus_client import CollectorRegistry
+import pytest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.metrics import GateState, Metrics, StoreState
@@ -27,6 +28,19 @@ def test_two_proxies_in_one_process_count_apart() -> None:
     one.http_bytes.labels("hit").inc(10)
     assert _samples(one)["pullpool_http_response_bytes_total", (("cache", "hit"),)] == 10
     assert ("pullpool_http_response_bytes_total", (("cache", "hit"),)) not in _samples(other)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.0010001, 7, 300, 301])
+def test_a_duration_counts_in_the_buckets_that_the_library_would_choose(seconds: float) -> None:
+    ours, theirs = Metrics().queue_wait, CollectorRegistry()
+    buckets = ours._kwargs["buckets"]
+    plain = Histogram("w", "", registry=theirs, buckets=buckets)
+    ours.labels("hub", "blob").observe(seconds)
+    plain.observe(seconds)
+    found = [
+        [sample.value for sample in next(iter(one.collect())).samples][:-1] for one in (ours, plain)
+    ]
+    assert found[0] == found[1]
 
 
 def test_a_registry_can_be_given() -> None:

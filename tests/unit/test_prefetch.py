@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -239,13 +239,19 @@ async def test_a_hot_head_brings_nothing(tmp_path: Path) -> None:
         assert len(blobs_asked(fake)) == len(BLOBS)
 
 
+def picked(
+    children: Sequence[Descriptor], is_there: Callable[[Digest], bool], room: int, most: int
+) -> list[Digest]:
+    return [child.digest for child in chosen(children, is_there, room, most)]
+
+
 def test_as_many_are_chosen_as_there_is_room_for() -> None:
     sizes = (50, 30, 200, 20, 10)
     children = [Descriptor("x", Digest.of(bytes([n])), size) for n, size in enumerate(sizes)]
     first, second, third, fourth, fifth = (child.digest for child in children)
     nothing = frozenset[Digest]()
-    assert chosen(children, nothing.__contains__, 100, 9) == [first, second, fourth]
-    assert chosen(children, {first}.__contains__, 100, 9) == [second, fourth, fifth]
-    assert chosen(children, nothing.__contains__, 1000, 2) == [first, second]
-    assert chosen(children, nothing.__contains__, 1000, 0) == []
-    assert third not in chosen(children, nothing.__contains__, 199, 9)
+    assert picked(children, nothing.__contains__, 100, 9) == [first, second, fourth]
+    assert picked(children, {first}.__contains__, 100, 9) == [second, fourth, fifth]
+    assert picked(children, nothing.__contains__, 1000, 2) == [first, second]
+    assert picked(children, nothing.__contains__, 1000, 0) == []
+    assert third not in picked(children, nothing.__contains__, 199, 9)

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from proxy.cli.main import cli
 from proxy.testing import Answer as Scripted
 from proxy.testing import FakeClock, FakeRegistry, Fault, make_image
-from proxy.web.refresh import MAX_IMAGES, refusal
+from proxy.web.orders import refusal
+from proxy.web.refresh import MAX_IMAGES
 from tests.unit.proxy_kit import (
     IMAGE,
     NAME,

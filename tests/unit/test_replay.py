@@ -89,7 +89,7 @@ class Line:
 
     @property
     def is_warm(self) -> bool:
-        return self.origin._is_warm(0)
+        return self.origin._lanes.is_warm(0)
 
     @property
     def replays(self) -> float:

@@ -23,8 +23,8 @@ from proxy.testing import (
     Reset,
     WrongContentRange,
 )
+from proxy.throttle import Throttle
 from proxy.upstream.blob import BlobSource
-from proxy.upstream.throttle import Throttle
 from tests.unit.flight_kit import KIB, Rig, Sipper, drink, ended, flying, until
 from tests.unit.proxy_kit import UPSTREAM, RawClient, blob_path, running
 from tests.unit.store_kit import blob

@@ -19,11 +19,11 @@ from proxy.oci.errors import UpstreamStalled
 from proxy.pull.pump import pump
 from proxy.pull.sources import TRIES
 from proxy.testing import FakeClock, FakeRegistry, Fault, Stall
+from proxy.throttle import Throttle
 from proxy.upstream.blob import BlobSource
 from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.origin import Origin
 from proxy.upstream.stall import StallLimit, StallMeter
-from proxy.upstream.throttle import Throttle
 from tests.unit.fake_kit import IMAGE
 from tests.unit.flight_kit import a_while
 from tests.unit.proxy_kit import NAME, UPSTREAM, blob_path, pulling, until

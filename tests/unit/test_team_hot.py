@@ -195,7 +195,7 @@ async def test_what_a_follower_answers_by_its_handler_counts_too(tmp_path: Path)
         await leader.stored()
         await follower.get(MANIFEST)
         before = await fetched_ahead(leader, follower, clock)
-        leader.proxy.puller._manifests._memory.clear()  # a leader that has never seen it
+        leader.proxy.puller._manifests._fetching._memory.clear()  # a leader that has never seen it
         assert (await follower.get(MANIFEST)).word == "hit"
         await until(lambda: leader.count("prefetches_total") == before + 1)
         await leader.stored()

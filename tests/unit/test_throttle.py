@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.testing import FakeClock, FakeRegistry
-from proxy.upstream.throttle import (
+from proxy.throttle import (
     BURST,
     PROMPT_SHARE,
     Allowance,

@@ -175,6 +175,20 @@ def test_joining_twice_or_leaving_what_one_never_joined_changes_nothing() -> Non
     assert taken(queue) == [a1, a2]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_comes_or_goes_is_one_place_more_or_less_and_the_others_are_not_copied(
+    waits: bool,
+) -> None:
+    ticket = Ticket(BLOB, ["a", "b"])
+    queue = queue_of(*[ticket] * waits)
+    clients = ticket.clients
+    ticket.join("c")
+    assert list(clients) == ["a", "b", "c"]
+    ticket.leave("a")
+    assert list(clients) == ["b", "c"]
+    assert queue.images(BLOB) == 2 * waits
+
+
 def test_a_better_class_goes_first() -> None:
     blob, small, metadata = Ticket(BLOB), Ticket(SMALL), Ticket(METADATA)
     assert taken(queue_of(blob, small, metadata)) == [metadata, small, blob]

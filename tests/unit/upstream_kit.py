@@ -19,6 +19,7 @@ from yarl import URL
 from proxy.loop import loop_factory
 from proxy.observe.metrics import Metrics
 from proxy.testing import FakeClock, FakeRegistry
+from proxy.throttle import Throttle
 from proxy.upstream.blob import BlobSource
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.credentials import Credentials, StaticCredentials
@@ -26,7 +27,6 @@ from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.origin import Origin
 from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Upstream
-from proxy.upstream.throttle import Throttle
 from proxy.upstream.tokens import Authenticator
 from proxy.upstream.turns import Ticket, TurnClass
 

@@ -54,6 +54,14 @@ class NameUnknown(ClientError):
     code = ErrorCode.NAME_UNKNOWN
 
 
+class TaskUnknown(ClientError):
+    """A task that there is not, or not any more."""
+
+    reason = "task_unknown"
+    default_message = "there is no such task, or it is over for so long that it was forgotten"
+    status = 404
+
+
 class EndpointUnknown(ClientError):
     """A path that is none of the read endpoints of the distribution API."""
 

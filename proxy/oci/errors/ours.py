@@ -31,6 +31,15 @@ class LeaderMissing(InternalError):
         super().__init__(retry_after=retry_after)
 
 
+class DirectoryDown(InternalError):
+    """The fleet's directory does not answer; whoever asked it goes on without."""
+
+    reason = "directory_down"
+    default_message = "the fleet's directory does not answer"
+    status = 503
+    code = ErrorCode.UNAVAILABLE
+
+
 class ShuttingDown(InternalError):
     """The process drains and takes no new work. `retry_after` in seconds."""
 

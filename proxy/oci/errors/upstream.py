@@ -147,6 +147,14 @@ class UpstreamDown(UpstreamUnavailable):
     talks = False
 
 
+class LeaseLost(UpstreamUnavailable):
+    """The sockets to the upstream had to be given up, as the fleet's directory could not confirm
+    that they are this node's. It says nothing of the upstream; what was cut goes on later."""
+
+    reason = "lease_lost"
+    default_message = "the fleet's directory did not confirm this connection"
+
+
 class UnexpectedAnswer(UpstreamUnavailable):
     """A status that means nothing here (400, 418): more about what was asked for than about who
     was asked."""
@@ -262,3 +270,43 @@ class TokenServiceFailed(UpstreamError):
 
     reason = "token_service_failed"
     default_message = "the upstream's token service failed"
+
+
+class PeerFailed(UpstreamError):
+    """Another node did not give a stripe that it should have: it is gone, silent, or refuses.
+
+    No client hears of it: the stripe is asked for elsewhere. `outcome` is what the directory and
+    the metrics are told; `answered` the status of a refusal.
+    """
+
+    reason = "peer_failed"
+    default_message = "the node did not give the stripe"
+    outcome: ClassVar[str] = "failed"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        answered: int | None = None,
+        retry_after: float | None = None,
+        has_stalled: bool = False,
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.answered = answered
+        self.has_stalled = has_stalled
+
+
+class PeerBusy(PeerFailed):
+    """The node has no room on its uplink now, or is being asked enough by us."""
+
+    reason = "peer_busy"
+    default_message = "the node has no room for another transfer"
+    outcome = "busy"
+
+
+class PeerLied(PeerFailed):
+    """What the node sent is not the stripe: nothing that it says is of any use."""
+
+    reason = "peer_lied"
+    default_message = "the node sent what is not the stripe"
+    outcome = "lied"

@@ -2,10 +2,10 @@
 
 Theory of operation
 -------------------
-A *throttle* is one cap: of an upstream (``max_rate``) or of a client (``client_rate``). A *stream*
-is one body that passes through it, in pieces of at most ``piece`` bytes. What is sent is taken out
-of the throttle before it goes; what is received is taken out once it has come, and before more is
-read, so that TCP holds back what was not paid for.
+A *throttle* is one cap: of an upstream (``max_rate``), a client (``client_rate``), or all that goes
+from here to other nodes. A *stream* is one body that passes through it, in pieces of at most
+``piece`` bytes. What is sent is taken out of the throttle before it goes; what is received is taken
+out once it has come, and before more is read, so that TCP holds back what was not paid for.
 
 ``Allowance`` is the token bucket: it fills at the rate, holds ``BURST`` seconds' worth and may be
 overdrawn by one piece, so that no piece has to wait for more than there can ever be. ``TapQueue``

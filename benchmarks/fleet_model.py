@@ -1,0 +1,401 @@
+"""Nodes, their links and an upstream in virtual time, for decisions that are the real ones.
+
+What decides is `proxy.fleet.pursuit` and `LocalClaims`; what is modelled is only how bytes travel.
+Every node has an uplink and a downlink of the same rate, the upstream one uplink of that rate.
+Bytes move in pieces of 1 MiB: a piece occupies the giver's uplink and the taker's downlink for as
+long as it takes, a giver serves its takers in turn, and who is still receiving a stripe passes on
+the pieces it has. A call of the directory takes `LATENCY`; a node makes one after the other for
+each blob.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from proxy.fleet.claims import WHOLE, Giver, Grant, Terms
+from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.pursuit import Pursuit
+from proxy.fleet.shunned import Shunned
+from proxy.fleet.steps import Ask, Step
+from proxy.fleet.stripes import PIECE, lowest_zero, stripe_length
+from proxy.oci.digest import Digest
+
+T = TypeVar("T")
+LATENCY = 0.001
+RATE = 100 * PIECE  # bytes a second of every link
+AT_ONCE = 3  # layers that a node pulls at the same time, as containerd does
+
+
+def at_once(call: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends."""
+    try:
+        call.send(None)
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+    raise AssertionError("it suspends")
+
+
+class Time:
+    """A heap of what happens when."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._number = 0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
+        self._number += 1
+        heapq.heappush(self._heap, (self.now + seconds, self._number, what, args))
+
+    def run(self) -> None:
+        while self._heap:
+            self.now, _, what, args = heapq.heappop(self._heap)
+            what(*args)
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Pieces of one stripe (or span) on their way to a node's pull."""
+
+    source: Sender
+    pull: Pull
+    stripe: int
+    pieces: int
+    sent: int = 0
+    is_over: bool = False
+
+
+class Sender:
+    """An uplink; `has` says how many pieces of a stripe there are to send."""
+
+    def __init__(self, time: Time, piece_time: float) -> None:
+        self._time = time
+        self._piece_time = piece_time
+        self._is_busy = False
+        self.transfers: deque[Transfer] = deque()
+        self.sent = 0
+
+    def has(self, _transfer: Transfer) -> int:
+        """The upstream has all."""
+        return 1 << 60
+
+    def add(self, transfer: Transfer) -> None:
+        self.transfers.append(transfer)
+        self.kick()
+
+    def kick(self) -> None:
+        """Send the next piece, if the link is free and somebody can take one."""
+        if self._is_busy:
+            return
+        for _ in range(len(self.transfers)):
+            transfer = self.transfers[0]
+            self.transfers.rotate(-1)
+            node = transfer.pull.node
+            if not node.is_receiving and transfer.sent < self.has(transfer):
+                self._is_busy = node.is_receiving = True
+                self._time.after(self._piece_time, self._arrived, transfer)
+                return
+
+    def _arrived(self, transfer: Transfer) -> None:
+        self._is_busy = False
+        self.sent += 1
+        node = transfer.pull.node
+        node.is_receiving = False
+        transfer.sent += 1
+        if transfer.sent == transfer.pieces:
+            self.transfers.remove(transfer)
+        transfer.pull.arrived(transfer)
+        node.let_others_send(self)
+        self.kick()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    digest: Digest
+    size: int
+
+
+class Node(Sender):
+    """A node of the fleet: its links, what it shuns and the layers it pulls, in their order."""
+
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        super().__init__(fleet.time, fleet.piece_time)
+        self.fleet = fleet
+        name = f"{number:016x}"
+        self.giver = Giver(name, f"node-{number}", f"zone-{number % fleet.zones}", f"http://{name}")
+        self.claims = LocalClaims(fleet.board, self.giver)
+        self.shunned = Shunned()
+        self.is_receiving = False
+        self.pulls: dict[Digest, Pull] = {}
+        self.began = 0.0
+        self.done: float | None = None
+        self._todo: deque[Layer] = deque()
+
+    def has(self, transfer: Transfer) -> int:
+        pull = self.pulls[transfer.pull.layer.digest]
+        stripe = transfer.stripe
+        return transfer.pieces if pull.pursuit.have >> stripe & 1 else pull.progress.get(stripe, 0)
+
+    def let_others_send(self, last: Sender) -> None:
+        """The downlink is free: givers that waited for it, before the one that had it."""
+        for pull in self.pulls.values():
+            for transfer in tuple(pull.transfers.values()):
+                if transfer.source is not last:
+                    transfer.source.kick()
+                    if self.is_receiving:
+                        return
+
+    def begin(self, layers: Sequence[Layer]) -> None:
+        self.began = self._time.now
+        self._todo = deque(layers)
+        for _ in range(self.fleet.at_once):
+            self.next_layer()
+
+    def next_layer(self) -> None:
+        if self._todo:
+            layer = self._todo.popleft()
+            pull = self.pulls[layer.digest] = Pull(self, layer)
+            self._time.after(self.fleet.rng.uniform(0, self.fleet.spread), pull.act)
+        elif self.done is None and all(pull.is_done for pull in self.pulls.values()):
+            self.done = self._time.now
+            self.fleet.finished(self)
+
+
+class Pull:
+    """A node's way to one layer: does what the pursuit says."""
+
+    def __init__(self, node: Node, layer: Layer) -> None:
+        self.node, self.layer = node, layer
+        # The manifest, which every node has by then, tells the size.
+        self.pursuit = Pursuit(
+            node.giver, shunned=node.shunned, rng=node.fleet.rng, size=layer.size
+        )
+        self.progress: dict[int, int] = {}
+        self.transfers: dict[object, Transfer] = {}
+        self.is_done = False
+        self._is_acting = self._is_to_act = False
+        self._looks = 0
+
+    def __repr__(self) -> str:
+        return f"<Pull of {self.node.giver.name}: {self.pursuit!r}>"
+
+    def act(self) -> None:
+        """One step: the directory's calls one after the other, then what they allow."""
+        if self.is_done:
+            return
+        if self._is_acting:
+            self._is_to_act = True
+            return
+        calls = self._calls()
+        self._is_acting = True
+        self.node.fleet.time.after(calls * LATENCY, self._acted)
+
+    def _acted(self) -> None:
+        self._is_acting = False
+        if self._is_to_act:
+            self._is_to_act = False
+            self.act()
+
+    def _calls(self) -> int:
+        fleet, pursuit, claims = self.node.fleet, self.pursuit, self.node.claims
+        digest = self.layer.digest
+        before = fleet.operations.total()
+        if not pursuit.generation:
+            pursuit.saw(at_once(claims.look(digest)))
+            fleet.counted("look")
+        step = pursuit.step(lowest_zero(pursuit.have), fleet.time.now)
+        if step.lead:
+            pursuit.led(at_once(claims.fill(digest, self.layer.size)))
+            fleet.counted("fill")
+            step = pursuit.step(lowest_zero(pursuit.have), fleet.time.now)
+        if step.publish:
+            fresh = step.publish
+            args = (digest, self.layer.size, fresh.first, fresh.hashes, fresh.by)
+            pursuit.was_published(fresh, at_once(claims.publish(*args)))
+            fleet.counted("publish")
+        if step.fill:
+            self._fill(step.fill.first, step.fill.last)
+            pursuit.begun(step.fill)
+        if pursuit.is_complete:
+            self._complete()
+        else:
+            self._take(step)
+            self._looks += 1
+            fleet.time.after(step.wait, self._look, self._looks)
+        return fleet.operations.total() - before
+
+    def _take(self, step: Step) -> None:
+        fleet, pursuit = self.node.fleet, self.pursuit
+        if not step.wishes:
+            return
+        wanted = (step.wishes, step.room, pursuit.published, step.avoid)
+        call = self.node.claims.take(self.layer.digest, *wanted)
+        taken = at_once(call)
+        fleet.counted("take")
+        pursuit.took(taken)
+        for grant in taken.grants:
+            fleet.time.after(2 * LATENCY, self._receive, grant)
+
+    def _look(self, number: int) -> None:
+        """Nothing has happened since: see whether there is news."""
+        if self.is_done or self._looks != number:
+            return
+        pursuit = self.pursuit
+        if pursuit.filling is None and pursuit.step(0, self.node.fleet.time.now).room:
+            view = at_once(self.node.claims.look(self.layer.digest, pursuit.published))
+            pursuit.saw(view)
+            self.node.fleet.counted("look")
+        self.act()
+
+    def _fill(self, first: int, last: int) -> None:
+        size = self.layer.size
+        pieces = sum(-(-stripe_length(size, s) // PIECE) for s in range(first, last))
+        transfer = Transfer(self.node.fleet.upstream, self, first, pieces)
+        self.transfers["fill"] = transfer
+        transfer.source.add(transfer)
+
+    def _receive(self, grant: Grant | Ask) -> None:
+        giver = self.node.fleet.nodes[grant.giver.node]
+        pull = giver.pulls[self.layer.digest]
+        if not pull.pursuit.may_pass_on(grant.stripe, grant.rank):
+            raise AssertionError(f"{giver.giver.name} was granted but cannot give")
+        pieces = -(-stripe_length(self.layer.size, grant.stripe) // PIECE)
+        transfer = Transfer(giver, self, grant.stripe, pieces)
+        self.transfers[grant.stripe] = transfer
+        giver.add(transfer)
+
+    def arrived(self, transfer: Transfer) -> None:
+        """A piece has."""
+        if self.transfers.get("fill") is transfer:
+            self._filled(transfer)
+            return
+        stripe = transfer.stripe
+        self.progress[stripe] = transfer.sent
+        if transfer.sent == transfer.pieces:
+            del self.transfers[stripe]
+            grant = self.pursuit.receiving[stripe]
+            outcome = self.pursuit.ended(stripe, None, self.node.fleet.time.now)
+            assert isinstance(grant, Grant)
+            at_once(self.node.claims.give_back(grant, outcome))
+            self.node.fleet.counted("give_back")
+            self.act()
+        self.node.kick()
+
+    def _filled(self, transfer: Transfer) -> None:
+        span = self.pursuit.filling
+        assert span is not None
+        size, done = self.layer.size, transfer.stripe
+        length = -(-stripe_length(size, span.first) // PIECE)
+        if transfer.sent < self._before(done, span.first) + length:
+            return
+        if transfer.sent == transfer.pieces:
+            del self.transfers["fill"]
+        self.pursuit.filled(span.first, b"%032d" % span.first)
+        self.act()
+
+    def _before(self, first: int, stripe: int) -> int:
+        """How many pieces the stripes of a fill have before this one."""
+        size = self.layer.size
+        return sum(-(-stripe_length(size, s) // PIECE) for s in range(first, stripe))
+
+    def _complete(self) -> None:
+        fleet, pursuit, claims = self.node.fleet, self.pursuit, self.node.claims
+        digest = self.layer.digest
+        pursuit.found_right(fleet.time.now)
+        fresh = pursuit.step(0, fleet.time.now).publish
+        if fresh is not None:
+            args = (digest, self.layer.size, fresh.first, fresh.hashes, fresh.by)
+            pursuit.was_published(fresh, at_once(claims.publish(*args)))
+            at_once(claims.settle(digest))
+            fleet.counted("publish")
+            fleet.counted("settle")
+        at_once(claims.hold(digest, pursuit.generation, WHOLE))
+        fleet.counted("hold")
+        self.is_done = True
+        self.node.next_layer()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Seconds of each node's own pull, bytes of the upstream, calls of the directory by name, and
+    the most of these in any second."""
+
+    seconds: Sequence[float]
+    upstream: int
+    operations: Counter[str]
+    busiest_second: int
+
+
+@dataclass(slots=True)
+class Fleet:
+    """So many nodes on one board, and the upstream."""
+
+    count: int
+    terms: Terms = field(default_factory=Terms)
+    rate: float = RATE
+    zones: int = 1
+    at_once: int = AT_ONCE
+    spread: float = 0.05  # seconds over which a crowd arrives
+    seed: int = 1
+    time: Time = field(default_factory=Time)
+    rng: random.Random = field(init=False)
+    board: Board = field(init=False)
+    upstream: Sender = field(init=False)
+    nodes: dict[str, Node] = field(init=False)
+    operations: Counter[str] = field(default_factory=Counter)
+    by_second: Counter[int] = field(default_factory=Counter)
+    _waves: deque[tuple[Sequence[Node], Sequence[Layer]]] = field(default_factory=deque)
+    _running: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.board = Board(clock=self.time, rng=self.rng, terms=self.terms)
+        self.upstream = Sender(self.time, self.piece_time)
+        nodes = [Node(self, number) for number in range(self.count)]
+        self.nodes = {node.giver.node: node for node in nodes}
+
+    @property
+    def piece_time(self) -> float:
+        return PIECE / self.rate
+
+    def counted(self, operation: str) -> None:
+        self.operations[operation] += 1
+        self.by_second[int(self.time.now)] += 1
+
+    def play(self, layers: Sequence[Layer], waves: int = 1) -> Outcome:
+        """All nodes pull these layers; in waves, each when the one before has finished."""
+        nodes = list(self.nodes.values())
+        for number in range(waves):
+            self._waves.append((nodes[number::waves], layers))
+        self._next_wave()
+        self.time.run()
+        unfinished = [node for node in nodes if node.done is None]
+        if unfinished:
+            raise AssertionError(f"{len(unfinished)} did not finish: {unfinished[0].pulls}")
+        return Outcome(
+            [node.done - node.began for node in nodes if node.done is not None],
+            self.upstream.sent * PIECE,
+            self.operations,
+            max(self.by_second.values()),
+        )
+
+    def _next_wave(self) -> None:
+        if self._waves:
+            nodes, layers = self._waves.popleft()
+            self._running = len(nodes)
+            for node in nodes:
+                node.begin(layers)
+
+    def finished(self, _node: Node) -> None:
+        self._running -= 1
+        if not self._running:
+            self._next_wave()

@@ -1,0 +1,448 @@
+"""A pursuit: what one node knows of a blob it wants, and what it should do next.
+
+No clock, no loop, no I/O: its owner tells it what happened (`saw`, `took`, `ended`, `filled`,
+`found_wrong`, ...) and asks what to do (`step`). Several actions of one step may run at once, but
+one call of the directory after the other; the owner asks again after each event, and after
+`Step.wait` seconds it looks.
+
+States of a stripe: lacking -> receiving (of another node) or filling (from the upstream) -> have.
+Lacking again when the transfer fails, when another generation has another hash of it, and all of
+them when the blob was found wrong. States of the node: following (somebody fills), filler, alone.
+
+* Stripes that are published and can be had of others are taken of them, `WIDTH` at once.
+* Nobody fills and something is to be filled: it asks to become the filler. That is so when stripes
+  are yet unpublished, or when published ones are missing: nobody has them any more.
+* The filler brings the missing stripes first and then those behind the last published one; it takes
+  the others from its peers like everybody else. What it has verified before, under an earlier
+  generation that the directory has lost, it publishes again in the name of who did first.
+* *Alone*: the directory is gone for longer than `GRACE`, or does not let the node fill though
+  nobody else does, or the blob was found wrong too often. Then it goes on with the givers it knows
+  and, for what they do not give, with the upstream. It publishes nothing.
+
+Why it always comes to an end. A transfer ends in bytes or in a mark on its giver (`Shunned`), and
+while the mark lasts somebody else is asked. A chain of receivers cannot be a ring (`claims.py`), so
+some giver at its head has the bytes or fails. A filler that publishes nothing has to make way after
+`Terms.stuck`. A blob that is found wrong is dropped and begun anew at most `TRIES` times.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View
+from proxy.fleet.shunned import Shunned, Why
+from proxy.fleet.steps import LAST_LOOK, Ask, Fresh, Step
+from proxy.fleet.stripes import (
+    PIECE,
+    WIDTH,
+    Span,
+    Standing,
+    givers,
+    lowest_zero,
+    stripe_count,
+    stripe_size,
+    to_fill,
+    wishes,
+)
+
+#: After so many wrong ones the blob's bytes come from the upstream alone.
+TRIES = 3
+#: Seconds until a node that waits for news looks again, at first; doubled up to LAST_LOOK.
+FIRST_LOOK = 0.05
+#: So many nodes may look that often; of more each one looks less often.
+LOOKERS = 64
+#: No progress for so long: the giver has stalled.
+STALLED = 5.0
+#: A directory that is gone for less changes nothing.
+GRACE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """The hash that a stripe was verified against or found to have, and who published it."""
+
+    hash: bytes
+    by: str
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the directory said in this generation: hashes and publishers; and what it was told."""
+
+    view: View = field(default_factory=View)
+    hashes: list[bytes] = field(default_factory=list)
+    publishers: list[str] = field(default_factory=list)
+    have: int = 0
+
+
+class Pursuit:
+    """One node's way to one blob."""
+
+    def __init__(
+        self, giver: Giver, *, shunned: Shunned, rng: random.Random, size: int | None = None
+    ) -> None:
+        self._giver = giver
+        self._shunned = shunned
+        self._rng = rng
+        self.size: int | None = None
+        self.count = 0
+        self.have = 0
+        self.receiving: dict[int, Grant | Ask] = {}
+        self.filling: Span | None = None
+        self.is_filler = False
+        self.is_proven = False
+        self._told = _Told()
+        self._proofs: dict[int, _Proof] = {}
+        self._against: dict[int, _Proof] = {}
+        self._is_refused = False
+        self._gone_since: float | None = None
+        self._limits: dict[int, int] = {}
+        self._order: list[float] = []
+        self._lost: frozenset[int] = frozenset()
+        self._past: dict[str, dict[int, _Proof]] = {}
+        self._patience = FIRST_LOOK
+        if size is not None:
+            self.sized(size)
+
+    def __repr__(self) -> str:
+        role = "fills" if self.is_filler else "follows"
+        held = self.have.bit_count()
+        return f"<Pursuit {role}: {held} of {self.count}, receives {sorted(self.receiving)}>"
+
+    # What is so.
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stripe is there; whether they make up the digest its owner finds out."""
+        return self.count > 0 and self.have == (1 << self.count) - 1
+
+    @property
+    def generation(self) -> str:
+        return self._told.view.generation
+
+    @property
+    def published(self) -> int:
+        """How many stripes have a hash in the directory."""
+        return len(self._told.hashes)
+
+    @property
+    def announced(self) -> int:
+        """What this node has of the stripes published in this generation: what it may lend."""
+        return self.have & ((1 << self.published) - 1)
+
+    def rank(self, stripe: int) -> int | None:
+        """As a giver: 0: has it; its rank while it is receiving it; None: neither."""
+        if self.have >> stripe & 1:
+            return 0
+        received = self.receiving.get(stripe)
+        return received.rank if received else None
+
+    def may_pass_on(self, stripe: int, rank: int) -> bool:
+        """As a giver: whether one who asks at that rank may have what is there of the stripe."""
+        own = self.rank(stripe)
+        return own is not None and own < rank
+
+    def expected(self, stripe: int) -> bytes | None:
+        """The stripe's hash, if it was published."""
+        return self._told.hashes[stripe] if stripe < self.published else None
+
+    def giver(self, node: str | None) -> Giver | None:
+        """Where this node is, if the last view had it."""
+        givers = (holding.giver for holding in self._told.view.holdings)
+        return next((giver for giver in givers if giver.node == node), None)
+
+    def is_alone(self, now: float) -> bool:
+        gone = self._gone_since is not None and now - self._gone_since >= GRACE
+        return gone or self._is_refused or len(self._past) >= TRIES
+
+    # What happened.
+
+    def sized(self, size: int) -> None:
+        """The blob's size is known."""
+        if self.size is None:
+            self.size = size
+            self.count = stripe_count(size)
+            self._order = [self._rng.random() for _ in range(self.count)]
+
+    def saw(self, view: View) -> bool:
+        """A view has come. False: hashes before those in it are not known; look from 0 on."""
+        self._gone_since = None
+        if view.generation != self.generation:
+            if view.first:
+                return False
+            self._begin(view.generation)
+        elif view.first > self.published:
+            return False
+        told = self._told
+        known = self.published
+        if view.generation not in self._past:
+            told.hashes += view.hashes[known - view.first :]
+            told.publishers += view.publishers[known - view.first :]
+        for stripe in range(known, self.published):
+            proof = self._proofs.get(stripe)
+            if proof and proof.hash != told.hashes[stripe]:
+                self._forget(stripe)
+        if view.size is not None:
+            self.sized(view.size)
+        is_news = self.published > known
+        self._patience = FIRST_LOOK if is_news else min(LAST_LOOK, 2 * self._patience)
+        told.view = replace(
+            view,
+            first=0,
+            hashes=tuple(told.hashes),
+            publishers=(),
+            holdings=view.holdings or told.view.holdings,
+        )
+        self.is_filler = view.filler == self._giver.node
+        if view.filler is not None:
+            self._is_refused = False
+        return True
+
+    def _begin(self, generation: str) -> None:
+        """Another generation. What is there stays until its hash is published, and differs."""
+        self._told = _Told(View(generation))
+        self._lost = frozenset()
+        for stripe, received in self.receiving.items():
+            if isinstance(received, Grant):
+                self.receiving[stripe] = replace(received, generation=generation)
+
+    def _forget(self, stripe: int) -> None:
+        self.have &= ~(1 << stripe)
+        self._told.have &= ~(1 << stripe)
+        del self._proofs[stripe]
+
+    def took(self, taken: Taken) -> bool:
+        """Grants have come, and a view. False: as in `saw`."""
+        is_known = self.saw(taken.view)
+        for grant in taken.grants:
+            self._receive(grant)
+        self._lost = taken.missing
+        return is_known
+
+    def _receive(self, received: Grant | Ask) -> None:
+        stripe = received.stripe
+        self.receiving[stripe] = received
+        self._limits[stripe] = min(received.rank, self._limits.get(stripe, ANY_RANK))
+        if stripe < self.published:
+            told = self._told
+            self._against[stripe] = _Proof(told.hashes[stripe], told.publishers[stripe])
+
+    def asked(self, ask: Ask) -> None:
+        """One of a step's `asks` is under way."""
+        self._receive(ask)
+
+    def ended(self, stripe: int, why: Why | None, now: float) -> Outcome:
+        """A stripe's transfer has ended: well (None), or in that way. What its grant ended as."""
+        giver = self.receiving.pop(stripe).giver.node
+        proof = self._against.pop(stripe, None)
+        if why is not None:
+            self._shunned.mark(giver, why, now)
+            return Outcome.LIED if why is Why.LIED else Outcome.FAILED
+        self._shunned.praise(giver)
+        if proof is None or self.expected(stripe) not in (None, proof.hash):
+            return Outcome.FAILED  # bytes of an earlier generation
+        self.have |= 1 << stripe
+        self._told.have |= self.announced & 1 << stripe
+        self._proofs[stripe] = proof
+        return Outcome.DONE
+
+    def unasked(self, stripe: int) -> None:
+        """Nobody receives the stripe from this node any more: it may have any rank again."""
+        self._limits.pop(stripe, None)
+
+    def held(self) -> None:
+        """The directory was told what this node has."""
+        self._told.have = self.announced
+
+    def led(self, filler: str | None) -> None:
+        """The answer of `Claims.fill`."""
+        self.is_filler = filler == self._giver.node
+        self._is_refused = filler is None
+        self._told.view = replace(self._told.view, filler=filler)
+
+    def gave_up(self) -> None:
+        """Another one may fill now. What was begun goes on, unless one does."""
+        self.is_filler = False
+        self._told.view = replace(self._told.view, filler=None)
+
+    def begun(self, span: Span) -> None:
+        """These stripes are on their way from the upstream."""
+        self.filling = span
+
+    def filled(self, stripe: int, found: bytes) -> bool:
+        """The next stripe of the span is there. False: it is not what was published.
+
+        Then a node that stood in for the upstream has lied (`fill_ended`), or, if the upstream
+        itself brought it, the generation is wrong (`found_wrong`).
+        """
+        expected = self.expected(stripe)
+        if expected is not None and expected != found:
+            return False
+        source = self.filling.of if self.filling is not None else None
+        # Who stood in for the upstream answers for what is published on its word.
+        publisher = source or self._giver.node
+        if expected is not None:
+            publisher = self._told.publishers[stripe]
+        self._proofs[stripe] = _Proof(found, publisher)
+        self.have |= 1 << stripe
+        self._lost -= {stripe}
+        if self.filling is not None:
+            rest = replace(self.filling, first=stripe + 1)
+            self.filling = rest if rest.first < rest.last else None
+        return True
+
+    def fill_ended(self, why: Why | None, now: float) -> None:
+        """The span is no longer on its way; a node that stood in for the upstream failed so."""
+        if self.filling is not None and self.filling.of is not None and why is not None:
+            self._shunned.mark(self.filling.of, why, now)
+        self.filling = None
+
+    def was_published(self, fresh: Fresh, count: int | None) -> None:
+        """The answer of `Claims.publish`."""
+        if count is None:
+            self.is_filler = False
+            return
+        told = self._told
+        if count >= fresh.first + len(fresh.hashes):
+            told.hashes[fresh.first :] = fresh.hashes
+            told.publishers[fresh.first :] = fresh.by
+        else:  # the directory has lost them
+            del told.hashes[count:], told.publishers[count:]
+        told.have = self.announced
+        told.view = replace(told.view, hashes=tuple(told.hashes))
+
+    def directory_gone(self, now: float) -> None:
+        """The directory does not answer; a view ends that."""
+        if self._gone_since is None:
+            self._gone_since = now
+
+    def found_wrong(self) -> None:
+        """The stripes did not make up the digest. The owner ends all transfers of the blob."""
+        self._past[self.generation] = self._proofs
+        self._proofs, self._against, self.have = {}, {}, 0
+        self.filling = None
+        self.is_filler = False
+        self._told = _Told(View(self.generation))
+
+    def found_right(self, now: float) -> frozenset[str]:
+        """The digest is right. Shuns, and returns, those who published other hashes before."""
+        self.is_proven = True
+        liars = {
+            said.by
+            for past in self._past.values()
+            for stripe, said in past.items()
+            if said.hash != self._proofs[stripe].hash and said.by != self._giver.node
+        }
+        for liar in liars:
+            self._shunned.mark(liar, Why.LIED, now)
+        return frozenset(liars)
+
+    # What to do.
+
+    def step(self, need: int, now: float) -> Step:
+        """What to do now, for readers that wait for the stripe `need`."""
+        drop = self.generation if self.generation in self._past else None
+        if self.is_complete:
+            return Step(drop, publish=self._fresh(), hold=self._is_untold)
+        standing = self._standing(need, now)
+        if self.is_alone(now):
+            return self._step_alone(standing, drop)
+        if drop is not None:
+            return Step(drop, wait=0.0)
+        if self._gone_since is not None:
+            return Step(wait=self._wait())
+        filler = self._told.view.filler
+        fill = None
+        if self.is_filler and self.filling is None:
+            fill = to_fill(standing, self.published, self._lost, self._source(standing))
+        return Step(
+            lead=filler is None and self._is_to_fill,
+            publish=self._fresh(),
+            hold=self._is_untold,
+            wishes=wishes(standing, self._told.view) if self.count else (),
+            room=standing.room,
+            avoid=self._shunned.distrusted(now),
+            fill=Span(0, 1) if self.is_filler and not self.count and not self.filling else fill,
+            stop=self._is_done_by_another,
+            wait=self._wait(),
+        )
+
+    @property
+    def _is_to_fill(self) -> bool:
+        return not self.count or self.published < self.count or bool(self._lost)
+
+    @property
+    def _is_done_by_another(self) -> bool:
+        """Does another node fill, or has one filled, what is on its way here?"""
+        if self.filling is None or self.is_filler:
+            return False
+        return self._told.view.filler is not None or self.filling.first < self.published
+
+    @property
+    def _is_untold(self) -> bool:
+        return bool(self.announced & ~self._told.have)
+
+    def _fresh(self) -> Fresh | None:
+        """What the filler has to publish: what follows, the last only when the digest is right."""
+        if not self.is_filler:
+            return None
+        end = self.published + lowest_zero(self.have >> self.published)
+        end = min(end, self.count if self.is_proven else self.count - 1)
+        proofs = [self._proofs[stripe] for stripe in range(self.published, end)]
+        if not proofs:
+            return None
+        return Fresh(self.published, tuple(p.hash for p in proofs), tuple(p.by for p in proofs))
+
+    def _standing(self, need: int, now: float) -> Standing:
+        busy = set(self.receiving)
+        if self.filling is not None:
+            busy.update(range(self.filling.first, self.filling.last))
+        return Standing(
+            zone=self._giver.zone,
+            have=self.have,
+            count=self.count,
+            busy=busy,
+            room=max(0, WIDTH - len(self.receiving)),
+            limits=self._limits,
+            order=self._order,
+            need=need,
+            hop=PIECE / stripe_size(self.size) if self.size else 1.0,
+            avoid=self._shunned.avoided(now),
+        )
+
+    def _source(self, standing: Standing) -> str | None:
+        """The best that has the whole blob."""
+        found = [
+            (h.giver.zone != standing.zone, h.lending, h.giver.node)
+            for h in self._told.view.holdings
+            if h.have == WHOLE and h.giver.node not in standing.avoid
+        ]
+        return min(found)[-1] if found else None
+
+    def _step_alone(self, standing: Standing, drop: str | None) -> Step:
+        """Known givers for what is published, and the upstream for what none of them has."""
+        holdings = {
+            holding.giver.node: holding
+            for holding in self._told.view.holdings
+            if holding.giver.node not in standing.avoid
+        }
+        asks: list[Ask] = []
+        orphans = []
+        for stripe in standing.missing(self.count):
+            limit = standing.limits.get(stripe, ANY_RANK)
+            known = givers(standing, tuple(holdings.values()), stripe, limit)
+            if not known or stripe >= self.published:
+                orphans.append(stripe)
+            elif len(asks) < standing.room:
+                best = holdings[known[0]]
+                asks.append(Ask(stripe, best.giver, (best.rank(stripe) or 0) + 1))
+        fill = None
+        if self.filling is None:
+            fill = to_fill(standing, self.count, orphans) if self.count else Span(0, 1)
+        return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait())
+
+    def _wait(self) -> float:
+        """Longer each time without news, and the more there are that look."""
+        crowd = max(1.0, self._told.view.nodes / LOOKERS)
+        return self._patience * crowd * self._rng.uniform(0.5, 1.0)

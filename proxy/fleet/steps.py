@@ -1,0 +1,52 @@
+"""What a pursuit asks its owner to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxy.fleet.claims import Giver, Wish
+from proxy.fleet.stripes import Span
+
+#: Seconds until a node that waits for news looks again, at most.
+LAST_LOOK = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A stripe to be asked of a giver without a grant, since the directory is gone."""
+
+    stripe: int
+    giver: Giver
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Hashes to publish as the filler, from stripe `first` on, and who published each at first."""
+
+    first: int
+    hashes: tuple[bytes, ...]
+    by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do now; nothing of it again before something has happened.
+
+    `drop`: this generation is wrong. `lead`: ask to become the filler. `publish`: as the filler.
+    `hold`: say what this node has. `wishes`, `room`, `avoid`: take these. `asks`: ask these without
+    a grant. `fill`: bring these stripes from the upstream, or from the node named in it. `stop`:
+    end the fill that is under way, another node does it. `wait`: seconds until the next look.
+    """
+
+    drop: str | None = None
+    lead: bool = False
+    publish: Fresh | None = None
+    hold: bool = False
+    wishes: tuple[Wish, ...] = ()
+    room: int = 0
+    avoid: frozenset[str] = frozenset()
+    asks: tuple[Ask, ...] = ()
+    fill: Span | None = None
+    stop: bool = False
+    wait: float = LAST_LOOK

@@ -1,0 +1,150 @@
+"""Stripes: how long they are, which to ask for next and of whom, and which the upstream brings.
+
+Pure: what a node knows goes in, what it should ask for comes out. `pursuit.py` keeps what it knows.
+
+The order is made so that a cold crowd works with all its uplinks at once. The stripe that readers
+need next comes first; then those that fewest others have, and among equals each node has an order
+of its own. A giver costs what it lends already, since its uplink is shared by as many; one that is
+itself still receiving the stripe costs, for each hop from one that has it, the piece it is behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from proxy.fleet.claims import ANY_RANK, Holding, View, Wish
+
+MIB = 1024 * 1024
+PIECE = MIB
+LARGEST = 16 * MIB
+#: Smaller blobs have so many stripes that there are enough of them to share: what a crowd loses is
+#: a stripe's time at the beginning, and another at the end.
+ENOUGH = 64
+#: How many stripes from the first missing one on are thought about at once.
+WINDOW = 256
+#: How many stripes of one blob are received at once, and how many more are named as alternatives.
+WIDTH = 6
+SPARE_WISHES = 4
+#: How many stripes the upstream is asked for in one go: a turn's worth of large ones.
+SPAN = 4
+#: Givers named for one stripe; the directory knows others.
+NAMED = 4
+
+
+def stripe_size(size: int) -> int:
+    """How long the stripes of a blob of `size` bytes are; the last one may be shorter."""
+    return min(LARGEST, max(1, -(-size // (ENOUGH * MIB))) * MIB)
+
+
+def stripe_count(size: int) -> int:
+    """How many stripes a blob of `size` bytes has; an empty one has one, of no bytes."""
+    return max(1, -(-size // stripe_size(size)))
+
+
+def stripe_length(size: int, stripe: int) -> int:
+    """How many bytes this stripe of a blob of `size` bytes has."""
+    whole = stripe_size(size)
+    return min(whole, size - stripe * whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What one node has of a blob and may ask for.
+
+    `busy`: stripes that it is receiving or filling. `room`: how many more it may receive. `limits`:
+    the rank that it had for a stripe, and may not exceed. `order`: its own order of stripes, a
+    number for each. `need`: what its readers wait for. `hop`: what a hop costs, in grants.
+    """
+
+    zone: str
+    have: int
+    count: int
+    busy: Collection[int]
+    room: int
+    limits: Mapping[int, int]
+    order: Sequence[float]
+    need: int = 0
+    hop: float = 1.0
+    avoid: frozenset[str] = frozenset()
+
+    def lacks(self, stripe: int) -> bool:
+        return not self.have >> stripe & 1 and stripe not in self.busy
+
+    def missing(self, end: int) -> list[int]:
+        """The stripes before `end` to ask for: those that readers need, and on from the first."""
+        first = lowest_zero(self.have)
+        window = range(first, min(end, first + WINDOW))
+        found = [stripe for stripe in window if self.lacks(stripe)]
+        if self.need not in window and self.need < end and self.lacks(self.need):
+            found.append(self.need)
+        return found
+
+
+def lowest_zero(mask: int) -> int:
+    """The position of the lowest bit that is not set."""
+    return (~mask & (mask + 1)).bit_length() - 1
+
+
+def wishes(standing: Standing, view: View) -> tuple[Wish, ...]:
+    """Stripes to ask for, most wanted first, and whom; as many as to have alternatives."""
+    stripes = standing.missing(min(view.published, standing.count))
+    if standing.room <= 0 or not stripes:
+        return ()
+    holdings = [holding for holding in view.holdings if holding.giver.node not in standing.avoid]
+
+    def urgency(stripe: int) -> tuple[bool, int, float]:
+        rarity = sum(holding.has(stripe) for holding in holdings)
+        return stripe != standing.need, rarity, standing.order[stripe]
+
+    chosen = sorted(stripes, key=urgency)[: standing.room + SPARE_WISHES]
+    return tuple(_wish(standing, holdings, stripe) for stripe in chosen)
+
+
+def _wish(standing: Standing, holdings: Sequence[Holding], stripe: int) -> Wish:
+    limit = standing.limits.get(stripe, ANY_RANK)
+    return Wish(stripe, givers(standing, holdings, stripe, limit)[:NAMED], limit)
+
+
+def givers(
+    standing: Standing, holdings: Sequence[Holding], stripe: int, limit: int
+) -> tuple[str, ...]:
+    """Who may be asked for the stripe, best first: own zone, then whoever can bring it soonest."""
+    found = []
+    for holding in holdings:
+        rank = holding.rank(stripe)
+        if rank is None or rank >= limit:
+            continue
+        cost = holding.lending + rank * standing.hop
+        found.append((holding.giver.zone != standing.zone, cost, holding.giver.node))
+    return tuple(node for _, _, node in sorted(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Stripes from `first` to before `last` that are to come in one go; `of` is a node id of one
+    that has the whole blob, or None: the upstream."""
+
+    first: int
+    last: int
+    of: str | None = None
+
+
+def to_fill(
+    standing: Standing, published: int, lost: Collection[int], source: str | None = None
+) -> Span | None:
+    """What the filler brings next: published stripes that nobody has any more, then what follows.
+
+    A node that has the whole blob, `source`, stands in for the upstream as long as there is one.
+    """
+    wanted = sorted(stripe for stripe in lost if standing.lacks(stripe))
+    if not wanted:
+        beyond = range(published, standing.count)
+        wanted = list(itertools.islice(filter(standing.lacks, beyond), SPAN))
+    if not wanted:
+        return None
+    last = wanted[0] + 1
+    while last in wanted and last - wanted[0] < SPAN:
+        last += 1
+    return Span(wanted[0], last, source)

@@ -1,0 +1,456 @@
+"""What every ``Claims`` has to do, in process or in a Redis.
+
+Subclass ``ClaimsConformance`` in a test module and say how a fleet is made. Time passes only by
+``Fleet.advance``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from proxy.fleet.claims import WHOLE, Claims, Giver, Grant, Outcome, Terms, View, Wish
+from proxy.oci.digest import Digest
+
+DIGEST, OTHER = Digest.of(b"a blob"), Digest.of(b"another blob")
+MIB = 1024 * 1024
+SIZE = 64 * MIB
+
+
+def giver(number: int, zone: str = "a") -> Giver:
+    return Giver(f"{number:016x}", f"node-{number}", zone, f"http://10.0.0.{number}:5052")
+
+
+def hash_of(stripe: int, salt: int = 0) -> bytes:
+    return bytes([stripe, salt]) * 16
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Nodes on one directory, whose time can be moved on and whose memory can be lost."""
+
+    make: Callable[[Giver], Claims]
+    advance: Callable[[float], None]
+    forget: Callable[[], Awaitable[None]]
+    nodes: dict[int, Claims] = field(default_factory=dict)
+
+    def __call__(self, number: int, zone: str = "a") -> Claims:
+        if number not in self.nodes:
+            self.nodes[number] = self.make(giver(number, zone))
+        return self.nodes[number]
+
+    async def published(self, count: int, filler: int = 1) -> Claims:
+        """The filler, when it has published so many stripes."""
+        node = self(filler)
+        assert await node.fill(DIGEST, SIZE) == giver(filler).node
+        hashes = [hash_of(stripe) for stripe in range(count)]
+        assert await node.publish(DIGEST, SIZE, 0, hashes) == count
+        return node
+
+
+def having(view: View, number: int) -> int | None:
+    """What the view says that a node has."""
+    return next((h.have for h in view.holdings if h.giver.node == giver(number).node), None)
+
+
+async def one(node: Claims, stripe: int, *named: int, limit: int | None = None) -> Grant | None:
+    """The grant of one wish, if there is one."""
+    names = tuple(giver(number).node for number in named)
+    wish = Wish(stripe, names) if limit is None else Wish(stripe, names, limit)
+    taken = await node.take(DIGEST, [wish], 1)
+    return taken.grants[0] if taken.grants else None
+
+
+class ClaimsConformance(ABC):
+    TERMS = Terms(most=3, each=2, filler_most=3, filler_each=2, wholes=4, sample=30)
+    SPARING = Terms(most=3, each=2, filler_most=2, filler_each=1)
+
+    @abstractmethod
+    def fleet(self, terms: Terms) -> contextlib.AbstractAsyncContextManager[Fleet]: ...
+
+    @pytest.fixture
+    async def nodes(self) -> AsyncIterator[Fleet]:
+        async with self.fleet(self.TERMS) as fleet:
+            yield fleet
+
+    async def test_of_an_unknown_blob_there_is_nothing(self, nodes: Fleet) -> None:
+        view = await nodes(1).look(DIGEST)
+        assert view.generation
+        assert (view.size, view.hashes, view.filler, view.holdings) == (None, (), None, ())
+
+    async def test_the_first_to_ask_fills_and_the_others_learn_who(self, nodes: Fleet) -> None:
+        assert await nodes(1).fill(DIGEST, None) == giver(1).node
+        assert await nodes(2).fill(DIGEST, None) == giver(1).node
+        assert await nodes(2).fill(OTHER, None) == giver(2).node
+        assert (await nodes(3).look(DIGEST)).filler == giver(1).node
+
+    async def test_who_fills_and_knows_the_size_tells_it(self, nodes: Fleet) -> None:
+        await nodes(1).fill(DIGEST, None)
+        assert (await nodes(2).look(DIGEST)).size is None
+        await nodes(1).fill(DIGEST, SIZE)
+        assert (await nodes(2).look(DIGEST)).size == SIZE
+
+    async def test_a_filler_that_renews_stays_and_one_that_does_not_lapses(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes(1).fill(DIGEST, SIZE)
+        for _ in range(4):
+            nodes.advance(self.TERMS.filler * 0.9)
+            assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
+        nodes.advance(self.TERMS.filler + 0.1)
+        assert (await nodes(2).look(DIGEST)).filler is None
+        assert await nodes(2).fill(DIGEST, SIZE) == giver(2).node
+        assert await nodes(1).fill(DIGEST, SIZE) == giver(2).node
+
+    async def test_a_filler_that_publishes_nothing_makes_way_though_it_renews(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes(1).fill(DIGEST, SIZE)
+        for _ in range(int(self.TERMS.stuck / 10)):
+            nodes.advance(10)
+            await nodes(1).fill(DIGEST, SIZE)
+        assert await nodes(1).fill(DIGEST, SIZE) is None
+        assert await nodes(2).fill(DIGEST, SIZE) == giver(2).node
+
+    async def test_a_filler_that_publishes_now_and_then_is_not_stuck(self, nodes: Fleet) -> None:
+        await nodes(1).fill(DIGEST, SIZE)
+        for stripe in range(2):
+            for _ in range(int(self.TERMS.stuck / 10) - 1):
+                nodes.advance(10)
+                assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
+            assert await nodes(1).publish(DIGEST, SIZE, stripe, [hash_of(stripe)]) == stripe + 1
+
+    async def test_what_is_settled_can_be_filled_by_another_at_once(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        await nodes(2).settle(DIGEST)  # it is not the filler
+        assert (await nodes(2).look(DIGEST)).filler == giver(1).node
+        await nodes(1).settle(DIGEST)
+        assert (await nodes(2).look(DIGEST)).filler is None
+        assert await nodes(2).fill(DIGEST, SIZE) == giver(2).node
+        assert await nodes(2).publish(DIGEST, SIZE, 2, [hash_of(2)]) == 3
+        assert await nodes(1).publish(DIGEST, SIZE, 3, [hash_of(3)]) is None
+
+    async def test_published_hashes_come_with_who_published_them(self, nodes: Fleet) -> None:
+        await nodes.published(3)
+        names = [giver(7).node, giver(1).node]
+        assert await nodes(1).publish(DIGEST, SIZE, 3, [hash_of(3), hash_of(4)], names) == 5
+        view = await nodes(2).look(DIGEST)
+        assert view.size == SIZE
+        assert view.published == 5
+        assert view.hashes == tuple(hash_of(stripe) for stripe in range(5))
+        assert view.publishers == (*[giver(1).node] * 3, *names)
+        later = await nodes(2).look(DIGEST, known=4)
+        assert (later.first, later.hashes, later.published) == (4, (hash_of(4),), 5)
+
+    async def test_hashes_that_do_not_follow_are_refused_with_what_there_is(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(2)
+        assert await nodes(1).publish(DIGEST, SIZE, 4, [hash_of(4)]) == 2
+        assert await nodes(1).publish(DIGEST, SIZE, 0, [hash_of(9)]) == 2
+        view = await nodes(2).look(DIGEST)
+        assert view.hashes == (hash_of(0), hash_of(1))
+        assert having(view, 1) == 0b11
+
+    async def test_a_stripe_is_granted_of_whom_it_was_wished(self, nodes: Fleet) -> None:
+        await nodes.published(3)
+        grant = await one(nodes(2), 1, 1)
+        assert grant is not None
+        assert (grant.digest, grant.stripe, grant.giver, grant.rank) == (DIGEST, 1, giver(1), 1)
+        view = await nodes(3).look(DIGEST)
+        assert {h.giver.node: (h.receiving, h.lending) for h in view.holdings} == {
+            giver(1).node: ({}, 1),
+            giver(2).node: ({1: 1}, 0),
+        }
+
+    async def test_nobody_is_granted_the_same_stripe_twice_at_a_time(self, nodes: Fleet) -> None:
+        await nodes.published(3)
+        assert await one(nodes(2), 1, 1)
+        assert await one(nodes(2), 1, 1) is None
+
+    async def test_a_giver_lends_a_stripe_only_so_often(self, nodes: Fleet) -> None:
+        await nodes.published(3)
+        first = await one(nodes(2), 1, 1)
+        second = await one(nodes(3), 1, 1)
+        assert first
+        assert second
+        assert second.giver == giver(1)
+        third = await one(nodes(4), 1, 1)
+        assert third
+        assert third.giver in (giver(2), giver(3))
+        assert third.rank == 2
+
+    async def test_a_giver_lends_only_so_much(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        for stripe in range(3):
+            assert await one(nodes(10 + stripe), stripe, 1)
+        assert await one(nodes(20), 3, 1) is None
+        taken = await nodes(20).take(DIGEST, [Wish(3)], 1)
+        assert (taken.grants, taken.missing) == ((), frozenset())
+
+    async def test_the_filler_lends_less_at_a_time_as_long_as_it_fills(self) -> None:
+        async with self.fleet(self.SPARING) as nodes:
+            await nodes.published(4)
+            first, second = await one(nodes(2), 0, 1), await one(nodes(3), 0, 1)
+            assert first
+            assert second
+            assert (first.giver, second.giver) == (giver(1), giver(2))
+            assert await one(nodes(4), 1, 1)
+            assert await one(nodes(5), 2, 1) is None
+            await nodes(1).settle(DIGEST)
+            assert await one(nodes(5), 2, 1)
+
+    async def test_a_grant_that_is_given_back_makes_room_and_only_once(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        grants = [await one(nodes(10 + stripe), stripe, 1) for stripe in range(3)]
+        assert grants[0]
+        for outcome in (Outcome.FAILED, Outcome.FAILED, Outcome.LIED):
+            await nodes(10).give_back(grants[0], outcome)
+        assert await one(nodes(20), 3, 1)
+        other = await one(nodes(21), 3, 1)  # of 20, which receives it: 1 is full again
+        assert other
+        assert (other.giver, other.rank) == (giver(20), 2)
+
+    async def test_who_has_received_a_stripe_has_it(self, nodes: Fleet) -> None:
+        await nodes.published(12)
+        for stripe in (9, 2):
+            grant = await one(nodes(2), stripe, 1)
+            assert grant
+            await nodes(2).give_back(grant, Outcome.DONE)
+        assert having(await nodes(3).look(DIGEST), 2) == 1 << 9 | 1 << 2
+        again = await one(nodes(3), 9, 2)
+        assert again
+        assert (again.giver, again.rank) == (giver(2), 1)
+
+    @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.LIED])
+    async def test_who_has_failed_has_nothing_and_may_try_again(
+        self, nodes: Fleet, outcome: Outcome
+    ) -> None:
+        await nodes.published(1)
+        grant = await one(nodes(2), 0, 1)
+        assert grant
+        await nodes(2).give_back(grant, outcome)
+        assert having(await nodes(3).look(DIGEST), 2) == 0
+        assert await one(nodes(2), 0, 1)
+
+    async def test_a_grant_ends_by_itself_unless_it_is_renewed(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        await nodes(1).settle(DIGEST)
+        grants = [await one(nodes(number), 0, 1) for number in (2, 3)]
+        assert grants[0]
+        assert grants[1]
+        nodes.advance(self.TERMS.grant * 0.7)
+        generation = (await nodes(3).look(DIGEST)).generation
+        assert await nodes(3).hold(DIGEST, generation, 0, [grants[1]])
+        nodes.advance(self.TERMS.grant * 0.7)
+        view = await nodes(4).look(DIGEST)
+        assert [h.lending for h in view.holdings if h.giver == giver(1)] == [1]
+        assert {h.giver.node: h.receiving for h in view.holdings} == {
+            giver(1).node: {},
+            giver(2).node: {},
+            giver(3).node: {0: 1},
+        }
+
+    async def test_ranks_grow_along_a_chain_of_receivers(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        ranks = []
+        for number in (2, 3, 4):
+            grant = await one(nodes(number), 0, number - 1)
+            assert grant
+            assert grant.giver == giver(number - 1)
+            ranks.append(grant.rank)
+        assert ranks == [1, 2, 3]
+
+    async def test_a_ring_of_receivers_cannot_close(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        two, three = await one(nodes(2), 0, 1), await one(nodes(3), 0, 2)
+        assert two
+        assert three
+        await nodes(2).give_back(two, Outcome.FAILED)
+        again = await one(nodes(2), 0, 3, limit=two.rank)
+        assert again
+        assert again.giver == giver(1)  # not of 3, which receives it of 2
+
+    async def test_a_limit_is_kept_though_nobody_else_could_give(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        for number in (2, 3):
+            assert await one(nodes(number), 0, 1)
+        assert await one(nodes(4), 0, limit=1) is None
+        assert await one(nodes(4), 0, limit=2)
+
+    async def test_own_zone_is_asked_first(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        grant = await one(nodes(2, "b"), 0)
+        assert grant
+        await nodes(2).give_back(grant, Outcome.DONE)
+        there = await one(nodes(3, "b"), 0)
+        here = await one(nodes(4, "a"), 0)
+        assert there
+        assert here
+        assert (there.giver, here.giver) == (giver(2, "b"), giver(1))
+
+    async def test_a_crowd_is_served_through_one_another(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        grants = [await one(nodes(number), 0) for number in range(2, 18)]
+        assert all(grants)
+        assert max(grant.rank for grant in grants if grant) <= 5
+
+    async def test_no_more_are_granted_than_there_is_room_for(self, nodes: Fleet) -> None:
+        await nodes.published(3)
+        wishes = [Wish(stripe) for stripe in (5, 0, 2, 1)]
+        taken = await nodes(2).take(DIGEST, wishes, 2)
+        assert [grant.stripe for grant in taken.grants] == [0, 2]
+        assert taken.missing == {5}
+        assert taken.view.published == 3
+
+    async def test_a_stripe_is_missing_when_nobody_has_it_any_more(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 0b10)
+        assert not (await nodes(3).take(DIGEST, [Wish(0)], 0)).missing
+        await nodes(1).withdraw(DIGEST)
+        taken = await nodes(3).take(DIGEST, [Wish(0, (giver(1).node,)), Wish(1)], 4)
+        assert taken.missing == {0}
+        assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
+
+    async def test_what_only_nodes_to_avoid_have_is_missing(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 0b10)
+        await nodes(5).hold(OTHER, "", WHOLE)
+        avoid = [giver(1).node]
+        taken = await nodes(3).take(DIGEST, [Wish(0, (avoid[0],)), Wish(1)], 4, 0, avoid)
+        assert taken.missing == {0}
+        assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
+        assert not (await nodes(4).take(DIGEST, [Wish(0)], 0)).missing
+
+    async def test_a_part_is_forgotten_unless_it_is_renewed(self, nodes: Fleet) -> None:
+        generation = (await nodes(1).look(DIGEST)).generation
+        for number in (1, 2):
+            assert await nodes(number).hold(DIGEST, generation, 0b1)
+        nodes.advance(self.TERMS.part * 0.7)
+        assert await nodes(2).hold(DIGEST, generation, 0b101)
+        nodes.advance(self.TERMS.part * 0.7)
+        view = await nodes(3).look(DIGEST)
+        assert (having(view, 1), having(view, 2)) == (None, 0b101)
+
+    async def test_news_of_another_generation_is_refused(self, nodes: Fleet) -> None:
+        await nodes.published(1)
+        assert not await nodes(2).hold(DIGEST, "another", 0b1)
+        assert having(await nodes(3).look(DIGEST), 2) is None
+
+    async def test_who_has_the_whole_blob_is_listed_up_to_a_number(self, nodes: Fleet) -> None:
+        listed = [await nodes(number).hold(DIGEST, "", WHOLE) for number in range(1, 7)]
+        assert listed == [True] * 4 + [False] * 2
+        assert await nodes(1).hold(DIGEST, "", WHOLE)
+        view = await nodes(9).look(DIGEST)
+        assert [holding.have for holding in view.holdings] == [WHOLE] * 4
+        nodes.advance(self.TERMS.whole + 1)
+        assert await nodes(6).hold(DIGEST, "", WHOLE)
+
+    async def test_who_has_the_whole_blob_gives_every_stripe(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        assert await nodes(1).hold(DIGEST, "", WHOLE)
+        for number, stripe in ((2, 0), (3, 1)):
+            grant = await one(nodes(number), stripe)
+            assert grant
+            assert (grant.giver, grant.rank) == (giver(1), 1)
+            await nodes(number).give_back(grant, Outcome.DONE)
+        assert having(await nodes(9).look(DIGEST), 1) == WHOLE
+
+    async def test_who_was_not_listed_is_known_by_its_part_for_a_while(self, nodes: Fleet) -> None:
+        await nodes.published(1, filler=9)
+        for number in range(1, 5):
+            await nodes(number).hold(DIGEST, "", WHOLE)
+        assert not await nodes(9).hold(DIGEST, "", WHOLE)
+        assert having(await nodes(8).look(DIGEST), 9) == 0b1
+
+    async def test_what_is_withdrawn_is_gone(self, nodes: Fleet) -> None:
+        await nodes(1).hold(DIGEST, "", WHOLE)
+        await nodes(1).withdraw(DIGEST)
+        view = await nodes(2).look(DIGEST)
+        assert (view.holdings, view.nodes) == ((), 0)
+
+    async def test_a_wrong_blob_is_forgotten_and_its_publisher_may_not_fill_it(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(2)
+        await nodes(5).hold(DIGEST, "", WHOLE)
+        grant = await one(nodes(2), 0, 1)
+        assert grant
+        await nodes(2).drop(DIGEST, grant.generation)
+        view = await nodes(3).look(DIGEST)
+        assert view.generation != grant.generation
+        assert (view.published, view.filler) == (0, None)
+        assert [holding.have for holding in view.holdings] == [WHOLE]
+        assert await nodes(1).fill(DIGEST, SIZE) is None
+        assert await nodes(2).fill(DIGEST, SIZE) == giver(2).node
+        assert await nodes(1).fill(DIGEST, SIZE) == giver(2).node
+        await nodes(2).settle(DIGEST)
+        nodes.advance(self.TERMS.ban + 1)
+        assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
+
+    async def test_who_finds_its_own_blob_wrong_is_not_banned(self, nodes: Fleet) -> None:
+        filler = await nodes.published(2)
+        await filler.drop(DIGEST, (await filler.look(DIGEST)).generation)
+        assert await filler.fill(DIGEST, SIZE) == giver(1).node
+
+    async def test_a_late_drop_leaves_the_next_generation_alone(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        generation = (await nodes(3).look(DIGEST)).generation
+        await nodes(3).drop(DIGEST, generation)
+        await nodes(2).fill(DIGEST, SIZE)
+        await nodes(2).publish(DIGEST, SIZE, 0, [hash_of(0, 1)])
+        await nodes(4).drop(DIGEST, generation)
+        assert (await nodes(3).look(DIGEST)).hashes == (hash_of(0, 1),)
+
+    async def test_grants_of_an_earlier_generation_say_nothing_of_the_next(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(2)
+        grants = [await one(nodes(number), 0, 1) for number in (2, 3)]
+        assert grants[0]
+        assert grants[1]
+        await nodes(4).drop(DIGEST, grants[0].generation)
+        await nodes(4).fill(DIGEST, SIZE)
+        await nodes(4).publish(DIGEST, SIZE, 0, [hash_of(0, 1)])
+        await nodes(2).give_back(grants[0], Outcome.DONE)
+        view = await nodes(5).look(DIGEST)
+        assert having(view, 2) in (None, 0)
+        again = await one(nodes(2), 0, 4)
+        assert again
+        assert again.generation == view.generation
+        taken = await nodes(3).take(DIGEST, [Wish(0, (giver(4).node,))], 1)
+        assert [grant.giver for grant in taken.grants] == [giver(4)]
+
+    async def test_a_directory_that_lost_everything_is_told_again(self, nodes: Fleet) -> None:
+        await nodes.published(2)
+        grant = await one(nodes(2), 0, 1)
+        assert grant
+        await nodes.forget()
+        assert await nodes(1).publish(DIGEST, SIZE, 2, [hash_of(2)]) is None
+        assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
+        assert await nodes(1).publish(DIGEST, SIZE, 2, [hash_of(2)]) == 0
+        assert await nodes(1).publish(DIGEST, SIZE, 0, [hash_of(s) for s in range(3)]) == 3
+        assert not await nodes(2).hold(DIGEST, grant.generation, 0, [grant])
+        generation = (await nodes(2).look(DIGEST)).generation
+        assert await nodes(2).hold(DIGEST, generation, 0b10, [grant])
+        view = await nodes(3).look(DIGEST)
+        assert {h.giver.node: (h.have, h.receiving, h.lending) for h in view.holdings} == {
+            giver(1).node: (0b111, {}, 1),
+            giver(2).node: (0b10, {0: 1}, 0),
+        }
+
+    async def test_a_view_is_a_sample_with_the_filler_in_it(self, nodes: Fleet) -> None:
+        await nodes.published(1, filler=99)
+        generation = (await nodes(1).look(DIGEST)).generation
+        for number in range(1, 61):
+            await nodes(number, "ab"[number % 2]).hold(DIGEST, generation, 0)
+        for _ in range(5):
+            view = await nodes(1).look(DIGEST)
+            assert view.nodes == 61
+            assert having(view, 99) == 1
+            assert 10 < len(view.holdings) <= 31
+            assert giver(1).node not in {holding.giver.node for holding in view.holdings}

@@ -1,0 +1,176 @@
+"""Whole proxies on one directory: one fetch, one cap, and what happens when parts of it die."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.parts import free_port
+from proxy.fleet.directory import Directory
+from proxy.fleet.tags import SharedTags, Told, Where
+from proxy.oci.digest import Digest
+from proxy.testing import make_image
+from proxy.testing.registry import FakeRegistry
+from tests.unit.proxy_kit import UPSTREAM, Pullpool, running, until
+from tests.unit.redis_kit import Server, needs_redis, redis_server
+
+pytestmark = [needs_redis, pytest.mark.real_seconds]
+
+MIB = 1 << 20
+NAME = "team/fleet"
+IMAGE = make_image(NAME, "v1", layers=[5 * MIB + 17, 3 * MIB, 40_000], seed=9, tarred=False)
+FIRST = make_image("team/first", "v1", layers=[10], seed=8, tarred=False)
+SECRET = "what only nodes of this fleet know"
+UNIQUE = len(IMAGE.manifest) + sum(blob.size for blob in IMAGE.blobs)
+
+
+@asynccontextmanager
+async def fleet(
+    directory: Path, registry: FakeRegistry, server: Server, count: int, **upstream: object
+) -> AsyncIterator[list[Pullpool]]:
+    """So many nodes before one registry, on one directory."""
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = []
+        for number in range(count):
+            port = free_port()
+            settings: dict[str, Any] = {
+                "fleet": {
+                    "directory": server.url,
+                    "listen": f"127.0.0.1:{port}",
+                    "advertise": f"http://127.0.0.1:{port}",
+                    "name": f"node-{number}",
+                    "secret": SECRET,
+                },
+                "upstreams": {UPSTREAM: {"access": "public", "max_connections": 4, **upstream}},
+            }
+            place = directory / f"node-{number}"
+            place.mkdir()
+            nodes.append(await stack.enter_async_context(running(place, registry.url, **settings)))
+        for node in nodes:
+            await directory_of(node).wait_up()
+        # A directory that is new grants nothing for one lease time: others may hold leases yet.
+        registry.push(FIRST)
+        await nodes[0].get(f"/v2/{FIRST.name}/manifests/v1")
+        registry.counters.reset()
+        yield nodes
+
+
+def directory_of(node: Pullpool) -> Directory:
+    assert node.proxy.fleet is not None
+    return node.proxy.fleet.directory
+
+
+async def pull(node: Pullpool) -> None:
+    """An image as a client pulls it: tag, config, layers; every byte is compared."""
+    manifest = await node.get(f"/v2/{NAME}/manifests/v1")
+    assert manifest.body == IMAGE.manifest
+    blobs = await asyncio.gather(
+        *(node.get(f"/v2/{NAME}/blobs/{blob.digest}") for blob in IMAGE.blobs)
+    )
+    assert [answer.body for answer in blobs] == [blob.data for blob in IMAGE.blobs]
+
+
+async def all_pull(nodes: Sequence[Pullpool]) -> None:
+    await asyncio.gather(*map(pull, nodes))
+
+
+async def test_a_cold_crowd_of_nodes_fetches_an_image_once(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 4) as nodes:
+            await all_pull(nodes)
+            assert registry.counters.bytes_sent == UNIQUE
+            assert registry.counters.peak_sockets <= 4
+            words = [line["cache"] for node in nodes for line in node.access_log]
+            assert words.count("peer") > 0
+
+
+async def test_a_node_that_comes_later_asks_the_upstream_nothing(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 2) as (first, second):
+            await pull(first)
+            await first.stored()
+            registry.counters.reset()
+            await pull(second)
+            assert registry.counters.bytes_sent == 0
+            assert not registry.counters.requests
+            assert {line["cache"] for line in second.access_log} == {"peer"}
+
+
+async def test_what_a_node_says_of_a_digest_is_no_other_manifest(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 2) as (liar, victim):
+            other = await liar.get(f"/v2/{FIRST.name}/manifests/v1")
+            assert liar.proxy.fleet is not None
+            tags = SharedTags(
+                directory_of(liar),
+                node=liar.proxy.fleet.giver.node,
+                secret=SECRET.encode(),
+                wall=time.time,
+            )
+            where = Where(liar.proxy.fleet.giver.node, liar.proxy.fleet.giver.url)
+            said = Told(
+                Digest.of(other.body), other.headers["Content-Type"], len(other.body), where
+            )
+            asked = Digest.of(IMAGE.manifest)
+            await tags.tell((UPSTREAM, NAME, str(asked)), said, 60.0)
+            answer = await victim.get(f"/v2/{NAME}/manifests/{asked}")
+            assert answer.body == IMAGE.manifest
+
+
+async def test_the_directory_may_die_and_come_back_in_the_middle_of_a_pull(tmp_path: Path) -> None:
+    async with FakeRegistry(rate=8 * MIB) as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 3) as nodes:
+            pulls = asyncio.create_task(all_pull(nodes))
+            await until(lambda: registry.counters.bytes_sent >= MIB)
+            await server.kill()
+            await until(lambda: not any(directory_of(node).is_up for node in nodes))
+            await server.restart()  # empty
+            await pulls
+            assert registry.counters.peak_sockets <= 4
+
+
+async def test_a_directory_may_forget_all_in_the_middle_of_a_pull(tmp_path: Path) -> None:
+    async with FakeRegistry(rate=8 * MIB) as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 3) as nodes:
+            pulls = asyncio.create_task(all_pull(nodes))
+            await until(lambda: registry.counters.bytes_sent >= MIB)
+            await server.flush()
+            await pulls
+            assert registry.counters.peak_sockets <= 4
+
+
+async def test_a_node_may_die_in_the_middle_of_a_pull(tmp_path: Path) -> None:
+    async with FakeRegistry(rate=8 * MIB) as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = await stack.enter_async_context(fleet(tmp_path, registry, server, 3))
+            doomed = asyncio.create_task(pull(nodes[0]))
+            await until(lambda: registry.counters.bytes_sent >= MIB)
+            others = asyncio.create_task(all_pull(nodes[1:]))
+            await nodes[0].proxy.__aexit__(None, None, None)
+            with pytest.raises(Exception):  # noqa: B017, PT011 - its own client is cut off somehow
+                await doomed
+            await others
+            assert registry.counters.bytes_sent <= 2 * UNIQUE
+
+
+async def test_a_private_upstream_stays_in_its_node(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 2, access="shared") as nodes:
+            await pull(nodes[0])
+            before = registry.counters.bytes_sent
+            await pull(nodes[1])
+            assert registry.counters.bytes_sent == 2 * before
+            keys = await server.ask("KEYS", "*")
+            assert not any(b"sha256" in key or b"tag" in key for key in keys)

@@ -1,0 +1,428 @@
+"""Flights of several nodes that share one blob: who brings what, and what becomes of liars."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from proxy.fleet.claims import Taken, View, Wish
+from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.oci.digest import Digest
+from proxy.oci.errors import DigestMismatch, DirectoryDown, StoreFailed
+from proxy.pull.flight import Flights
+from proxy.pull.giving import OpenStripe
+from proxy.pull.sharing import PATIENCE
+from proxy.pull.stripes import FleetShelf
+from proxy.upstream.turns import Ticket, TurnQueue
+from tests.unit.flight_kit import Act, ScriptedBody, ScriptedSource, drink, until
+from tests.unit.sharing_kit import Fleet, everything, sailing
+
+MIB = 1 << 20
+SIZE = 5 * MIB + 123
+DATA = os.urandom(SIZE)
+DIGEST = Digest.of(DATA)
+
+
+def source(data: bytes = DATA) -> ScriptedSource:
+    return ScriptedSource(data, digest=DIGEST, chunk=64 << 10, turn_bytes=8 * MIB)
+
+
+class Gone(LocalClaims):
+    """No directory."""
+
+    async def look(self, digest: Digest, known: int = 0) -> View:
+        raise DirectoryDown
+
+    async def fill(self, digest: Digest, size: int | None) -> str | None:
+        raise DirectoryDown
+
+
+async def pull(fleet: Fleet, number: int, upstream: ScriptedSource) -> bytes:
+    reader = fleet.nodes[number].rig.join(upstream, size=SIZE)
+    try:
+        return await drink(reader, 0, SIZE)
+    finally:
+        reader.close()
+
+
+async def test_two_nodes_that_want_one_blob_at_once_fetch_it_once(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        sources = [source(), source()]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(2)))
+        assert found == [DATA, DATA]
+        assert sum(each.sent for each in sources) == SIZE
+
+
+async def test_eight_nodes_take_most_of_it_of_one_another(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 8) as fleet:
+        sources = [source() for _ in range(8)]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(8)))
+        assert found == [DATA] * 8
+        assert sum(each.sent for each in sources) == SIZE
+        givers = {giver for giver, _, _ in fleet.wire.taken}
+        assert len(givers) > 1  # no star
+
+
+async def test_who_comes_later_gets_all_of_it_from_a_node_that_has_it(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        first, second = source(), source()
+        assert await pull(fleet, 0, first) == DATA
+        await landed(fleet, 0)
+        assert await pull(fleet, 1, second) == DATA
+        assert (first.sent, second.sent) == (SIZE, 0)
+
+
+async def test_a_node_that_lies_is_shunned_and_no_reader_gets_a_wrong_byte(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 6) as fleet:
+        liar = fleet.ids[0]
+        fleet.wire.spoil[liar] = lambda piece: bytes([piece[0] ^ 1]) + piece[1:]
+        sources = [source() for _ in range(6)]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(6)))
+        assert found == [DATA] * 6
+        shunned = [node.fellows.shunned.liars(node.fellows.clock()) for node in fleet.nodes]
+        assert frozenset().union(*shunned) == {liar}
+
+
+async def test_a_giver_that_dies_in_the_middle_is_left_for_another(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 3) as fleet:
+        sources = [source() for _ in range(3)]
+        assert await pull(fleet, 0, sources[0]) == DATA
+        await landed(fleet, 0)
+        gate = fleet.wire.gates[fleet.ids[0]] = asyncio.Event()
+        reader = asyncio.create_task(pull(fleet, 1, sources[1]))
+        await until_taken(fleet, 1)
+        fleet.wire.dead.add(fleet.ids[0])
+        gate.set()
+        assert await reader == DATA
+        assert await pull(fleet, 2, sources[2]) == DATA
+        assert sources[2].sent == 0
+
+
+async def test_when_the_filler_leaves_another_goes_on_behind_it(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        first, second = source(), source()
+        first.valve.limit = 3 * MIB
+        reader = fleet.nodes[0].rig.join(first, size=SIZE)
+        await until(lambda: first.sent == 3 * MIB)
+        follower = asyncio.create_task(pull(fleet, 1, second))
+        await until(lambda: len(fleet.wire.taken) >= 3)
+        flight = fleet.nodes[0].rig.flights.find(DIGEST)
+        assert flight is not None
+        flight.cancel()
+        reader.close()
+        assert await follower == DATA
+        assert second.sent <= SIZE - 2 * MIB
+
+
+async def test_what_the_fleet_may_not_know_of_stays_in_its_node(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        sources = [
+            ScriptedSource(DATA, upstream="private.example.com", chunk=64 << 10) for _ in range(2)
+        ]
+        for number in range(2):
+            assert await pull(fleet, number, sources[number]) == DATA
+        assert [each.sent for each in sources] == [SIZE, SIZE]
+        assert not fleet.wire.taken
+
+
+async def test_an_upstream_without_ranges_is_read_to_its_end_by_one_node(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 3) as fleet:
+        sources = [ScriptedSource(DATA, chunk=64 << 10, serves_ranges=False) for _ in range(3)]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(3)))
+        assert found == [DATA] * 3
+        assert sum(each.sent for each in sources) == SIZE
+
+
+async def test_what_comes_without_ranges_is_passed_on_while_it_comes(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        first = ScriptedSource(DATA, chunk=64 << 10, serves_ranges=False)
+        second = ScriptedSource(DATA, chunk=64 << 10, serves_ranges=False)
+        first.valve.limit = 3 * MIB
+        filler = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.sent == 3 * MIB)
+        follower = asyncio.create_task(pull(fleet, 1, second))
+        await until(lambda: len(fleet.wire.taken) == 3)
+        first.valve.open()
+        assert await filler == DATA
+        assert await follower == DATA
+        assert second.sent == 0
+
+
+async def test_without_a_directory_every_node_goes_alone(tmp_path: Path) -> None:
+    board = Board(clock=lambda: 0.0, rng=random.Random(0))
+    async with sailing(tmp_path, 2, claims=lambda giver: Gone(board, giver)) as fleet:
+        sources = [source(), source()]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(2)))
+        assert found == [DATA, DATA]
+        assert [each.sent for each in sources] == [SIZE, SIZE]
+
+
+async def test_a_node_whose_disk_is_full_serves_through_a_window(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2, max_size=2 * MIB) as fleet:
+        sources = [source(), source()]
+        found = await asyncio.gather(*(pull(fleet, n, sources[n]) for n in range(2)))
+        assert found == [DATA, DATA]
+
+
+async def test_a_publisher_of_other_bytes_resets_its_takers_and_is_banned(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        wrong = bytes([DATA[0] ^ 1]) + DATA[1:]
+        first, second = source(wrong), source()
+        first.valve.limit = 4 * MIB
+        reader = fleet.nodes[0].rig.join(first, size=SIZE)
+        await until(lambda: first.sent == 4 * MIB)
+        follower = asyncio.create_task(pull(fleet, 1, second))
+        await until(lambda: len(fleet.wire.taken) >= 3)
+        first.valve.open()
+        with pytest.raises(DigestMismatch):
+            await follower
+        reader.close()
+        assert await pull(fleet, 1, source()) == DATA
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 3))
+async def test_a_pull_that_is_cancelled_at_any_point_leaves_nothing(
+    tmp_path: Path, steps: int
+) -> None:
+    async with sailing(tmp_path, 2) as fleet:
+        sources = [source(), source()]
+        both = [asyncio.create_task(pull(fleet, n, sources[n])) for n in range(2)]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        both[0].cancel()
+        flight = fleet.nodes[0].rig.flights.find(DIGEST)
+        if flight is not None:
+            flight.cancel()
+        assert await both[1] == DATA
+        await asyncio.gather(*both, return_exceptions=True)
+
+
+class Time:
+    """The loop's time, which a test may move on."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return asyncio.get_running_loop().time() + self.ahead
+
+
+async def test_a_filler_that_waits_for_its_slot_lets_another_node_fill(tmp_path: Path) -> None:
+    clock = Time()
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        first, second = source(), source()
+        first.queue.clear()
+        waiting = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.waiting == 1)
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        first.queue.set()
+        assert await waiting == DATA
+
+
+class Queued(ScriptedSource):
+    """Its tickets stand in a queue until they have a slot."""
+
+    line: TurnQueue
+
+    @asynccontextmanager
+    async def open(
+        self, start: int, length: int | None, ticket: Ticket
+    ) -> AsyncIterator[ScriptedBody]:
+        self.line.add(ticket)
+        try:
+            await self.queue.wait()
+        finally:
+            self.line.discard(ticket)
+        async with super().open(start, length, ticket) as body:
+            yield body
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+async def test_a_turn_in_a_queue_is_called_back_when_another_node_fills(
+    tmp_path: Path, segments: int
+) -> None:
+    clock = Time()
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        first, second = Queued(DATA, chunk=64 << 10, segments=segments), source()
+        first.line = TurnQueue()
+        first.queue.clear()
+        waiting = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: len(first.line) == 1)
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        assert await waiting == DATA
+        assert first.sent == 0
+
+
+async def test_who_waits_for_a_range_hears_that_its_turn_has_ended_without_a_byte(
+    tmp_path: Path,
+) -> None:
+    """A further turn waits for a slot for what another node has come to bring."""
+    clock = Time()
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        slots = asyncio.Semaphore(1)
+        first = ScriptedSource(DATA, chunk=64 << 10, segments=2, slots=slots, turn_bytes=MIB)
+        first.valve.limit = MIB // 2
+        second = source()
+        one = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.waiting == 1)
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        await until(lambda: sum(taker == fleet.ids[0] for _, taker, _ in fleet.wire.taken) == 5)
+        first.valve.open()
+        assert await one == DATA
+        assert first.sent <= MIB
+
+
+async def test_a_filler_whose_upstream_fails_lets_another_node_fill(tmp_path: Path) -> None:
+    async with sailing(tmp_path, 2, clock=lambda: 0.0) as fleet:
+        first, second = source(), source()
+        first.valve.limit = MIB
+        first.acts.append(Act(breaks=MIB))
+        reader = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: len(first.turns) == 2)  # it goes on, but nothing more comes
+        assert await pull(fleet, 1, second) == DATA
+        first.valve.open()
+        assert await reader == DATA
+
+
+@pytest.mark.parametrize("wrong", [SIZE - 5, SIZE + 5, MIB, 3 * SIZE])
+async def test_a_manifest_that_says_a_wrong_size_harms_no_other_reader(
+    tmp_path: Path, wrong: int
+) -> None:
+    async with sailing(tmp_path, 1) as fleet:
+        upstream, flights = source(), fleet.nodes[0].rig.flights
+        upstream.valve.limit = MIB // 2
+        assert flights.begin(upstream, wrong) is not None
+        await asyncio.sleep(0)
+        right = fleet.nodes[0].rig.join(upstream, "bob", size=SIZE)
+        drinking = asyncio.create_task(drink(right, 0, SIZE))
+        await until(lambda: upstream.sent == MIB // 2)
+        upstream.valve.open()
+        assert await drinking == DATA
+
+
+async def test_the_upstream_is_believed_rather_than_the_one_manifest_that_says_a_size(
+    tmp_path: Path,
+) -> None:
+    async with sailing(tmp_path, 1) as fleet:
+        upstream, flights = source(), fleet.nodes[0].rig.flights
+        assert flights.begin(upstream, SIZE + 5) is not None
+        reader = fleet.nodes[0].rig.join(upstream, "bob", size=None)
+        assert await drink(reader) == DATA
+
+
+async def test_a_directory_that_was_down_before_is_not_waited_for(tmp_path: Path) -> None:
+    board = Board(clock=lambda: 0.0, rng=random.Random(0))
+    stopped = sailing(
+        tmp_path,
+        1,
+        clock=lambda: 0.0,
+        claims=lambda giver: Gone(board, giver),
+        is_up=lambda: False,
+    )
+    async with stopped as fleet:
+        assert await pull(fleet, 0, source()) == DATA
+
+
+class Wrong(LocalClaims):
+    """A directory in which somebody has published other bytes, and which then goes."""
+
+    async def look(self, digest: Digest, known: int = 0) -> View:
+        if self.is_gone:
+            raise DirectoryDown
+        view = await super().look(digest, known)
+        hashes = tuple(bytes([n]) * 32 for n in range(known, 6))
+        return replace(view, size=SIZE, first=known, hashes=hashes, publishers=("f" * 16,) * 6)
+
+    async def take(
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
+    ) -> Taken:
+        missing = frozenset(wish.stripe for wish in wishes)
+        return Taken((), missing, await self.look(digest, known))
+
+    async def drop(self, digest: Digest, generation: str) -> None:
+        self.is_gone = True
+        raise DirectoryDown
+
+    is_gone = False
+
+
+async def test_a_directory_that_is_gone_with_wrong_hashes_holds_nobody_up(tmp_path: Path) -> None:
+    board = Board(clock=lambda: 0.0, rng=random.Random(0))
+    async with sailing(tmp_path, 1, claims=lambda giver: Wrong(board, giver)) as fleet:
+        assert await pull(fleet, 0, source()) == DATA
+
+
+async def test_hashes_of_a_blob_of_another_size_are_not_followed(tmp_path: Path) -> None:
+    class Other(Wrong):
+        is_asked = False
+
+        async def take(
+            self,
+            digest: Digest,
+            wishes: Sequence[Wish],
+            room: int,
+            known: int = 0,
+            avoid: Collection[str] = (),
+        ) -> Taken:
+            Other.is_asked = True
+            return await super().take(digest, wishes, room, known, avoid)
+
+        async def look(self, digest: Digest, known: int = 0) -> View:
+            return replace(await super().look(digest, known), size=SIZE + 1)
+
+    board = Board(clock=lambda: 0.0, rng=random.Random(0))
+    async with sailing(tmp_path, 1, claims=lambda giver: Other(board, giver)) as fleet:
+        upstream = source()
+        assert await pull(fleet, 0, upstream) == DATA
+        assert not Other.is_asked
+
+
+async def test_a_flight_that_is_just_stored_is_lent_from_the_store(tmp_path: Path) -> None:
+    class Landing:
+        """The file is the store's already, and the flight has not heard of it."""
+
+        is_stored = False
+
+        @property
+        def sharing(self) -> "Landing":
+            return self
+
+        async def open(self, stripe: int, rank: int) -> OpenStripe:
+            raise StoreFailed("the fill has ended")
+
+        def find(self, digest: Digest) -> "Landing":
+            return self
+
+    async with sailing(tmp_path, 1) as fleet:
+        assert await pull(fleet, 0, source()) == DATA
+        await landed(fleet, 0)
+        shelf = FleetShelf(cast(Flights, Landing()), fleet.nodes[0].rig.store, may_share=everything)
+        stripe = await shelf.find(DIGEST, 0, 1)
+        assert stripe.pieces.length == MIB
+        stripe.close()
+        await shelf.close()
+
+
+async def landed(fleet: Fleet, number: int) -> None:
+    """Wait until a node has the blob in its store."""
+    await until(lambda: fleet.nodes[number].rig.flights.find(DIGEST) is None)
+
+
+async def until_taken(fleet: Fleet, number: int) -> None:
+    """Wait until a node receives a stripe."""
+    taker = fleet.ids[number]
+    await until(lambda: any(one[1] == taker for one in fleet.wire.taken))
