@@ -282,7 +282,7 @@ def _plays(made: World, size: Size, options: Options) -> Iterator[Pull]:
     yield alone
     for _ in range(1 if options.fast else options.rounds or 1):
         yield made.play("fleet", count, alone=alone.last)
-    if count == size.beside:
+    if count == size.beside and made.shape == size.shapes[0]:
         yield made.play("star", count, alone=alone.last)
         yield made.play("own", count, alone=alone.last)
         yield made.play("rolling", count, alone=alone.last, conduct=rolling)

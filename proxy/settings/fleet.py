@@ -97,7 +97,8 @@ class Fleet(Section):
         default=None, description="Environment variable that holds the secret."
     )
     secret_file: FilePath | None = Field(
-        default=None, description="File that holds the secret; read again when it changes."
+        default=None,
+        description="File that holds the secret; read when the process begins to lead.",
     )
     ca_file: FilePath | None = Field(
         default=None,
