@@ -31,10 +31,6 @@ class FleetShelf:
                 return await flight.sharing.open(ask.stripe, ask.rank)
         return await self._stored.open(ask)
 
-    async def find(self, digest: Digest, stripe: int, rank: int) -> OpenStripe:
-        """The same, from its first byte."""
-        return await self.open(StripeAsk(digest, stripe, rank))
-
     async def close(self) -> None:
         """Nothing is hashed any more."""
         await self._stored.close()

@@ -20,6 +20,7 @@ from proxy.fleet.claims import Claims, Giver, Grant
 from proxy.fleet.local_claims import Board, LocalClaims
 from proxy.fleet.peers import Wanted
 from proxy.fleet.pieces import PIECE, Pieces, piece_digest
+from proxy.fleet.protocol import StripeAsk
 from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import NotFound, PeerFailed, PeerLied
 from proxy.pull.giving import OpenStripe
@@ -100,7 +101,8 @@ class DirectTaker:
         if giver in self._wire.dead:
             raise PeerFailed("nobody answers")
         try:
-            stripe = await self._shelves[giver].find(grant.digest, grant.stripe, grant.rank)
+            ask = StripeAsk(grant.digest, grant.stripe, grant.rank)
+            stripe = await self._shelves[giver].open(ask)
         except NotFound as error:
             raise PeerFailed(str(error), answered=404) from error
         try:

@@ -13,6 +13,7 @@ import pytest
 
 from proxy.fleet.claims import Taken, View, Wish
 from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.protocol import StripeAsk
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestMismatch, DirectoryDown, StoreFailed
 from proxy.pull.flight import Flights
@@ -411,7 +412,7 @@ async def test_a_flight_that_is_just_stored_is_lent_from_the_store(tmp_path: Pat
         assert await pull(fleet, 0, source()) == DATA
         await landed(fleet, 0)
         shelf = FleetShelf(cast(Flights, Landing()), fleet.nodes[0].rig.store, may_share=everything)
-        stripe = await shelf.find(DIGEST, 0, 1)
+        stripe = await shelf.open(StripeAsk(DIGEST, 0, 1))
         assert stripe.pieces.length == MIB
         stripe.close()
         await shelf.close()
