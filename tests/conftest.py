@@ -23,6 +23,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
+from tests.unit.redis_kit import Cluster, Server, apart, redis_cluster, redis_server
 
 settings.register_profile("hunt", print_blob=True)
 settings.register_profile("same", derandomize=True, print_blob=True)
@@ -97,6 +98,20 @@ async def nothing_is_left() -> AsyncIterator[None]:
     await asyncio.sleep(0)
     assert not left, f"tasks outlive the test: {left}"
     assert not unheard, f"errors that nobody waited for: {unheard}"
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """For tests that only put keys into it, one after the other: they begin with ``flush``."""
+    with apart(redis_server(tmp_path_factory.mktemp("redis"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The same, of several servers."""
+    with apart(redis_cluster(tmp_path_factory.mktemp("cluster"))) as cluster:
+        yield cluster
 
 
 @pytest.fixture

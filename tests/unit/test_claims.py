@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from proxy.fleet.local_claims import Board, LocalClaims
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import DIGEST, SIZE, ClaimsConformance, Fleet, one
 from tests.unit.directory_kit import asking
-from tests.unit.redis_kit import needs_redis, redis_cluster, redis_server, until
+from tests.unit.redis_kit import Cluster, Server, needs_redis, until
 
 
 class TestLocalClaims(ClaimsConformance):
@@ -50,42 +49,34 @@ async def redis_fleet(
 @needs_redis
 class TestRedisClaims(ClaimsConformance):
     @pytest.fixture(autouse=True)
-    def _path(self, tmp_path: Path) -> None:
-        self.path = tmp_path
+    def _server(self, shared_redis: Server) -> None:
+        self.server = shared_redis
 
     @contextlib.asynccontextmanager
     async def fleet(self, terms: Terms) -> AsyncIterator[Fleet]:
-        async with (
-            redis_server(self.path) as server,
-            redis_fleet(server.url, terms, server.flush) as fleet,
-        ):
+        await self.server.flush()
+        async with redis_fleet(self.server.url, terms, self.server.flush) as fleet:
             yield fleet
 
 
 @needs_redis
 class TestRedisClaimsOnACluster(ClaimsConformance):
     @pytest.fixture(autouse=True)
-    def _path(self, tmp_path: Path) -> None:
-        self.path = tmp_path
+    def _cluster(self, shared_cluster: Cluster) -> None:
+        self.cluster = shared_cluster
 
     @contextlib.asynccontextmanager
     async def fleet(self, terms: Terms) -> AsyncIterator[Fleet]:
-        async with redis_cluster(self.path) as cluster:
-
-            async def forget() -> None:
-                for server in cluster.servers:
-                    await server.flush()
-
-            async with redis_fleet(cluster.url, terms, forget) as fleet:
-                yield fleet
+        await self.cluster.flush()
+        async with redis_fleet(self.cluster.url, terms, self.cluster.flush) as fleet:
+            yield fleet
 
 
 @needs_redis
-async def test_every_key_of_a_blob_ends_by_itself(tmp_path: Path) -> None:
-    async with (
-        redis_server(tmp_path) as server,
-        redis_fleet(server.url, Terms(), server.flush) as nodes,
-    ):
+async def test_every_key_of_a_blob_ends_by_itself(shared_redis: Server) -> None:
+    server = shared_redis
+    await server.flush()
+    async with redis_fleet(server.url, Terms(), server.flush) as nodes:
         await nodes.published(2)
         grants = [await one(nodes(number), number % 2) for number in range(2, 6)]
         assert grants[0]
@@ -103,12 +94,11 @@ async def test_every_key_of_a_blob_ends_by_itself(tmp_path: Path) -> None:
 
 
 @needs_redis
-async def test_one_node_that_is_gone_for_good_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_one_node_that_is_gone_for_good_leaves_nothing_behind(shared_redis: Server) -> None:
+    server = shared_redis
+    await server.flush()
     terms = Terms(filler=0.02, grant=0.02, part=0.02, whole=0.02, stuck=0.02, ban=0.02)
-    async with (
-        redis_server(tmp_path) as server,
-        redis_fleet(server.url, terms, server.flush) as nodes,
-    ):
+    async with redis_fleet(server.url, terms, server.flush) as nodes:
         await nodes(1).fill(DIGEST, SIZE)
         await nodes(1).hold(DIGEST, "", WHOLE)
 
