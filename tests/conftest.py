@@ -30,6 +30,7 @@ settings.register_profile("same", derandomize=True, print_blob=True)
 settings.load_profile("same")  # pytest's option comes later, and wins
 
 UNIT = Path(__file__).parent / "unit"
+ONCE = ("one_loop", "real_seconds")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
@@ -43,10 +44,11 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
     """The loops that a test runs on; both for unit tests, the first alone for the others. Tests
-    that wait for what takes real seconds (leases that end) run on the loop that serves alone."""
+    that wait for what takes real seconds (leases that end), that look at processes with loops of
+    their own, or that have no socket, run on the loop that serves alone: twice says no more."""
     if not item.path.is_relative_to(UNIT):
         return {"asyncio": asyncio.new_event_loop}
-    if item.get_closest_marker("real_seconds"):
+    if any(map(item.get_closest_marker, ONCE)):
         return {"uvloop": loop_factory(fast_transport=True)}
     return {"asyncio": debugged_loop, "uvloop": loop_factory(fast_transport=True)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from benchmarks.parts import free_port
 from proxy.fleet.directory import Directory
@@ -16,6 +17,8 @@ from proxy.fleet.tags import SharedTags, Told, Where
 from proxy.oci.digest import Digest
 from proxy.testing import make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.endpoint import OriginKey
+from tests.unit.lease_kit import settle
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, running, until
 from tests.unit.redis_kit import Server, needs_redis, redis_server
 
@@ -54,6 +57,8 @@ async def fleet(
         for node in nodes:
             await directory_of(node).wait_up()
         # A directory that is new grants nothing for one lease time: others may hold leases yet.
+        # Here nobody does.
+        await settle(directory_of(nodes[0]), OriginKey.of(URL(registry.url)).label, cap=4)
         registry.push(FIRST)
         await nodes[0].get(f"/v2/{FIRST.name}/manifests/v1")
         registry.counters.reset()
