@@ -153,7 +153,7 @@ class Proxy:
         self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
         stack.push_async_callback(self.roles.close)
         await self.roles.start()
-        watch = await stack.enter_async_context(LoopWatch(self.metrics))
+        watch = await stack.enter_async_context(LoopWatch(self.metrics, self._around.watch))
         self.admin_address = await self._serve_admin(stack, watch, routes)
         self.address = await self._serve_registry(stack, routes)
         self._is_started = True
