@@ -262,6 +262,7 @@ async def test_a_turn_in_a_queue_is_called_back_when_another_node_fills(
         assert first.sent == 0
 
 
+@pytest.mark.real_seconds
 async def test_who_waits_for_a_range_hears_that_its_turn_has_ended_without_a_byte(
     tmp_path: Path,
 ) -> None:
