@@ -25,8 +25,8 @@ from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
 from tests.unit.redis_kit import Cluster, Server, apart, redis_cluster, redis_server
 
-settings.register_profile("hunt", print_blob=True)
-settings.register_profile("same", derandomize=True, print_blob=True)
+settings.register_profile("hunt", print_blob=True, deadline=None)
+settings.register_profile("same", derandomize=True, print_blob=True, deadline=None)
 settings.load_profile("same")  # pytest's option comes later, and wins
 
 UNIT = Path(__file__).parent / "unit"
