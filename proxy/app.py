@@ -74,6 +74,8 @@ from proxy.wiring import (
 KEEPALIVE = 75.0
 #: Lines of a request's head longer than this are refused, in bytes.
 MAX_HEAD = 16 << 10
+#: Seconds after which a cache directory is looked at that need not be looked at before it serves.
+LOOK_PAUSE = 1.0
 #: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
 CANCEL_PATIENCE = 0.2
 
@@ -266,6 +268,7 @@ class Proxy:
             log=self.log,
             wall=self._around.wall,
             resume=True,
+            pause=LOOK_PAUSE,
         )
         stack.push_async_callback(store.close)
         return store

@@ -28,7 +28,7 @@ from proxy.oci.errors import StoreFailed
 from proxy.store.blobs import NoRoom, Staging, StoreFull
 from proxy.store.counted import remove_count
 from proxy.store.durability import Durability, note_proved, settle
-from proxy.store.eviction import Ledger
+from proxy.store.eviction import Entry, Ledger
 from proxy.store.files import Disk, Layout, StagingFile, hash_file, store_file
 from proxy.store.index import Index, IndexFailed
 from proxy.store.marks import Marks
@@ -41,6 +41,8 @@ T = TypeVar("T")
 _REMAINS_LIFE = 60.0
 # Bytes of them that are hashed at once.
 _LOT = 8 << 20
+# So many blobs without a file are dropped in one turn of the loop.
+_LOST_AT_ONCE = 500
 
 
 class Shelf:
@@ -275,6 +277,25 @@ class Shelf:
         await self.record(self.index.drop_blobs(map(str, digests)))
         self.on_gone(digests)
 
+    async def lose(self, missing: Sequence[tuple[Digest, Entry]]) -> None:
+        """Drop blobs whose files were not there when somebody looked.
+
+        Each with the entry that it had then: one that was stored anew since has another, and a
+        file. Rows are dropped in the same step, so before the row of any later fill is written.
+        """
+        lost = 0
+        for at in range(0, len(missing), _LOST_AT_ONCE):
+            lot = missing[at : at + _LOST_AT_ONCE]
+            gone = [digest for digest, entry in lot if self.ledger.get(digest) is entry]
+            if gone:
+                for digest in gone:
+                    self.ledger.remove(digest)
+                self._forget(gone)
+                await self._drop_rows(gone)
+                lost += len(gone)
+        if lost:
+            self._log.warning("stored blobs have no file", blobs=lost)
+
     def _forget(self, digests: Sequence[Digest]) -> None:
         for digest in digests:
             self.types.pop(digest, None)
@@ -315,6 +336,11 @@ class Shelf:
                 is_right = await self.threads.slow(check)
                 if is_right:
                     await self.threads.slow(partial(settle, path))
+            except FileNotFoundError:  # evicted, or removed by hand, since it was seen
+                self.ledger.remove(digest)
+                self._forget([digest])
+                await self._drop_rows([digest])
+                return True
             except OSError as error:
                 self.failed("adopt", error)
                 return False
