@@ -26,7 +26,7 @@ from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
-from proxy.process import begin_collecting, ending, hold_collecting, unheard
+from proxy.process import collecting, ending, hold_collecting, unheard
 from proxy.pull.tags import TagBook
 from proxy.pulling import make_deadlines, make_puller, make_tasks
 from proxy.seat import Seat
@@ -116,6 +116,10 @@ class Proxy:
     @property
     def admin_url(self) -> str:
         return f"http://{self.admin_address}"
+
+    def open_connections(self) -> int:
+        """Of clients, those that do nothing included."""
+        return self.listener.state().open if self.listener else 0
 
     async def __aenter__(self) -> Proxy:
         """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``OSError`` and ``Unusable``
@@ -419,8 +423,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> int:
     lifeline = None if seat is None else seat.lifeline[0]
     asyncio.get_running_loop().set_exception_handler(unheard(proxy.log))
     try:
-        async with ending(lifeline) as stop, proxy:
-            begin_collecting()
+        async with ending(lifeline) as stop, proxy, collecting(proxy.open_connections):
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)
