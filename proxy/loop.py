@@ -60,7 +60,7 @@ def _fast_loop() -> asyncio.AbstractEventLoop:
         setattr(loop, name, _with_buffers(getattr(loop, name), sizes))
     writers, close = Writers(loop), loop.close
     loop.add_writer = writers.add_writer  # type: ignore[assignment,method-assign]
-    loop.remove_writer = writers.remove_writer  # type: ignore[method-assign]
+    loop.remove_writer = writers.remove_writer  # type: ignore[assignment,method-assign]
 
     def close_all() -> None:
         writers.close()

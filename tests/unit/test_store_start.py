@@ -144,9 +144,9 @@ async def test_very_many_missing_blobs_are_dropped_in_several_turns(tmp_path: Pa
     bodies = [blob(seed, 10) for seed in range(1100)]
     async with opened(tmp_path) as store:
         for data in bodies:
-            path = store._shelf.layout.blob(name(data))
             store._ledger.add(name(data), 10, 1)
             await store._index.put_blob(str(name(data)), 10, 1)
+        path = store._shelf.layout.blob(name(bodies[-1]))
         path.parent.mkdir(parents=True)
         path.write_bytes(bodies[-1])
     gone: list[object] = []
