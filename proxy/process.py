@@ -54,8 +54,7 @@ async def collecting(clients: Callable[[], int]) -> AsyncIterator[None]:
     finally:
         gc.set_threshold(young, middle, old)
         sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sweeping
+        await asyncio.wait([sweeping])
 
 
 async def _sweep(clients: Callable[[], int]) -> None:
