@@ -33,8 +33,9 @@ process that follows another one, the step is that in which the leader's word ar
 **Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
 what is fetched ahead. For what is asked for it is done every ``RENEW`` seconds, with many answers
 as often as makes ``RENEWALS`` a second in all (``renew_after``): the order of eviction is right to
-that. It costs as much as an answer; ten thousand that are asked for in turn, each a second after
-the last time, would otherwise be looked for at every request.
+that, and what is not looked for in time is as true as its marks. It costs several times what an
+answer does; ten thousand that are asked for in turn, each a second after the last time, would
+otherwise be looked for at every request.
 
 **What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
 a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
@@ -73,7 +74,7 @@ from proxy.web.rows import Row, Rows
 
 #: Seconds after which a hit is looked for anew, at least; and how many may be, each second.
 RENEW = 1.0
-RENEWALS = 1000
+RENEWALS = 200
 #: Bytes of answers that are made before the transport is asked whether it takes more.
 MOST = 64 << 10
 #: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
@@ -113,6 +114,7 @@ class HotPath:
         self._seen = [0] * MAX_HEADS
         self._second = -1
         self._date = b""
+        self._renewals, self._renewals_end = 0, 0.0  # left in this second, and when it ends
 
     def __repr__(self) -> str:
         return f"<HotPath {self.table} {len(self.heads)} heads {self.rows}>"
@@ -175,7 +177,7 @@ class HotPath:
             return None
         hit, name = entry.hit, entry.hit.name
         if (
-            now >= entry.renew_at
+            (now >= entry.renew_at and self._may_renew(now))
             or not (hit.held.holds and hit.linked.holds and name.mark.holds)
             or now - name.checked >= name.ttl
         ) and not self._renewed(line, entry, now):
@@ -213,6 +215,14 @@ class HotPath:
         entry.hit, entry.renew_at = hit, self._renew_at(now)
         self.table.put(line, entry)
         return True
+
+    def _may_renew(self, now: float) -> bool:
+        """Is there one left of those that may be looked for in this second? All may be due at once,
+        when nobody has asked for a while."""
+        if now >= self._renewals_end:
+            self._renewals_end, self._renewals = now + 1.0, RENEWALS
+        self._renewals -= 1
+        return self._renewals >= 0
 
     def _renew_at(self, now: float) -> float:
         return now + renew_after(len(self.table))

@@ -332,6 +332,22 @@ async def test_so_many_hits_are_looked_for_a_second_however_many_are_asked_for(h
     assert len(looks) == 2
 
 
+async def test_when_all_hits_are_due_at_once_they_are_looked_for_over_several_seconds(
+    hot: Hot,
+) -> None:
+    await hot.warm(MANIFEST)
+    hot.clock.advance(RENEW)
+    now = hot.clock()
+    assert sum(hot.path._may_renew(now) for _ in range(3 * RENEWALS)) == RENEWALS
+    (entry,) = hot.path.table.entries.values()
+    due = entry.renew_at
+    assert await hot.is_hot(MANIFEST)  # as true as its marks
+    assert entry.renew_at == due
+    hot.clock.advance(1.0)
+    assert await hot.is_hot(MANIFEST)
+    assert entry.renew_at > due
+
+
 @pytest.mark.parametrize(
     ("answers", "seconds"), [(0, RENEW), (RENEWALS, RENEW), (10 * RENEWALS, 10.0)]
 )
