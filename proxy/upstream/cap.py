@@ -2,8 +2,13 @@
 
 Pure: one value, three things that can happen to it. ``max_connections`` is what the operator
 allows; the *effective cap* is what the upstream has shown to stand. It starts low and doubles per
-round until the first overload, like TCP's slow start; after that it halves on overload and grows by
-one after a run of successes, so that it hovers below the level that broke.
+round until the first overload, like TCP's slow start: every success at a full cap adds one. After
+that it halves on overload and grows by one after a run of successes, so that it hovers below the
+level that broke.
+
+One for each, rather than the double after as many: a round of long answers lasts, and what fills the
+cap may be fewer requests than the cap has slots, since one is kept for metadata. Of a large blob in
+segments (D9) each answer's head has the next one begin, instead of the first ones' ends.
 
 Four refinements, each against a way in which the plain law fails:
 
@@ -100,9 +105,10 @@ class Cap:
 
     @property
     def needed_run(self) -> int:
-        """Successes at a full cap that the next step up takes."""
+        """Successes at a full cap that the next step up takes. Below an unknown ceiling a cap of
+        its own takes none but the one; that of a fleet, whose nodes all hear later, a round."""
         if self.ceiling is None:
-            return self.limit  # one round
+            return self.limit
         if self.limit + 1 < self.ceiling:
             return QUICK_RUN * self.limit
         return max(LEAST_SLOW_RUN, SLOW_RUN * self.limit)
@@ -116,13 +122,12 @@ class Cap:
             return replace(self, is_proved=True).succeeded(now, sent_at=sent_at, full=full)
         if not full or self.limit == self.maximum:
             return self
-        if self.run + 1 < self.needed_run:
+        if self.ceiling is not None and self.run + 1 < self.needed_run:
             return replace(self, run=self.run + 1)
         return self._raised(now)
 
     def _raised(self, now: float) -> Cap:
-        step = self.limit if self.ceiling is None else 1
-        limit = min(self.maximum, self.limit + step)
+        limit = self.limit + 1  # it is below the maximum
         passed = self.ceiling is not None and limit > self.ceiling
         return replace(
             self,

@@ -223,6 +223,22 @@ def test_what_was_charged_for_nothing_is_given_back() -> None:
     assert grown.cleared(before, 2.0) is grown
 
 
+def test_until_the_first_overload_every_success_at_a_full_cap_adds_one() -> None:
+    """Fewer requests than there are slots may fill it, and last long."""
+    cap = Cap.starting(6)
+    for limit in (5, 6, 6):
+        cap = cap.succeeded(1.0, sent_at=0.5, full=True)
+        assert cap.limit == limit
+    broken = cap.overloaded(2.0, sent_at=1.5, reason="broke")
+    proved = broken.succeeded(3.0, sent_at=2.5, full=True)
+    assert (broken.limit, proved.limit, proved.run) == (3, 3, 1)
+
+
+def test_a_round_of_successes_doubles_it() -> None:
+    seen = simulate(lambda _now: 1000, cap=Cap.starting(64), seconds=0.8)
+    assert 32 <= seen.limit <= 64  # four, eight, sixteen, … of 0.1 s each
+
+
 def test_successes_below_the_cap_do_not_raise_it() -> None:
     cap = Cap.starting(32)
     for _ in range(1000):
