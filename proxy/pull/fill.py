@@ -379,7 +379,8 @@ class Fill:
             if segment.at > self.received and count < GATHER_BYTES:
                 await asyncio.sleep(self._settings.gather)
 
-        return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+        with self._pace.body() if leads else nullcontext():
+            return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
