@@ -93,8 +93,11 @@ class Shelf:
 
     async def reserve(self, size: int) -> None:
         """Promise room for `size` bytes, evicting for it. Raises NoRoom, promising nothing."""
-        free = await self._free()
-        # No await between here and the promise: two fills must not count the same room.
+        await self._promise(size, self._known(await self.threads.quick(self._free)))
+
+    async def _promise(self, size: int, free: int | None) -> None:
+        """The same, on a disk that has just said how many bytes are free, if it has."""
+        # No await between that and the promise: two fills must not count the same room.
         unwritten = sum(max(0, fill.reserved - fill.mark - fill.ahead) for fill in self.fills)
         spare = None if free is None else free - self._min_free - unwritten
         victims = self.ledger.admit(size, spare)
@@ -119,22 +122,42 @@ class Shelf:
         await self.evict(victims, "disk_full")
         return bool(victims)
 
-    async def _free(self) -> int | None:
+    def _free(self) -> int | OSError:
+        # In a thread.
         try:
-            return await self.threads.quick(partial(self._disk.free, self.layout.root))
+            return self._disk.free(self.layout.root)
         except OSError as error:
-            self.failed("free", error)
+            return error
+
+    def _known(self, free: int | OSError) -> int | None:
+        if isinstance(free, OSError):
+            self.failed("free", free)
             return None
+        return free
 
     # Fills
 
     async def begin(self, digest: Digest, size: int | None) -> Staging:
         """A new staging file with room promised for `size` bytes. Raises NoRoom."""
         promised = size or 0
-        await self.reserve(promised)
         path = self.layout.staging / staging_name(digest, size)
         make = partial(StagingFile.create, path, self._durability)
-        return await self._fill(digest, size, promised, make)
+        try:
+            # Both in one hop to a thread: who asked waits for its first byte meanwhile.
+            free, file = await self.off_loop(
+                lambda: (self._free(), make()), lambda made: self._scrap(made[1])
+            )
+        except OSError:  # there may be room for it once something has been evicted
+            await self.reserve(promised)
+            return await self._fill(digest, size, promised, make)
+        fill = self._enter(digest, size, 0, file)
+        try:
+            await self._promise(promised, self._known(free))
+        except BaseException:
+            await fill.discard()
+            raise
+        fill.reserved = promised
+        return fill
 
     async def _fill(
         self, digest: Digest, size: int | None, promised: int, make: Callable[[], StagingFile]
@@ -149,9 +172,15 @@ class Shelf:
         except BaseException:
             self.ledger.release(promised)
             raise
+        return self._enter(digest, size, promised, file)
+
+    def _enter(
+        self, digest: Digest, size: int | None, promised: int, file: StagingFile
+    ) -> Staging:
+        """In the turn of the loop in which the file is there, so that `settle` misses none."""
         fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
         fill.reserved = promised
-        self.fills.add(fill)  # in the same turn of the loop, so that `settle` misses none
+        self.fills.add(fill)
         return fill
 
     def expect(self, remains: dict[Digest, Remains]) -> None:
