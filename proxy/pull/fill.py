@@ -54,10 +54,11 @@ from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 WINDOW_BYTES = 16 << 20
 #: The least that a segment brings, and of which a request is worth its while (D9).
 SEGMENT_BYTES = 4 << 20
-#: What nobody waits for yet is written in batches of so many bytes, or what comes in a while (in
-#: seconds): each write is a hop to a thread.
-GATHER_BYTES = 256 << 10
+#: What nobody waits for yet is written in batches of so many bytes, or what comes in a few whiles
+#: (of so many seconds): each write is a hop to a thread, and to be read again is one more.
+GATHER_BYTES = 1 << 20
 GATHER = 0.01
+WHILES = 3
 #: A reader this far ahead of the mark takes turns of its own.
 FAR = 16 << 20
 #: How long, in seconds, a turn without Range is held for readers that do not move (D14).
@@ -376,11 +377,17 @@ class Fill:
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
                 await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
-            if segment.at > self.received and count < GATHER_BYTES:
-                await asyncio.sleep(self._settings.gather)
+            if count < GATHER_BYTES and self._is_far_from_due(segment):
+                await asyncio.sleep(WHILES * self._settings.gather)
 
         with self._pace.body() if leads else nullcontext():
             return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+
+    def _is_far_from_due(self, segment: Segment) -> bool:
+        """Does nobody wait for its next bytes, and would its turn not end later for waiting?"""
+        return segment.at > self.received and (
+            segment.stop is None or segment.stop - segment.at > GATHER_BYTES
+        )
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
