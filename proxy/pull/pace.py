@@ -10,9 +10,8 @@ the last is taken in. Nor does one look tell: between two turns nothing comes, w
 limit, and a moment in which the sender had no core looks like one. So only the time inside bodies
 counts, and each look still sees half of what the one before it saw.
 
-A body that brings ``FAST`` bytes a second is not held up by a limit of its connection that is worth
-an answer to, whoever of us waits: where sender, receiver and client share the cores of a machine
-each of them waits for the others, in small pieces.
+A body that brings ``FAST`` bytes a second outruns us as well, whoever waits for whom: where sender,
+receiver and client share the cores of a machine each of them waits for the others.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from contextlib import contextmanager
 BUSY = 0.5
 #: Bytes of a large piece: more than a receiver waits for before it wakes anybody (512 KiB).
 LARGE = 640 << 10
-#: Bytes a second of one connection of which several would bring little more. Hashing alone stops at
-#: four to six times as many.
-FAST = 250e6
+#: Bytes a second of one connection that are no limit of its own: more than a line of 1 Gbit/s.
+FAST = 150e6
+#: Pieces by whose size it can be told.
+PIECES = 2
 
 
 class Pace:
@@ -85,12 +85,12 @@ class Pace:
             self._is_taking = False
 
     def is_outrun(self) -> bool | None:
-        """Does the body bring more than is taken in, or all that one needs to bring? None: there is
-        no second piece yet, by whose size it could be told."""
+        """Does the body bring more than is taken in, or as much as one has to? None: there are not
+        the pieces yet by whose size it could be told."""
         self._go_on()
         total = self._taking + self._waiting
         is_busy = self._taking >= BUSY * total
-        if is_busy and not self._pieces:
+        if is_busy and self._pieces < PIECES:
             return None
         is_fast = self._bytes >= FAST * total > 0
         is_outrun = is_fast or (is_busy and self._bytes >= LARGE * self._pieces)

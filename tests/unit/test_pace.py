@@ -24,9 +24,11 @@ def stack() -> Iterator[ExitStack]:
 
 
 def spent(pace: Pace, clock: FakeClock, *, waiting: float, taking: float, size: int) -> None:
-    clock.advance(waiting)
-    with pace.taking(size):
-        clock.advance(taking)
+    """In two pieces of ``size``."""
+    for _ in range(2):
+        clock.advance(waiting / 2)
+        with pace.taking(size):
+            clock.advance(taking / 2)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +38,8 @@ def spent(pace: Pace, clock: FakeClock, *, waiting: float, taking: float, size: 
         (1, 1, LARGE, True),
         (3, 1, LARGE, False),  # it is waited for
         (1, 3, LARGE // 2, False),  # slow to take, and yet no more has come meanwhile
-        (0.003, 0.001, 0.0041 * FAST, True),  # it is waited for, and brings all there is to bring
-        (0.003, 0.001, 0.0039 * FAST, False),
+        (0.006, 0.002, 0.0041 * FAST, True),  # it is waited for, and yet brings enough
+        (0.006, 0.002, 0.0039 * FAST, False),
     ],
 )
 def test_a_body_outruns_us_when_large_pieces_take_most_of_the_time_or_it_is_fast(
@@ -54,7 +56,8 @@ def test_what_was_longer_ago_counts_for_less(stack: ExitStack) -> None:
     pace = after_the_first(clock, stack)
     spent(pace, clock, waiting=1, taking=9, size=LARGE)
     assert pace.is_outrun() is True
-    clock.advance(4)
+    clock.advance(3)
+    spent(pace, clock, waiting=0, taking=0, size=LARGE)
     assert pace.is_outrun() is True  # a moment in which nothing came
     clock.advance(4)
     assert pace.is_outrun() is False
@@ -78,12 +81,13 @@ def test_the_time_between_two_bodies_is_nobodys() -> None:
             clock.advance(1)
         clock.advance(100)
     with pace.body():
-        spent(pace, clock, waiting=0, taking=1, size=1)  # the first piece of each tells nothing …
+        with pace.taking(1):  # the first piece of each says nothing
+            clock.advance(1)
         spent(pace, clock, waiting=0, taking=1, size=LARGE)
         assert pace.is_outrun() is True
 
 
-def test_a_first_piece_tells_only_that_it_is_waited_for() -> None:
+def test_few_pieces_tell_only_that_they_are_waited_for() -> None:
     clock = FakeClock()
     pace = Pace(clock)
     assert pace.is_outrun() is None  # no time has passed
@@ -92,7 +96,10 @@ def test_a_first_piece_tells_only_that_it_is_waited_for() -> None:
             clock.advance(1)
             assert pace.is_outrun() is None
             clock.advance(1)
-        with pace.taking(LARGE):
+        with pace.taking(1):
+            clock.advance(1)
+            assert pace.is_outrun() is None
+        with pace.taking(2 * LARGE):
             clock.advance(1)
             assert pace.is_outrun() is True  # the one that is under way counts
     pace = Pace(clock)
