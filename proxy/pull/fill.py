@@ -377,17 +377,11 @@ class Fill:
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
                 await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
-            if count < GATHER_BYTES and self._is_far_from_due(segment):
+            if may_gather(segment, self.received, count):
                 await asyncio.sleep(WHILES * self._settings.gather)
 
         with self._pace.body() if leads else nullcontext():
             return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
-
-    def _is_far_from_due(self, segment: Segment) -> bool:
-        """Does nobody wait for its next bytes, and would its turn not end later for waiting?"""
-        return segment.at > self.received and (
-            segment.stop is None or segment.stop - segment.at > GATHER_BYTES
-        )
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
@@ -445,3 +439,11 @@ class Fill:
 
     def __repr__(self) -> str:
         return f"<Fill {self.digest} {self.received}/{self.size}>"
+
+
+def may_gather(segment: Segment, received: int, count: int) -> bool:
+    """After a piece of ``count`` bytes: may more come together before the next one is taken? If it
+    was small, nobody waits for what follows it, and the turn would not end later for that."""
+    is_waited_for = segment.at <= received
+    is_near_its_end = segment.stop is not None and segment.stop - segment.at <= GATHER_BYTES
+    return count < GATHER_BYTES and not is_waited_for and not is_near_its_end

@@ -174,9 +174,7 @@ class Shelf:
             raise
         return self._enter(digest, size, promised, file)
 
-    def _enter(
-        self, digest: Digest, size: int | None, promised: int, file: StagingFile
-    ) -> Staging:
+    def _enter(self, digest: Digest, size: int | None, promised: int, file: StagingFile) -> Staging:
         """In the turn of the loop in which the file is there, so that `settle` misses none."""
         fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
         fill.reserved = promised

@@ -6,9 +6,9 @@ round until the first overload, like TCP's slow start: every success at a full c
 that it halves on overload and grows by one after a run of successes, so that it hovers below the
 level that broke.
 
-One for each, rather than the double after as many: a round of long answers lasts, and what fills the
-cap may be fewer requests than the cap has slots, since one is kept for metadata. Of a large blob in
-segments (D9) each answer's head has the next one begin, instead of the first ones' ends.
+One for each, rather than the double after as many: a round of long answers lasts, and what fills
+the cap may be fewer requests than the cap has slots, since one is kept for metadata. Of a large
+blob in segments (D9) each answer's head has the next one begin, instead of the first ones' ends.
 
 Four refinements, each against a way in which the plain law fails:
 
