@@ -202,10 +202,12 @@ class Claims(Protocol):
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
         """Grants for the first of the wishes that can be had now, `room` of them at most.
 
-        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing.
+        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing. Before
+        that the grants in `ended` are given back.
         """
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:

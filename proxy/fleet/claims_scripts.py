@@ -1,6 +1,10 @@
 """The scripts of `claims_redis.py`, whose opening says which keys there are.
 
 `local_claims.py` states the same rules in Python; one conformance suite plays both.
+
+What a script costs its server is, nearly all of it, the number of commands that it runs: a node's
+whole record is one field of one hash, many are read by one HMGET, and what a script changed is
+written by one HSET at its end (`save`).
 """
 
 from __future__ import annotations
@@ -18,11 +22,10 @@ local MOST, EACH, FILLER_MOST, FILLER_EACH = ARGV[11] + 0, ARGV[12] + 0, ARGV[13
 local WHOLES, SHARE, token = ARGV[15] + 0, ARGV[16] + 0, ARGV[17]
 local FIRST = 18  -- of the arguments that are this script's own
 local BLOB, HASHES, BY, BANNED = P .. 'blob', P .. 'hashes', P .. 'by', P .. 'banned'
-local WHO, PARTS, WHOLLY = P .. 'who', P .. 'part', P .. 'whole'
-local LOOKS, ANY = 16, '*'
-local GEN = ''  -- of the blob, when its entry has been read
+local NODES, WHOLLY, FULL = P .. 'nodes', P .. 'whole', P .. 'full'
+local ANY = '*'
+local GEN, FILLS = '', ''  -- generation and filler of the blob, when its entry has been read
 
-local function until_text(at) return string.format('%016.0f', at) end
 local function keep(key, ms)
   if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, 2 * ms) end
 end
@@ -56,79 +59,111 @@ local function entry()
   elseif blob.filler ~= '' and found[4] + 0 <= now then
     blob.filler = ''
   end
+  FILLS = blob.filler
   return blob
 end
 
-local function leave(node)
-  local who = redis.call('HGET', WHO, node)
-  if who then
-    local its = string.match(who, '%z([^%z]*)%z')
-    redis.call('SREM', P .. 'zone:' .. its, node)
-  end
-  redis.call('HDEL', WHO, node)
-  redis.call('HDEL', PARTS, node)
-  redis.call('ZREM', WHOLLY, node)
-end
-
--- What a node has: nil if nothing is known, or no longer; else whether all, the mask and until.
-local function having(node)
-  local at = redis.call('ZSCORE', WHOLLY, node)
-  if at and at + 0 > now then return true, '', at + 0 end
-  local part = redis.call('HGET', PARTS, node)
-  if part and string.sub(part, 1, 16) + 0 > now then
-    return false, string.sub(part, 17), string.sub(part, 1, 16) + 0
-  end
-  leave(node)
-  return nil
-end
-
-local function receiving(node)
-  local key, found = P .. 'takes:' .. node, {}
-  local all = redis.call('HGETALL', key)
-  for n = 1, #all, 2 do
-    local at, rank, gen, held = string.match(all[n + 1], '^(%d+) (%d+) (%S+) (.*)$')
-    if at + 0 > now and gen == GEN then
-      found[all[n]] = {rank = rank + 0, token = held}
-    else
-      redis.call('HDEL', key, all[n])
+-- Records of nodes that were read, false for those that have none; whose were changed, and of
+-- these who lends more or less.
+local records, changed, lenders = {}, {}, {}
+local DETAILS, UNTIL, IS_WHOLE, MASK, OF, TAKES, LENT, LINED = 1, 2, 3, 4, 5, 6, 7, 8
+-- What they take: stripe, until, rank and token after one another; what they lend: the same
+-- without the rank.
+local function unended(list, width)
+  local kept = {}
+  for at = 1, #list, width do
+    if list[at + 1] > now then
+      for n = at, at + width - 1 do kept[#kept + 1] = list[n] end
     end
   end
-  return found
+  return kept
 end
 
-local function lent(node)
-  local key = P .. 'lent:' .. node
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-  return redis.call('ZRANGE', key, 0, -1)
-end
-
-local function may_lend(blob, node, stripe)
-  local most, each = MOST, EACH
-  if node == blob.filler then most, each = FILLER_MOST, FILLER_EACH end
-  local all, same = lent(node), 0
-  for _, one in ipairs(all) do
-    if string.match(one, '^(%d+) ') == stripe then same = same + 1 end
+local function leave(node)
+  local text = redis.call('HGET', NODES, node)
+  if text then
+    local its = string.match(cmsgpack.unpack(text)[DETAILS], '%z([^%z]*)%z')
+    redis.call('SREM', P .. 'zone:' .. its, node)
   end
-  return #all < most and same < each
+  redis.call('HDEL', NODES, node)
+  redis.call('ZREM', WHOLLY, node)
+  redis.call('ZREM', FULL, node)
+  records[node], changed[node] = false, nil
+end
+
+local function read(names)
+  local lacking = {}
+  for _, node in ipairs(names) do
+    if records[node] == nil then
+      records[node] = false
+      lacking[#lacking + 1] = node
+    end
+  end
+  if #lacking == 0 then return end
+  for n, text in ipairs(redis.call('HMGET', NODES, unpack(lacking))) do
+    if text then
+      local record = cmsgpack.unpack(text)
+      if record[UNTIL] <= now then
+        leave(lacking[n])
+      else
+        record[TAKES] = record[OF] == GEN and unended(record[TAKES], 4) or {}
+        record[LENT], record[OF] = unended(record[LENT], 3), GEN
+        records[lacking[n]] = record
+      end
+    end
+  end
 end
 
 local function introduce()
-  redis.call('HSET', WHO, me, details)
   redis.call('SADD', P .. 'zone:' .. zone, me)
-  keep(WHO, WHOLE)
   keep(P .. 'zone:' .. zone, WHOLE)
 end
-local function set_part(mask)
-  redis.call('HSET', PARTS, me, until_text(now + PART) .. mask)
-  redis.call('ZREM', WHOLLY, me)
-  keep(PARTS, PART)
-  introduce()
+-- This node's record, renewed: one of a part for as long as parts live.
+local function mine()
+  read({me})
+  local record = records[me]
+  if not record then
+    record = {details, 0, 0, '', GEN, {}, {}, 0}
+    records[me] = record
+    introduce()
+  end
+  if record[IS_WHOLE] == 0 then record[UNTIL] = now + PART end
+  changed[me] = true
+  return record
 end
--- Renews what this node has as a part; leaves a whole one as it is.
-local function renew_mine()
-  local whole, mask = having(me)
-  if not whole then set_part(mask or '') end
-  return whole, mask or ''
+
+-- How much a node may lend: in all, and of one stripe.
+local function limits(node)
+  if node == FILLS then return FILLER_MOST, FILLER_EACH end
+  return MOST, EACH
+end
+-- Note when the first grant ends of those of a node that lends as much as it may.
+local function note_full(node)
+  local lent, soonest = records[node][LENT], now + GRANT
+  if #lent / 3 < limits(node) then
+    redis.call('ZREM', FULL, node)
+    return
+  end
+  for at = 1, #lent, 3 do soonest = math.min(soonest, lent[at + 1]) end
+  redis.call('ZADD', FULL, soonest, node)
+  keep(FULL, GRANT)
+end
+local function lends(node, lent)
+  records[node][LENT] = lent
+  changed[node], lenders[node] = true, true
+end
+
+local function save()
+  for node in pairs(lenders) do note_full(node) end
+  local said, ms = {}, 0
+  for node in pairs(changed) do
+    said[#said + 1] = node
+    said[#said + 1] = cmsgpack.pack(records[node])
+    ms = math.max(ms, records[node][IS_WHOLE] == 1 and WHOLE or PART)
+  end
+  if #said == 0 then return end
+  redis.call('HSET', NODES, unpack(said))
+  keep(NODES, ms)
 end
 
 local function line_up(stripe)
@@ -140,64 +175,66 @@ local function line_up(stripe)
   end
 end
 
-local function enter(stripe, rank, giver, held)
-  local mine, its = P .. 'takes:' .. me, P .. 'lent:' .. giver
-  local entered = {until_text(now + GRANT), rank, GEN, held}
-  redis.call('HSET', mine, stripe, table.concat(entered, ' '))
-  redis.call('ZADD', its, now + GRANT, stripe .. ' ' .. held)
-  keep(mine, GRANT)
-  keep(its, GRANT)
+local function without(list, width, stripe, held)
+  local kept = {}
+  for at = 1, #list, width do
+    if list[at] ~= stripe or (held and list[at + width - 1] ~= held) then
+      for n = at, at + width - 1 do kept[#kept + 1] = list[n] end
+    end
+  end
+  return kept
+end
+
+-- `record` is this node's own.
+local function enter(record, stripe, rank, giver, held)
+  local takes = without(record[TAKES], 4, stripe)
+  for _, field in ipairs({stripe, now + GRANT, rank, held}) do takes[#takes + 1] = field end
+  record[TAKES] = takes
+  read({giver})
+  local its = records[giver]
+  if its then
+    local lent = without(its[LENT], 3, stripe, held)
+    for _, field in ipairs({stripe, now + GRANT, held}) do lent[#lent + 1] = field end
+    lends(giver, lent)
+  end
   line_up(stripe)
 end
 
--- nil if it can give nothing of the stripe, 0 if it has it, else its rank.
-local function rank_of(node, stripe)
-  if node == me then return nil end
-  local whole, mask = having(node)
-  if whole == nil then return nil end
-  if whole or bit_of(mask, stripe + 0) then return 0 end
-  local held = redis.call('HGET', P .. 'takes:' .. node, stripe)
-  if not held then return nil end
-  local at, rank, gen = string.match(held, '^(%d+) (%d+) (%S+) ')
-  if at + 0 <= now or gen ~= GEN then return nil end
-  return rank + 0
+-- Grants that have ended, as arguments from `at` on, `count` times: generation, giver, stripe,
+-- token, and '1' if the stripe is there.
+local function give_back(at, count)
+  local givers = {me}
+  for n = 0, count - 1 do givers[#givers + 1] = ARGV[at + 5 * n + 1] end
+  read(givers)
+  for n = 0, count - 1 do
+    local from = at + 5 * n
+    local generation, giver, stripe = ARGV[from], ARGV[from + 1], ARGV[from + 2] + 0
+    local held = ARGV[from + 3]
+    if records[giver] then lends(giver, without(records[giver][LENT], 3, stripe, held)) end
+    if generation == GEN then
+      local record = mine()
+      record[TAKES] = without(record[TAKES], 4, stripe, held)
+      if ARGV[from + 4] == '1' and record[IS_WHOLE] == 0 then
+        record[MASK] = with_bit(record[MASK], stripe)
+      end
+    end
+  end
+end
+
+local function rank_in(record, stripe)
+  if record[IS_WHOLE] == 1 or bit_of(record[MASK], stripe) then return 0 end
+  local takes = record[TAKES]
+  for at = 1, #takes, 4 do
+    if takes[at] == stripe then return takes[at + 2] end
+  end
+  return nil
 end
 
 local function view(blob, known, holdings)
   local hashes = redis.call('GETRANGE', HASHES, known * 32, -1)
   local by = redis.call('GETRANGE', BY, known * 16, -1)
-  local nodes = redis.call('HLEN', WHO)
+  local nodes = redis.call('HLEN', NODES)
   return {blob.gen, blob.size, hashes, by, blob.filler, nodes, holdings}
-end
-local function sampled(blob)
-  local names, seen, holdings = {}, {}, {}
-  local function add(found)
-    for _, node in ipairs(found) do
-      if not seen[node] and node ~= me then
-        seen[node] = true
-        names[#names + 1] = node
-      end
-    end
-  end
-  if blob.filler ~= '' then add({blob.filler}) end
-  add(redis.call('SRANDMEMBER', P .. 'zone:' .. zone, SHARE))
-  add(redis.call('ZRANDMEMBER', WHOLLY, SHARE))
-  add(redis.call('HRANDFIELD', PARTS, SHARE))
-  for _, node in ipairs(names) do
-    local whole, mask = having(node)
-    if whole ~= nil then
-      local ranks = {}
-      for stripe, held in pairs(receiving(node)) do
-        ranks[#ranks + 1] = stripe + 0
-        ranks[#ranks + 1] = held.rank
-      end
-      local who = redis.call('HGET', WHO, node)
-      if who then
-        holdings[#holdings + 1] = {node, who, whole and 1 or 0, mask, #lent(node), ranks}
-      end
-    end
-  end
-  return holdings
 end
 """
 
@@ -210,7 +247,37 @@ LOOK = _script(
     "look",
     """
 local blob = entry()
-return view(blob, ARGV[FIRST] + 0, sampled(blob))
+local names, seen, holdings = {}, {[me] = true}, {}
+local function add(found)
+  for _, node in ipairs(found) do
+    if not seen[node] then
+      seen[node] = true
+      names[#names + 1] = node
+    end
+  end
+end
+if blob.filler ~= '' then add({blob.filler}) end
+add(redis.call('SRANDMEMBER', P .. 'zone:' .. zone, SHARE))
+add(redis.call('ZRANDMEMBER', WHOLLY, SHARE))
+add(redis.call('HRANDFIELD', NODES, SHARE))
+read(names)
+for _, node in ipairs(names) do
+  local record = records[node]
+  if not record then  -- its record has ended with all the others, a set of names lives longer
+    redis.call('SREM', P .. 'zone:' .. zone, node)
+  else
+    local ranks, takes = {}, record[TAKES]
+    for at = 1, #takes, 4 do
+      ranks[#ranks + 1] = takes[at]
+      ranks[#ranks + 1] = takes[at + 2]
+    end
+    local lending = #record[LENT] / 3
+    holdings[#holdings + 1] = {
+      node, record[DETAILS], record[IS_WHOLE], record[MASK], lending, ranks
+    }
+  end
+end
+return view(blob, ARGV[FIRST] + 0, holdings)
 """,
 )
 
@@ -225,7 +292,8 @@ end
 if blob.filler == '' then redis.call('HSET', BLOB, 'filler', me, 'news', now) end
 if blob.size == '' and ARGV[FIRST] ~= '' then redis.call('HSET', BLOB, 'size', ARGV[FIRST]) end
 redis.call('HSET', BLOB, 'until', now + FILLER)
-renew_mine()
+mine()
+save()
 return me
 """,
 )
@@ -244,12 +312,12 @@ redis.call('APPEND', BY, by)
 keep(HASHES, WHOLE)
 keep(BY, WHOLE)
 redis.call('HSET', BLOB, 'news', now)
-local whole, mask = renew_mine()
+local record = mine()
 for stripe = first, count - 1 do
-  mask = with_bit(mask, stripe)
-  line_up(string.format('%d', stripe))
+  if record[IS_WHOLE] == 0 then record[MASK] = with_bit(record[MASK], stripe) end
+  line_up(stripe)
 end
-if not whole then set_part(mask) end
+save()
 return count
 """,
 )
@@ -257,7 +325,10 @@ return count
 SETTLE = _script(
     "settle",
     """
-if entry().filler == me then redis.call('HDEL', BLOB, 'filler') end
+if entry().filler == me then
+  redis.call('HDEL', BLOB, 'filler')
+  redis.call('ZREM', FULL, me)
+end
 return 1
 """,
 )
@@ -265,69 +336,116 @@ return 1
 TAKE = _script(
     "take",
     """
+-- How many of a queue are looked at.
+local LOOKS = 8
 local blob = entry()
-renew_mine()
-local known, room = ARGV[FIRST] + 0, ARGV[FIRST + 1] + 0
-local mine, granted, missing, numbers, avoid = receiving(me), {}, {}, 0, {}
-for n = 1, ARGV[FIRST + 2] do avoid[ARGV[FIRST + 2 + n]] = true end
+local known, room, ended = ARGV[FIRST] + 0, ARGV[FIRST + 1] + 0, ARGV[FIRST + 2] + 0
+give_back(FIRST + 3, ended)
+local at = FIRST + 3 + 5 * ended
+local own, granted, missing, avoid = mine(), {}, {}, {}
+for n = 1, ARGV[at] do avoid[ARGV[at + n]] = true end
+at = at + 1 + ARGV[at]
 
--- Whether it was granted, and whether anybody has it or receives it.
-local function try(node, stripe, limit)
-  local rank = rank_of(node, stripe)
-  if not rank then return false, false end
-  if avoid[node] then return false, nil end
-  if rank >= limit or not may_lend(blob, node, stripe) then return false, true end
-  numbers = numbers + 1
-  local held = token .. '.' .. numbers
-  enter(stripe, rank + 1, node, held)
-  granted[#granted + 1] = {stripe + 0, node, redis.call('HGET', WHO, node), rank + 1, held}
-  return true, true
-end
-
--- Of those in a queue; who is passed over goes to its end, who is no giver any more leaves it.
-local function from_queue(key, stripe, limit)
-  local is_known = false
-  local place = time[1] * 1000000 + time[2]
-  for number, node in ipairs(redis.call('ZRANGE', key, 0, LOOKS - 1)) do
-    local done, known_here = try(node, stripe, limit)
-    is_known = is_known or known_here
-    if done then return true, true end
-    if known_here or node == me or avoid[node] then
-      redis.call('ZADD', key, place + number, node)
-    else
-      redis.call('ZREM', key, node)
-    end
-  end
-  return false, is_known
-end
-
-local function wish(stripe, limit, named)
-  local is_known = false
-  local function from(nodes)
-    for _, node in ipairs(nodes) do
-      local done, known_here = try(node, stripe, limit)
-      is_known = is_known or known_here
-      if done then return true end
-    end
-    return false
-  end
-  if from(named) then return end
-  for _, its in ipairs({zone, ANY}) do
-    local done, known_here = from_queue(P .. 'at:' .. stripe .. ':' .. its, stripe, limit)
-    is_known = is_known or known_here
-    if done then return end
-  end
-  if from(redis.call('ZRANDMEMBER', WHOLLY, LOOKS)) then return end
-  if not is_known then missing[#missing + 1] = stripe + 0 end
-end
-
-local at = FIRST + 3 + ARGV[FIRST + 2]
+local wishes, all_named, receives = {}, {}, {}
+for n = 1, #own[TAKES], 4 do receives[own[TAKES][n]] = true end
 while at <= #ARGV do
-  local stripe, limit, count, named = ARGV[at], ARGV[at + 1] + 0, ARGV[at + 2] + 0, {}
-  for n = 1, count do named[n] = ARGV[at + 2 + n] end
-  at = at + 3 + count
-  if #granted < room and not mine[stripe] then wish(stripe, limit, named) end
+  local named = {}
+  for n = 1, ARGV[at + 2] do
+    named[n] = ARGV[at + 2 + n]
+    all_named[#all_named + 1] = named[n]
+  end
+  wishes[#wishes + 1] = {
+    stripe = ARGV[at] + 0, limit = ARGV[at + 1] + 0, named = named, busy = 0
+  }
+  at = at + 3 + #named
 end
+read(all_named)
+
+local function may_lend(node, stripe)
+  local most, each = limits(node)
+  local lent, same = records[node][LENT], 0
+  if #lent / 3 >= most then return false end
+  for n = 1, #lent, 3 do
+    if lent[n] == stripe then same = same + 1 end
+  end
+  return same < each
+end
+
+-- Whether it was granted, and whether the node can give it, if not now. A wish notes whether
+-- anybody can who is not to be avoided, and how many of those lend enough.
+local function try(node, wish)
+  local record = node ~= me and records[node]
+  local rank = record and rank_in(record, wish.stripe)
+  if not rank or avoid[node] then return false, rank end
+  wish.is_known = true
+  if rank >= wish.limit then return false, rank end
+  if not may_lend(node, wish.stripe) then
+    wish.busy = wish.busy + 1
+    return false, rank
+  end
+  local held = token .. '.' .. #granted + 1
+  enter(own, wish.stripe, rank + 1, node, held)
+  granted[#granted + 1] = {wish.stripe, node, record[DETAILS], rank + 1, held}
+  return true, rank
+end
+
+-- Who is passed over goes to the end of the queue, who is no giver any more leaves it. Who lends
+-- as much as it may is passed over unread.
+local function from_queue(key, wish)
+  local nodes = redis.call('ZRANGE', key, 0, LOOKS - 1)
+  if #nodes == 0 then return false end
+  local full = redis.call('ZMSCORE', FULL, unpack(nodes))
+  local behind, gone, place, is_granted = {}, {}, time[1] * 1000000 + time[2], false
+  wish.busy = 0
+  for number, node in ipairs(nodes) do
+    local rank
+    if full[number] and full[number] + 0 > now then
+      rank = 0
+      if not avoid[node] then wish.is_known, wish.busy = true, wish.busy + 1 end
+    else
+      read({node})
+      is_granted, rank = try(node, wish)
+      if is_granted then break end
+    end
+    if rank or node == me then
+      behind[#behind + 1] = place + number
+      behind[#behind + 1] = node
+    else
+      gone[#gone + 1] = node
+    end
+  end
+  -- When it is the whole queue that was passed over, its order stays.
+  if #behind > 0 and (is_granted or #nodes == LOOKS) then
+    redis.call('ZADD', key, unpack(behind))
+  end
+  if #gone > 0 then redis.call('ZREM', key, unpack(gone)) end
+  return is_granted
+end
+
+local wholly
+local function grant(wish)
+  for _, node in ipairs(wish.named) do
+    if try(node, wish) then return end
+  end
+  for _, its in ipairs({zone, ANY}) do
+    if from_queue(P .. 'at:' .. wish.stripe .. ':' .. its, wish) then return end
+    if wish.busy == LOOKS then return end  -- there are enough in this zone, in a moment
+  end
+  if not wholly then
+    wholly = redis.call('ZRANDMEMBER', WHOLLY, LOOKS)
+    read(wholly)
+  end
+  for _, node in ipairs(wholly) do
+    if try(node, wish) then return end
+  end
+  if not wish.is_known then missing[#missing + 1] = wish.stripe end
+end
+
+for _, wish in ipairs(wishes) do
+  if #granted >= room then break end
+  if not receives[wish.stripe] then grant(wish) end
+end
+save()
 return {granted, missing, view(blob, known, {})}
 """,
 )
@@ -335,14 +453,9 @@ return {granted, missing, view(blob, known, {})}
 GIVE_BACK = _script(
     "give_back",
     """
-local generation, giver = ARGV[FIRST], ARGV[FIRST + 1]
-local stripe, held = ARGV[FIRST + 2], ARGV[FIRST + 3]
-redis.call('ZREM', P .. 'lent:' .. giver, stripe .. ' ' .. held)
-if entry().gen ~= generation then return 0 end
-local whole, mask = renew_mine()
-local received = receiving(me)[stripe]
-if received and received.token == held then redis.call('HDEL', P .. 'takes:' .. me, stripe) end
-if ARGV[FIRST + 4] == '1' and not whole then set_part(with_bit(mask, stripe + 0)) end
+entry()
+give_back(FIRST, 1)
+save()
 return 1
 """,
 )
@@ -357,23 +470,32 @@ if ARGV[FIRST + 1] == '*' then
     return 0
   end
   redis.call('ZADD', WHOLLY, now + WHOLE, me)
-  redis.call('HDEL', PARTS, me)
-  redis.call('DEL', P .. 'takes:' .. me)
+  local record = mine()
+  record[UNTIL], record[IS_WHOLE], record[MASK], record[TAKES] = now + WHOLE, 1, '', {}
+  introduce()
   keep(WHOLLY, WHOLE)
   keep(HASHES, WHOLE)
   keep(BY, WHOLE)
-  introduce()
+  save()
   return 1
 end
 if blob.gen ~= ARGV[FIRST] then return 0 end
-local mask = ARGV[FIRST + 1]
-set_part(mask)
+local record, mask = mine(), ARGV[FIRST + 1]
+-- Queues live as long as a part does after the last that joined them: now and then anew.
+local is_due = record[LINED] + PART / 2 <= now
 for stripe = 0, 8 * #mask - 1 do
-  if bit_of(mask, stripe) then line_up(string.format('%d', stripe)) end
+  if bit_of(mask, stripe) and (is_due or not bit_of(record[MASK], stripe)) then line_up(stripe) end
 end
+if is_due then
+  record[LINED] = now
+  introduce()
+end
+if record[IS_WHOLE] == 1 then redis.call('ZREM', WHOLLY, me) end
+record[UNTIL], record[IS_WHOLE], record[MASK] = now + PART, 0, mask
 for at = FIRST + 2, #ARGV, 4 do
-  enter(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3])
+  enter(record, ARGV[at] + 0, ARGV[at + 1] + 0, ARGV[at + 2], ARGV[at + 3])
 end
+save()
 return 1
 """,
 )
@@ -390,7 +512,15 @@ for at = 1, #by, 16 do
   if node ~= me then redis.call('ZADD', BANNED, now + BAN, node) end
 end
 keep(BANNED, BAN)
-redis.call('DEL', BLOB, HASHES, BY, PARTS)
+local wholly = redis.call('ZRANGE', WHOLLY, 0, -1)
+read(wholly)
+redis.call('DEL', BLOB, HASHES, BY, NODES, FULL)
+for _, node in ipairs(wholly) do
+  if records[node] then
+    records[node][TAKES], changed[node] = {}, true
+  end
+end
+save()
 redis.call('HSET', BLOB, 'gen', token)
 keep(BLOB, WHOLE)
 return 1

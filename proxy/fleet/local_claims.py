@@ -6,6 +6,7 @@ Nothing here suspends, so every method is as atomic as a script of the directory
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Ter
 from proxy.oci.digest import Digest
 
 ANY_ZONE = "*"
-#: How many of a stripe's givers are looked at for one wish.
-LOOKS = 16
+#: How many of a queue of a stripe's givers are looked at for one wish.
+LOOKS = 8
 
 
 class _Pool:
@@ -61,13 +62,26 @@ class _Node:
     until: float = 0.0
     receiving: dict[int, tuple[Grant, float]] = field(default_factory=dict)
     lent: dict[str, tuple[int, float]] = field(default_factory=dict)  # token: stripe, until
+    soonest: float = math.inf  # nothing of all that ends before
 
     def __repr__(self) -> str:
         return f"<{self.giver.name} have={self.have:b} {len(self.lent)} lent>"
 
     def expire(self, now: float) -> None:
+        if now < self.soonest:
+            return
         self.receiving = {s: pair for s, pair in self.receiving.items() if pair[1] > now}
         self.lent = {token: pair for token, pair in self.lent.items() if pair[1] > now}
+        ends = (until for _, until in (*self.receiving.values(), *self.lent.values()))
+        self.soonest = min(ends, default=math.inf)
+
+    def receives(self, grant: Grant, until: float) -> None:
+        self.receiving[grant.stripe] = grant, until
+        self.soonest = min(self.soonest, until)
+
+    def lends(self, grant: Grant, until: float) -> None:
+        self.lent[grant.token] = grant.stripe, until
+        self.soonest = min(self.soonest, until)
 
     def rank(self, stripe: int) -> int | None:
         if self.have >> stripe & 1:
@@ -76,12 +90,24 @@ class _Node:
         return received[0].rank if received else None
 
     def may_lend(self, stripe: int, most: int, each: int) -> bool:
-        same = sum(1 for lent, _ in self.lent.values() if lent == stripe)
-        return len(self.lent) < most and same < each
+        if len(self.lent) >= most:
+            return False
+        return [lent for lent, _ in self.lent.values()].count(stripe) < each
 
     def holding(self) -> Holding:
         ranks = {stripe: grant.rank for stripe, (grant, _) in self.receiving.items()}
         return Holding(self.giver, self.have, ranks, len(self.lent))
+
+
+@dataclass(slots=True)
+class _Search:
+    """For somebody to give a stripe. `is_known`: somebody can, who is not to be avoided; `busy`:
+    how many of a queue could but lend enough."""
+
+    wish: Wish
+    avoid: Collection[str]
+    is_known: bool = False
+    busy: int = 0
 
 
 @dataclass(slots=True)
@@ -293,7 +319,10 @@ class LocalClaims:
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
+        for grant, outcome in ended:
+            await self.give_back(grant, outcome)
         blob = self._board.blob(digest)
         mine = self._mine(blob)
         grants: list[Grant] = []
@@ -303,38 +332,58 @@ class LocalClaims:
                 break
             if wish.stripe in mine.receiving:
                 continue
-            is_missing = True
-            for name, rank in self._candidates(blob, wish.stripe, wish.givers):
-                if name in avoid:
-                    continue
-                is_missing = False
-                if rank < wish.limit and self._may_lend(blob, name, wish.stripe):
-                    grants.append(self._grant(digest, blob, wish.stripe, name, rank))
-                    break
-            if is_missing:
+            search = _Search(wish, avoid)
+            found = self._found(blob, search)
+            if found is not None:
+                grants.append(self._grant(digest, blob, wish.stripe, *found))
+            elif not search.is_known:
                 missing.add(wish.stripe)
         return Taken(tuple(grants), frozenset(missing), self._view(blob, known, ()))
 
-    def _candidates(
-        self, blob: _Blob, stripe: int, givers: Sequence[str]
-    ) -> Iterator[tuple[str, int]]:
-        """Who has the stripe or receives it, with its rank: the wished ones, then this zone's, then
-        any. Who is passed over goes to the end of its queue; who is no giver any more leaves it."""
-        for name in givers:
-            if (rank := self._rank(blob, stripe, name)) is not None:
-                yield name, rank
+    def _found(self, blob: _Blob, search: _Search) -> tuple[str, int] | None:
+        """Who gives the stripe, and its rank: a wished one, else of this zone, else any."""
+        for name in search.wish.givers:
+            rank = self._rank(blob, search.wish.stripe, name)
+            if self._is_right(blob, search, name, rank):
+                return name, rank or 0
         for zone in (self._giver.zone, ANY_ZONE):
-            queue = blob.queues.get((stripe, zone), {})
-            for name in list(itertools.islice(queue, LOOKS)):
-                rank = self._rank(blob, stripe, name)
-                if rank is not None:
-                    yield name, rank  # it stays in front if it is taken: it may lend once more
-                del queue[name]
-                if rank is not None or name == self._id:
-                    queue[name] = None
+            found = self._first_of(blob, search, blob.queues.get((search.wish.stripe, zone), {}))
+            if found is not None:
+                return found
+            if search.busy == LOOKS:
+                return None  # there are enough in this zone, in a moment
         for name in blob.wholes.draw(LOOKS, self._board.rng):
-            if (rank := self._rank(blob, stripe, name)) is not None:
-                yield name, rank
+            rank = self._rank(blob, search.wish.stripe, name)
+            if self._is_right(blob, search, name, rank):
+                return name, rank or 0
+        return None
+
+    def _first_of(
+        self, blob: _Blob, search: _Search, queue: dict[str, None]
+    ) -> tuple[str, int] | None:
+        """Who is passed over goes to the end of the queue; who is no giver any more leaves it."""
+        search.busy = 0
+        stripe, looked = search.wish.stripe, list(itertools.islice(queue, LOOKS))
+        for name in looked:
+            rank = self._rank(blob, stripe, name)
+            if self._is_right(blob, search, name, rank):
+                return name, rank or 0  # it stays in front: it may lend once more
+            del queue[name]
+            if rank is not None or name == self._id:
+                queue[name] = None
+        return None
+
+    def _is_right(self, blob: _Blob, search: _Search, name: str, rank: int | None) -> bool:
+        """May it give the stripe now?"""
+        if rank is None or name in search.avoid:
+            return False
+        search.is_known = True
+        if rank >= search.wish.limit:
+            return False
+        if self._may_lend(blob, name, search.wish.stripe):
+            return True
+        search.busy += 1
+        return False
 
     def _may_lend(self, blob: _Blob, name: str, stripe: int) -> bool:
         terms = self._terms
@@ -356,11 +405,11 @@ class LocalClaims:
 
     def _enter(self, blob: _Blob, grant: Grant) -> None:
         until = self._board.clock() + self._terms.grant
-        blob.nodes[self._id].receiving[grant.stripe] = grant, until
+        blob.nodes[self._id].receives(grant, until)
         blob.line_up(self._giver, grant.stripe)
         giver = blob.nodes.get(grant.giver.node)
         if giver is not None:
-            giver.lent[grant.token] = grant.stripe, until
+            giver.lends(grant, until)
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
         blob = self._board.blob(grant.digest)
