@@ -359,7 +359,23 @@ while at <= #ARGV do
   }
   at = at + 3 + #named
 end
-read(all_named)
+
+-- Which nodes lend as much as they may: they need not be read.
+local full = {}
+local function weigh(nodes)
+  local unknown = {}
+  for _, node in ipairs(nodes) do
+    if full[node] == nil then
+      full[node] = false
+      unknown[#unknown + 1] = node
+    end
+  end
+  if #unknown == 0 then return end
+  for n, at in ipairs(redis.call('ZMSCORE', FULL, unpack(unknown))) do
+    full[unknown[n]] = at and at + 0 > now
+  end
+end
+weigh(all_named)
 
 local function may_lend(node, stripe)
   local most, each = limits(node)
@@ -374,6 +390,11 @@ end
 -- Whether it was granted, and whether the node can give it, if not now. A wish notes whether
 -- anybody can who is not to be avoided, and how many of those lend enough.
 local function try(node, wish)
+  if full[node] then
+    if not avoid[node] then wish.is_known, wish.busy = true, wish.busy + 1 end
+    return false, 0
+  end
+  read({node})
   local record = node ~= me and records[node]
   local rank = record and rank_in(record, wish.stripe)
   if not rank or avoid[node] then return false, rank end
@@ -389,24 +410,17 @@ local function try(node, wish)
   return true, rank
 end
 
--- Who is passed over goes to the end of the queue, who is no giver any more leaves it. Who lends
--- as much as it may is passed over unread.
+-- Who is passed over goes to the end of the queue, who is no giver any more leaves it.
 local function from_queue(key, wish)
   local nodes = redis.call('ZRANGE', key, 0, LOOKS - 1)
   if #nodes == 0 then return false end
-  local full = redis.call('ZMSCORE', FULL, unpack(nodes))
+  weigh(nodes)
   local behind, gone, place, is_granted = {}, {}, time[1] * 1000000 + time[2], false
   wish.busy = 0
   for number, node in ipairs(nodes) do
     local rank
-    if full[number] and full[number] + 0 > now then
-      rank = 0
-      if not avoid[node] then wish.is_known, wish.busy = true, wish.busy + 1 end
-    else
-      read({node})
-      is_granted, rank = try(node, wish)
-      if is_granted then break end
-    end
+    is_granted, rank = try(node, wish)
+    if is_granted then break end
     if rank or node == me then
       behind[#behind + 1] = place + number
       behind[#behind + 1] = node
@@ -433,7 +447,7 @@ local function grant(wish)
   end
   if not wholly then
     wholly = redis.call('ZRANDMEMBER', WHOLLY, LOOKS)
-    read(wholly)
+    weigh(wholly)
   end
   for _, node in ipairs(wholly) do
     if try(node, wish) then return end
