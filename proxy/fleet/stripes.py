@@ -93,9 +93,10 @@ def wishes(standing: Standing, view: View) -> tuple[Wish, ...]:
     if standing.room <= 0 or not stripes:
         return ()
     holdings = [holding for holding in view.holdings if holding.giver.node not in standing.avoid]
+    masks = [holding.have for holding in holdings]
 
     def urgency(stripe: int) -> tuple[bool, int, float]:
-        rarity = sum(holding.has(stripe) for holding in holdings)
+        rarity = sum([have >> stripe & 1 for have in masks])
         return stripe != standing.need, rarity, standing.order[stripe]
 
     chosen = sorted(stripes, key=urgency)[: standing.room + SPARE_WISHES]
