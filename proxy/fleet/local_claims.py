@@ -343,8 +343,8 @@ class LocalClaims:
     def _found(self, blob: _Blob, search: _Search) -> tuple[str, int] | None:
         """Who gives the stripe, and its rank: a wished one, else of this zone, else any."""
         for name in search.wish.givers:
-            rank = self._rank(blob, search.wish.stripe, name)
-            if self._is_right(blob, search, name, rank):
+            is_right, rank = self._weighed(blob, search, name)
+            if is_right:
                 return name, rank or 0
         for zone in (self._giver.zone, ANY_ZONE):
             found = self._first_of(blob, search, blob.queues.get((search.wish.stripe, zone), {}))
@@ -353,8 +353,8 @@ class LocalClaims:
             if search.busy == LOOKS:
                 return None  # there are enough in this zone, in a moment
         for name in blob.wholes.draw(LOOKS, self._board.rng):
-            rank = self._rank(blob, search.wish.stripe, name)
-            if self._is_right(blob, search, name, rank):
+            is_right, rank = self._weighed(blob, search, name)
+            if is_right:
                 return name, rank or 0
         return None
 
@@ -363,38 +363,50 @@ class LocalClaims:
     ) -> tuple[str, int] | None:
         """Who is passed over goes to the end of the queue; who is no giver any more leaves it."""
         search.busy = 0
-        stripe, looked = search.wish.stripe, list(itertools.islice(queue, LOOKS))
+        looked = list(itertools.islice(queue, LOOKS))
+        behind: list[str] = []
+        gone: list[str] = []
+        found = None
         for name in looked:
-            rank = self._rank(blob, stripe, name)
-            if self._is_right(blob, search, name, rank):
-                return name, rank or 0  # it stays in front: it may lend once more
+            is_right, rank = self._weighed(blob, search, name)
+            if is_right:
+                found = name, rank or 0  # it stays in front: it may lend once more
+                break
+            (gone if rank is None and name != self._id else behind).append(name)
+        for name in gone:
             del queue[name]
-            if rank is not None or name == self._id:
+        if found is not None or len(looked) == LOOKS:
+            for name in behind:
+                del queue[name]
                 queue[name] = None
-        return None
+        return found
 
-    def _is_right(self, blob: _Blob, search: _Search, name: str, rank: int | None) -> bool:
-        """May it give the stripe now?"""
-        if rank is None or name in search.avoid:
-            return False
-        search.is_known = True
-        if rank >= search.wish.limit:
-            return False
-        if self._may_lend(blob, name, search.wish.stripe):
-            return True
-        search.busy += 1
-        return False
+    def _weighed(self, blob: _Blob, search: _Search, name: str) -> tuple[bool, int | None]:
+        """May it give the stripe now? And its rank for that; None if it cannot give it at all.
 
-    def _may_lend(self, blob: _Blob, name: str, stripe: int) -> bool:
-        terms = self._terms
+        What one that lends all it may has of the stripe is not looked at.
+        """
+        node = None if name == self._id else blob.alive(name, self._board.clock())
+        if node is None:
+            return False, None
+        terms, is_avoided = self._terms, name in search.avoid
         limits = (terms.most, terms.each)
         if name == blob.filler:
             limits = (terms.filler_most, terms.filler_each)
-        return blob.nodes[name].may_lend(stripe, *limits)
-
-    def _rank(self, blob: _Blob, stripe: int, name: str) -> int | None:
-        node = None if name == self._id else blob.alive(name, self._board.clock())
-        return None if node is None else node.rank(stripe)
+        if len(node.lent) >= limits[0]:
+            rank: int | None = 0
+            is_right = False
+        else:
+            rank = node.rank(search.wish.stripe)
+            if rank is None or is_avoided or rank >= search.wish.limit:
+                search.is_known = search.is_known or (rank is not None and not is_avoided)
+                return False, rank
+            is_right = node.may_lend(search.wish.stripe, *limits)
+        if is_avoided:
+            return False, rank
+        search.is_known = True
+        search.busy += not is_right
+        return is_right, rank
 
     def _grant(self, digest: Digest, blob: _Blob, stripe: int, name: str, rank: int) -> Grant:
         token = self._board.number()

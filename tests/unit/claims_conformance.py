@@ -215,6 +215,45 @@ class ClaimsConformance(ABC):
         assert other
         assert (other.giver, other.rank) == (giver(20), 2)
 
+    async def test_what_has_ended_is_given_back_before_more_is_taken(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        grants = []
+        for stripe in range(3):
+            grant = await one(nodes(2), stripe, 1)
+            assert grant
+            grants.append(grant)
+        assert await one(nodes(2), 3, 1) is None  # 1 lends all it may
+        ended = [(grants[0], Outcome.DONE), (grants[1], Outcome.FAILED)]
+        wishes = [Wish(1, (giver(1).node,)), Wish(3, (giver(1).node,))]
+        taken = await nodes(2).take(DIGEST, wishes, 2, ended=ended)
+        assert [(grant.stripe, grant.giver) for grant in taken.grants] == [
+            (1, giver(1)),
+            (3, giver(1)),
+        ]
+        view = await nodes(3).look(DIGEST)
+        assert {h.giver.node: (h.have, h.receiving, h.lending) for h in view.holdings} == {
+            giver(1).node: (0b1111, {}, 3),
+            giver(2).node: (0b1, {1: 1, 2: 1, 3: 1}, 0),
+        }
+        ended = [(grant, Outcome.DONE) for grant in (*taken.grants, grants[2])]
+        assert (await nodes(2).take(DIGEST, (), 0, ended=ended)).grants == ()
+        view = await nodes(3).look(DIGEST)
+        assert [(h.lending, h.receiving) for h in view.holdings] == [(0, {})] * 2
+        assert having(view, 2) == 0b1111
+
+    async def test_who_lends_all_it_may_is_found_again_when_it_has_room(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        await nodes(1).settle(DIGEST)
+        grants = [await one(nodes(10 + stripe), stripe) for stripe in range(3)]
+        assert grants[0]
+        assert await one(nodes(20), 3) is None
+        await nodes(10).give_back(grants[0], Outcome.FAILED)
+        again = await one(nodes(20), 3)
+        assert again
+        assert again.giver == giver(1)
+        nodes.advance(self.TERMS.grant + 0.1)
+        assert await one(nodes(21), 2)  # nobody gave back what has ended by itself
+
     async def test_who_has_received_a_stripe_has_it(self, nodes: Fleet) -> None:
         await nodes.published(12)
         for stripe in (9, 2):
