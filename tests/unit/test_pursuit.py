@@ -1,16 +1,18 @@
-"""A chain of receivers whose head dies must not close into a ring, whoever forgot what."""
+"""No ring of receivers when a chain's head dies, whoever forgot what; how often a node asks."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from proxy.fleet.claims import Grant
 from proxy.fleet.local_claims import Board, LocalClaims
-from proxy.fleet.pursuit import Pursuit
+from proxy.fleet.pursuit import LOOKERS, PEACE, PROMPT, Pursuit
 from proxy.fleet.shunned import Shunned, Why
-from proxy.fleet.stripes import MIB
+from proxy.fleet.steps import Ask
+from proxy.fleet.stripes import MIB, WIDTH
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import giver
@@ -66,3 +68,46 @@ def test_a_receiver_whose_giver_died_is_not_sent_to_its_own_taker(forgets: bool)
     # Nor would its taker serve it, were it asked all the same.
     assert not three.pursuit.may_pass_on(0, 1)
     assert three.pursuit.may_pass_on(0, 3)
+
+
+def crowd_of(nodes: int) -> One:
+    """A node that sees so many others, and all stripes published."""
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    filler = LocalClaims(board, giver(1))
+    at_once(filler.fill(DIGEST, SIZE))
+    at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32]))
+    one = One(board, 2)
+    view = at_once(one.claims.look(DIGEST))
+    one.pursuit.saw(replace(view, nodes=nodes))
+    return one
+
+
+@pytest.mark.parametrize(("nodes", "least"), [(6, 1), (LOOKERS - 1, 1), (LOOKERS, 2), (5000, 3)])
+def test_the_larger_the_crowd_the_more_stripes_are_asked_for_at_once(
+    nodes: int, least: int
+) -> None:
+    pursuit = crowd_of(nodes).pursuit
+    for stripe in range(100, 100 + WIDTH - least + 1):
+        assert pursuit.step(0, 0.0).wishes
+        pursuit.asked(Ask(stripe, giver(1), 1))
+    step = pursuit.step(0, 0.0)
+    assert (step.wishes, step.saves) == ((), True)
+
+
+def test_a_directory_that_answers_late_is_left_in_peace_for_longer_than_that() -> None:
+    pursuit = crowd_of(6).pursuit
+    pursuit.answered(PROMPT, 0.0)
+    assert pursuit.step(0, 0.0).wishes
+    pursuit.answered(PROMPT + 1.0, 10.0)
+    step = pursuit.step(0, 10.5)
+    assert (step.wishes, step.saves) == ((), True)
+    assert step.wait >= PEACE - 0.5
+    assert pursuit.step(0, 10.0 + PEACE).wishes
+
+
+def test_in_a_crowd_who_has_something_to_take_does_not_look_first() -> None:
+    few, many = crowd_of(LOOKERS - 1).pursuit, crowd_of(LOOKERS).pursuit
+    assert few.is_to_look(0, 0.0)
+    assert not many.is_to_look(0, 0.0)
+    many.asked(Ask(0, giver(1), 1))  # what there is of it is on its way
+    assert many.is_to_look(0, 0.0)

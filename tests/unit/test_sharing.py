@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from proxy.fleet.claims import Taken, View, Wish
+from proxy.fleet.claims import Grant, Outcome, Taken, View, Wish
 from proxy.fleet.local_claims import Board, LocalClaims
 from proxy.fleet.protocol import StripeAsk
 from proxy.oci.digest import Digest
@@ -350,6 +350,7 @@ class Wrong(LocalClaims):
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
         missing = frozenset(wish.stripe for wish in wishes)
         return Taken((), missing, await self.look(digest, known))
@@ -378,9 +379,10 @@ async def test_hashes_of_a_blob_of_another_size_are_not_followed(tmp_path: Path)
             room: int,
             known: int = 0,
             avoid: Collection[str] = (),
+            ended: Sequence[tuple[Grant, Outcome]] = (),
         ) -> Taken:
             Other.is_asked = True
-            return await super().take(digest, wishes, room, known, avoid)
+            return await super().take(digest, wishes, room, known, avoid, ended)
 
         async def look(self, digest: Digest, known: int = 0) -> View:
             return replace(await super().look(digest, known), size=SIZE + 1)
