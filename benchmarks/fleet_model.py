@@ -2,64 +2,34 @@
 
 What decides is `proxy.fleet.pursuit` and `LocalClaims`; what is modelled is only how bytes travel.
 Every node has an uplink and a downlink of the same rate, the upstream one uplink of that rate.
-Bytes move in pieces of 1 MiB: a piece occupies the giver's uplink and the taker's downlink for as
+Bytes move in pieces of 256 KiB: a piece occupies the giver's uplink and the taker's downlink for as
 long as it takes, a giver serves its takers in turn, and who is still receiving a stripe passes on
-the pieces it has. A call of the directory takes `LATENCY`; a node makes one after the other for
-each blob.
+the pieces it has. A call of the directory is `LATENCY` on its way and occupies the directory for
+a while (`fleet_time.py`); those that come meanwhile wait in turn. A node makes one after the other
+for each blob.
 """
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from proxy.fleet.claims import WHOLE, Giver, Grant, Terms
-from proxy.fleet.local_claims import Board, LocalClaims
+from benchmarks.fleet_time import LATENCY, Directory, Time
+from proxy.fleet.board import Board
+from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms, View
+from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned
-from proxy.fleet.steps import Ask, Step
+from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import PIECE, lowest_zero, stripe_length
 from proxy.oci.digest import Digest
 
 T = TypeVar("T")
-LATENCY = 0.001
-RATE = 100 * PIECE  # bytes a second of every link
+RATE = 100 << 20  # bytes a second of every link
 AT_ONCE = 3  # layers that a node pulls at the same time, as containerd does
-
-
-def at_once(call: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never suspends."""
-    try:
-        call.send(None)
-    except StopIteration as ended:
-        result: T = ended.value
-        return result
-    raise AssertionError("it suspends")
-
-
-class Time:
-    """A heap of what happens when."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._number = 0
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
-        self._number += 1
-        heapq.heappush(self._heap, (self.now + seconds, self._number, what, args))
-
-    def run(self) -> None:
-        while self._heap:
-            self.now, _, what, args = heapq.heappop(self._heap)
-            what(*args)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,11 +66,10 @@ class Sender:
         """Send the next piece, if the link is free and somebody can take one."""
         if self._is_busy:
             return
-        for _ in range(len(self.transfers)):
-            transfer = self.transfers[0]
-            self.transfers.rotate(-1)
+        for place, transfer in enumerate(self.transfers, 1):
             node = transfer.pull.node
             if not node.is_receiving and transfer.sent < self.has(transfer):
+                self.transfers.rotate(-place)
                 self._is_busy = node.is_receiving = True
                 self._time.after(self._piece_time, self._arrived, transfer)
                 return
@@ -184,6 +153,7 @@ class Pull:
         self.is_done = False
         self._is_acting = self._is_to_act = False
         self._looks = 0
+        self._ended: list[tuple[Grant, Outcome]] = []
 
     def __repr__(self) -> str:
         return f"<Pull of {self.node.giver.name}: {self.pursuit!r}>"
@@ -195,66 +165,92 @@ class Pull:
         if self._is_acting:
             self._is_to_act = True
             return
-        calls = self._calls()
         self._is_acting = True
-        self.node.fleet.time.after(calls * LATENCY, self._acted)
+        self._step()
 
-    def _acted(self) -> None:
+    def _ask(self, name: str, call: Coroutine[Any, Any, T], then: Callable[[T], None]) -> None:
+        time, began = self.node.fleet.time, self.node.fleet.time.now
+
+        def answered(answer: T) -> None:
+            self.pursuit.answered(time.now - began, time.now)
+            then(answer)
+
+        self.node.fleet.directory.ask(name, call, answered)
+
+    def _step(self) -> None:
+        fleet, pursuit, claims = self.node.fleet, self.pursuit, self.node.claims
+        digest, size = self.layer.digest, self.layer.size
+        if not pursuit.generation:
+            self._ask("look", claims.look(digest), self._saw)
+            return
+        step = pursuit.step(lowest_zero(pursuit.have), fleet.time.now)
+        if step.fill:
+            pursuit.begun(step.fill)
+            self._fill(step.fill.first, step.fill.last)
+        if step.lead:
+            self._ask("fill", claims.fill(digest, size), self._led)
+        elif step.publish:
+            self._publish(step.publish, self._step)
+        elif pursuit.is_complete:
+            self._complete()
+        elif step.wishes or (self._ended and not step.saves):
+            self._take(step)
+        else:
+            self._rest(step.wait)
+
+    def _saw(self, view: View) -> None:
+        self.pursuit.saw(view)
+        self._step()
+
+    def _led(self, filler: str | None) -> None:
+        self.pursuit.led(filler)
+        self._step()
+
+    def _publish(self, fresh: Fresh, then: Callable[[], None]) -> None:
+        args = (self.layer.digest, self.layer.size, fresh.first, fresh.hashes, fresh.by)
+
+        def published(count: int | None) -> None:
+            self.pursuit.was_published(fresh, count)
+            then()
+
+        self._ask("publish", self.node.claims.publish(*args), published)
+
+    def _take(self, step: Step) -> None:
+        wanted = (step.wishes, step.room, self.pursuit.published, step.avoid)
+        ended, self._ended = self._ended, []
+        call = self.node.claims.take(self.layer.digest, *wanted, ended)
+
+        def took(taken: Taken) -> None:
+            if step.wishes:
+                self.pursuit.took(taken)
+            else:
+                self.pursuit.saw(taken.view)
+            for grant in taken.grants:
+                self.node.fleet.time.after(LATENCY, self._receive, grant)
+            self._rest(step.wait)
+
+        self._ask("take", call, took)
+
+    def _rest(self, wait: float) -> None:
+        """Until something happens, or for so long."""
         self._is_acting = False
         if self._is_to_act:
             self._is_to_act = False
             self.act()
-
-    def _calls(self) -> int:
-        fleet, pursuit, claims = self.node.fleet, self.pursuit, self.node.claims
-        digest = self.layer.digest
-        before = fleet.operations.total()
-        if not pursuit.generation:
-            pursuit.saw(at_once(claims.look(digest)))
-            fleet.counted("look")
-        step = pursuit.step(lowest_zero(pursuit.have), fleet.time.now)
-        if step.lead:
-            pursuit.led(at_once(claims.fill(digest, self.layer.size)))
-            fleet.counted("fill")
-            step = pursuit.step(lowest_zero(pursuit.have), fleet.time.now)
-        if step.publish:
-            fresh = step.publish
-            args = (digest, self.layer.size, fresh.first, fresh.hashes, fresh.by)
-            pursuit.was_published(fresh, at_once(claims.publish(*args)))
-            fleet.counted("publish")
-        if step.fill:
-            self._fill(step.fill.first, step.fill.last)
-            pursuit.begun(step.fill)
-        if pursuit.is_complete:
-            self._complete()
-        else:
-            self._take(step)
-            self._looks += 1
-            fleet.time.after(step.wait, self._look, self._looks)
-        return fleet.operations.total() - before
-
-    def _take(self, step: Step) -> None:
-        fleet, pursuit = self.node.fleet, self.pursuit
-        if not step.wishes:
             return
-        wanted = (step.wishes, step.room, pursuit.published, step.avoid)
-        call = self.node.claims.take(self.layer.digest, *wanted)
-        taken = at_once(call)
-        fleet.counted("take")
-        pursuit.took(taken)
-        for grant in taken.grants:
-            fleet.time.after(2 * LATENCY, self._receive, grant)
+        self._looks += 1
+        self.node.fleet.time.after(wait, self._look, self._looks)
 
     def _look(self, number: int) -> None:
         """Nothing has happened since: see whether there is news."""
-        if self.is_done or self._looks != number:
+        if self.is_done or self._looks != number or self._is_acting:
             return
-        pursuit = self.pursuit
-        if pursuit.filling is None and pursuit.step(0, self.node.fleet.time.now).room:
-            view = at_once(self.node.claims.look(self.layer.digest, pursuit.published))
-            pursuit.saw(view)
-            self.node.fleet.counted("look")
-        self.act()
+        if not self.pursuit.is_to_look(lowest_zero(self.pursuit.have), self.node.fleet.time.now):
+            self.act()
+            return
+        self._is_acting = True
+        call = self.node.claims.look(self.layer.digest, self.pursuit.published)
+        self._ask("look", call, self._saw)
 
     def _fill(self, first: int, last: int) -> None:
         size = self.layer.size
@@ -285,8 +281,7 @@ class Pull:
             grant = self.pursuit.receiving[stripe]
             outcome = self.pursuit.ended(stripe, None, self.node.fleet.time.now)
             assert isinstance(grant, Grant)
-            at_once(self.node.claims.give_back(grant, outcome))
-            self.node.fleet.counted("give_back")
+            self._ended.append((grant, outcome))
             self.act()
         self.node.kick()
 
@@ -308,24 +303,31 @@ class Pull:
         return sum(-(-stripe_length(size, s) // PIECE) for s in range(first, stripe))
 
     def _complete(self) -> None:
-        fleet, pursuit, claims = self.node.fleet, self.pursuit, self.node.claims
-        digest = self.layer.digest
-        pursuit.found_right(fleet.time.now)
-        fresh = pursuit.step(0, fleet.time.now).publish
-        if fresh is not None:
-            args = (digest, self.layer.size, fresh.first, fresh.hashes, fresh.by)
-            pursuit.was_published(fresh, at_once(claims.publish(*args)))
-            at_once(claims.settle(digest))
-            fleet.counted("publish")
-            fleet.counted("settle")
-        at_once(claims.hold(digest, pursuit.generation, WHOLE))
-        fleet.counted("hold")
+        now = self.node.fleet.time.now
         self.is_done = True
+        self.pursuit.found_right(now)
+        fresh = self.pursuit.step(0, now).publish
+        if fresh is not None:
+            self._publish(fresh, self._settle)
+        self._tell_whole()
         self.node.next_layer()
+
+    def _settle(self) -> None:
+        self._ask("settle", self.node.claims.settle(self.layer.digest), _nothing)
+
+    def _tell_whole(self) -> None:
+        digest, claims = self.layer.digest, self.node.claims
+        if self._ended:
+            self._ask("take", claims.take(digest, (), 0, ended=self._ended), _nothing)
+        self._ask("hold", claims.hold(digest, self.pursuit.generation, WHOLE), _nothing)
+
+
+def _nothing(_answer: object) -> None:
+    """Nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Result:
     """Seconds of each node's own pull, bytes of the upstream, calls of the directory by name, and
     the most of these in any second."""
 
@@ -333,6 +335,8 @@ class Outcome:
     upstream: int
     operations: Counter[str]
     busiest_second: int
+    longest_wait: float
+    busy: float
 
 
 @dataclass(slots=True)
@@ -351,13 +355,13 @@ class Fleet:
     board: Board = field(init=False)
     upstream: Sender = field(init=False)
     nodes: dict[str, Node] = field(init=False)
-    operations: Counter[str] = field(default_factory=Counter)
-    by_second: Counter[int] = field(default_factory=Counter)
+    directory: Directory = field(init=False)
     _waves: deque[tuple[Sequence[Node], Sequence[Layer]]] = field(default_factory=deque)
     _running: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.directory = Directory(self.time)
         self.board = Board(clock=self.time, rng=self.rng, terms=self.terms)
         self.upstream = Sender(self.time, self.piece_time)
         nodes = [Node(self, number) for number in range(self.count)]
@@ -367,11 +371,7 @@ class Fleet:
     def piece_time(self) -> float:
         return PIECE / self.rate
 
-    def counted(self, operation: str) -> None:
-        self.operations[operation] += 1
-        self.by_second[int(self.time.now)] += 1
-
-    def play(self, layers: Sequence[Layer], waves: int = 1) -> Outcome:
+    def play(self, layers: Sequence[Layer], waves: int = 1) -> Result:
         """All nodes pull these layers; in waves, each when the one before has finished."""
         nodes = list(self.nodes.values())
         for number in range(waves):
@@ -381,11 +381,13 @@ class Fleet:
         unfinished = [node for node in nodes if node.done is None]
         if unfinished:
             raise AssertionError(f"{len(unfinished)} did not finish: {unfinished[0].pulls}")
-        return Outcome(
+        return Result(
             [node.done - node.began for node in nodes if node.done is not None],
             self.upstream.sent * PIECE,
-            self.operations,
-            max(self.by_second.values()),
+            self.directory.calls,
+            max(self.directory.by_second.values()),
+            self.directory.longest_wait,
+            self.directory.busy,
         )
 
     def _next_wave(self) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.charts import Bar, Chart
-from benchmarks.fleet_model import AT_ONCE, LATENCY, RATE, Fleet, Layer, Outcome
+from benchmarks.fleet_model import AT_ONCE, RATE, Fleet, Layer, Result
+from benchmarks.fleet_time import LATENCY, SERVICE
 from benchmarks.parts import MIB, TIMES
 from benchmarks.scenario import Findings, Options, Promise, Sheet
 from proxy.oci.digest import Digest
@@ -17,8 +18,10 @@ Every node has an uplink and a downlink of {RATE // MIB} MiB/s, and the upstream
 MiB/s in all. Times are those of a node's own pull, from its first question to its last byte, as
 multiples of what one node alone takes from that upstream. What decides (`proxy/fleet/pursuit.py`,
 `stripes.py`, `local_claims.py`) is what runs in a node; how bytes travel is a model
-(`benchmarks/fleet_model.py`): pieces of 1 MiB that occupy an uplink and a downlink, a call of the
-directory takes {LATENCY * 1000:.0f} ms. A rolling update lets a fifth of the nodes begin when those
+(`benchmarks/fleet_model.py`): pieces of 256 KiB that occupy an uplink and a downlink. A call of the
+directory is {LATENCY * 1000:.0f} ms on its way, and the directory does one after the other:
+{SERVICE["take"] * 1e6:.0f} \N{MICRO SIGN}s of its processor for a `take`, which is what one costs a
+real server (`fleet_directory`). A rolling update lets a fifth of the nodes begin when those
 before have finished.
 """.strip()
 
@@ -53,7 +56,7 @@ class Played:
     """A play and its outcome, as multiples of one node's own pull and of the image's bytes."""
 
     play: Play
-    outcome: Outcome
+    outcome: Result
 
     @property
     def ratios(self) -> list[float]:
@@ -84,6 +87,7 @@ class Played:
             f"{self.upstream:.2f} {TIMES}",
             f"{self.operations:,.0f}",
             f"{self.outcome.busiest_second:,}",
+            f"{1000 * self.outcome.longest_wait:,.0f} ms",
         )
 
     def summary(self) -> dict[str, object]:
@@ -97,6 +101,8 @@ class Played:
             "operations": dict(self.outcome.operations),
             "operations_a_node": self.operations,
             "operations_in_the_busiest_second": self.outcome.busiest_second,
+            "longest_wait": self.outcome.longest_wait,
+            "busy": self.outcome.busy,
         }
 
 
@@ -124,10 +130,10 @@ def plays(*, fast: bool) -> list[Play]:
         *(image(nodes) for nodes in (6, 16, 48)),
         image(48, at_once=len(SIZES)),
         image(48, waves=WAVES),
+        one_blob(200, 256 * MIB),
         one_blob(1000, 256 * MIB),
         one_blob(1000, 256 * MIB, WAVES),
-        one_blob(10_000, 64 * MIB),
-        one_blob(10_000, 64 * MIB, WAVES),
+        one_blob(10_000, 16 * MIB),  # more stripes would keep the directory busy for minutes
     ]
 
 
@@ -186,6 +192,7 @@ def measure(options: Options) -> Findings:
         "upstream bytes",
         "calls of the directory, a node",
         "calls in the busiest second",
+        "longest wait for the directory",
     )
     sheet = Sheet("A fleet in virtual time", columns, tuple(one.row() for one in found))
     return Findings(

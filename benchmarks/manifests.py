@@ -18,19 +18,30 @@ from benchmarks.load import Want
 from benchmarks.parts import KIB, cpu_seconds, settled
 from benchmarks.scenario import Findings, Options, Promise
 from benchmarks.static import static_registry
-from benchmarks.subjects import NGINX, PULLPOOL, REGISTRY, Front, Place, Subject, two_workers
+from benchmarks.subjects import (
+    NGINX,
+    PULLPOOL,
+    REGISTRY,
+    Front,
+    Place,
+    Subject,
+    bare,
+    two_workers,
+)
 from benchmarks.warm import fetch
 from benchmarks.wrk import wrk
 
 CAP = 16
 TWO = Subject("pullpool-2", "pullpool, two workers", "", two_workers)
+BARE = Subject("bare", "a bare protocol on the same loop", "", bare)
 CONNECTIONS = 64
 
 ABOUT = """\
 Each subject holds a manifest, for which wrk asks by digest over 64 connections, with access logs on
 everywhere: in the same bytes each time, and with a header in each request that no other has. CPU is
 that of the subject with all its processes; wrk has one thread and shares the cores with them. nginx
-has two processes, pullpool one, and where it says so two.
+has two processes, pullpool one, and where it says so two. The bare protocol is no cache: it writes
+prepared bytes and the same log on pullpool's loop, and does nothing else (`benchmarks/bare.py`).
 """
 
 
@@ -93,7 +104,7 @@ def measure(options: Options) -> Findings:
         want = shelf.image(image)
         board = play_in_turn(
             "manifests",
-            (REGISTRY, NGINX, PULLPOOL, TWO),
+            (REGISTRY, NGINX, PULLPOOL, TWO, BARE),
             options,
             lambda subject, directory: play(subject, directory, upstream.port, want, size),
         )

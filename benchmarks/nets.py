@@ -22,8 +22,9 @@ from dataclasses import dataclass
 
 from benchmarks.parts import KIB, PartFailed
 
-#: Seconds that a packet may wait in a shaped line before it is dropped.
-LATENCY_MS = 200
+#: Milliseconds that a packet may wait in a shaped line before it is dropped: what a switch buffers,
+#: a few times over. In a longer queue answers of the directory wait behind bulk.
+LATENCY_MS = 50
 #: Bytes that may leave at once: a segment as large as the kernel hands to a device.
 LEAST_BURST = 64 * KIB
 

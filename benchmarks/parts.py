@@ -63,6 +63,12 @@ def free_port() -> int:
             return port
 
 
+def is_listening(port: int) -> bool:
+    """Does anybody take connections on this port of the loopback interface?"""
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
 @dataclass(slots=True)
 class Part:
     """A running program: its name, its process and the file that takes its output."""

@@ -22,8 +22,10 @@ from benchmarks.parts import (
     PartFailed,
     await_http,
     free_port,
+    is_listening,
     running,
     shown,
+    until,
 )
 from benchmarks.scenario import Options, Sheet
 from benchmarks.setups import fill
@@ -171,6 +173,19 @@ def pullpool(place: Place) -> Iterator[Front]:
 def two_workers(place: Place) -> AbstractContextManager[Front]:
     """The product in two processes, as many as nginx has here."""
     return pullpool(replace(place, settings=f"workers = 2\n{place.settings}"))
+
+
+@contextlib.contextmanager
+def bare(place: Place) -> Iterator[Front]:
+    """A protocol on pullpool's loop that only writes prepared bytes and a log (`bare.py`)."""
+    port, log = free_port(), place.directory / "access.log"
+    program = (sys.executable, "-m", "benchmarks.bare")
+    command = (*program, str(port), str(place.upstream), str(log))
+    with running("bare", command, place.directory) as part:
+        # Its first answer would be everybody's.
+        until(lambda: not part.is_running or is_listening(port), "bare to listen")
+        part.check()
+        yield Front(port, part, shown(" ".join(command), place.directory))
 
 
 def chosen(subjects: Sequence[Subject], options: Options) -> list[Subject]:

@@ -26,7 +26,7 @@ from proxy.loop import loop_factory
 from proxy.observe.logs import Logger, make_logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
-from proxy.process import begin_collecting, ending, hold_collecting, unheard
+from proxy.process import collecting, ending, hold_collecting, unheard
 from proxy.pull.tags import TagBook
 from proxy.pulling import make_deadlines, make_puller, make_tasks
 from proxy.seat import Seat
@@ -74,6 +74,8 @@ from proxy.wiring import (
 KEEPALIVE = 75.0
 #: Lines of a request's head longer than this are refused, in bytes.
 MAX_HEAD = 16 << 10
+#: Seconds after which a cache directory is looked at that need not be looked at before it serves.
+LOOK_PAUSE = 1.0
 #: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
 CANCEL_PATIENCE = 0.2
 
@@ -115,6 +117,10 @@ class Proxy:
     def admin_url(self) -> str:
         return f"http://{self.admin_address}"
 
+    def open_connections(self) -> int:
+        """Of clients, those that do nothing included."""
+        return self.listener.state().open if self.listener else 0
+
     async def __aenter__(self) -> Proxy:
         """Open everything. Raises ``CacheDirError``, ``CannotTrust``, ``OSError`` and ``Unusable``
         (a certificate, an htpasswd file); then nothing stays open."""
@@ -153,7 +159,7 @@ class Proxy:
         self.roles = make_roles(settings, self.front, lead, self._around, self.log, self._seat)
         stack.push_async_callback(self.roles.close)
         await self.roles.start()
-        watch = await stack.enter_async_context(LoopWatch(self.metrics))
+        watch = await stack.enter_async_context(LoopWatch(self.metrics, self._around.watch))
         self.admin_address = await self._serve_admin(stack, watch, routes)
         self.address = await self._serve_registry(stack, routes)
         self._is_started = True
@@ -266,6 +272,7 @@ class Proxy:
             log=self.log,
             wall=self._around.wall,
             resume=True,
+            pause=LOOK_PAUSE,
         )
         stack.push_async_callback(store.close)
         return store
@@ -416,8 +423,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> int:
     lifeline = None if seat is None else seat.lifeline[0]
     asyncio.get_running_loop().set_exception_handler(unheard(proxy.log))
     try:
-        async with ending(lifeline) as stop, proxy:
-            begin_collecting()
+        async with ending(lifeline) as stop, proxy, collecting(proxy.open_connections):
             await stop.wait()
             proxy.drain()
             proxy.log.info("draining", grace=settings.shutdown_grace)

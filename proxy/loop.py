@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 import aiofastnet
 import uvloop
 
+from proxy.ready import Writers
+
 T = TypeVar("T")
 
 #: Bytes of a TLS record with its overhead, at most (RFC 8446 §5.2: 2^14 + 256, and the header).
@@ -56,6 +58,15 @@ def _fast_loop() -> asyncio.AbstractEventLoop:
         ("connect_accepted_socket", both),
     ):
         setattr(loop, name, _with_buffers(getattr(loop, name), sizes))
+    writers, close = Writers(loop), loop.close
+    loop.add_writer = writers.add_writer  # type: ignore[assignment,method-assign]
+    loop.remove_writer = writers.remove_writer  # type: ignore[assignment,method-assign]
+
+    def close_all() -> None:
+        writers.close()
+        close()
+
+    loop.close = close_all  # type: ignore[method-assign]
     report = functools.partial(_report, loop.call_exception_handler)
     loop.call_exception_handler = report  # type: ignore[method-assign]
     return loop

@@ -13,6 +13,7 @@ from proxy.team.channel import BEAT
 from proxy.team.roles import START
 from proxy.upstream.budget import RetryBudget
 from proxy.web.descriptors import current_limit
+from proxy.web.watch import INTERVAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class Surroundings:
 
     ``clock`` is monotonic, a fill's too, ``wall`` since the epoch, in seconds; the pauses give the
     seconds before try ``n`` of a short question and of a fill, ``budget`` an origin's retry budget.
-    ``beat`` and ``role_patience`` are those of ``proxy/team``.
+    ``beat`` and ``role_patience`` are those of ``proxy/team``, ``watch`` is the seconds between two
+    looks at how late the loop runs.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -34,3 +36,4 @@ class Surroundings:
     descriptors: Callable[[], int] = current_limit  # how many may be open
     beat: float = BEAT
     role_patience: float = START
+    watch: float = INTERVAL

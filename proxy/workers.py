@@ -44,6 +44,7 @@ from pathlib import Path
 from proxy import app
 from proxy.config import HostPort, Settings
 from proxy.observe.logs import Logger, make_logger
+from proxy.process import begin_collecting
 from proxy.seat import Seat
 from proxy.web.descriptors import raise_limit
 from proxy.web.listener import BACKLOG, bound_sockets
@@ -92,6 +93,7 @@ def run(settings: Settings) -> int:
         except OSError as error:
             log.error("cannot_start", error=str(error))
             return 1
+        begin_collecting()  # what is loaded is not looked at, nor are its pages copied
         return Supervisor(seats, lambda seat: app.run(settings, seat), log).run()
 
 

@@ -23,12 +23,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 from proxy.loop import loop_factory
 from tests.unit.proxy_kit import Served, pulling
+from tests.unit.redis_kit import Cluster, Server, apart, redis_cluster, redis_server
 
-settings.register_profile("hunt", print_blob=True)
-settings.register_profile("same", derandomize=True, print_blob=True)
+settings.register_profile("hunt", print_blob=True, deadline=None)
+settings.register_profile("same", derandomize=True, print_blob=True, deadline=None)
 settings.load_profile("same")  # pytest's option comes later, and wins
 
 UNIT = Path(__file__).parent / "unit"
+ONCE = ("one_loop", "real_seconds")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
@@ -42,10 +44,11 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
     """The loops that a test runs on; both for unit tests, the first alone for the others. Tests
-    that wait for what takes real seconds (leases that end) run on the loop that serves alone."""
+    that wait for what takes real seconds (leases that end), that look at processes with loops of
+    their own, or that have no socket, run on the loop that serves alone: twice says no more."""
     if not item.path.is_relative_to(UNIT):
         return {"asyncio": asyncio.new_event_loop}
-    if item.get_closest_marker("real_seconds"):
+    if any(map(item.get_closest_marker, ONCE)):
         return {"uvloop": loop_factory(fast_transport=True)}
     return {"asyncio": debugged_loop, "uvloop": loop_factory(fast_transport=True)}
 
@@ -97,6 +100,20 @@ async def nothing_is_left() -> AsyncIterator[None]:
     await asyncio.sleep(0)
     assert not left, f"tasks outlive the test: {left}"
     assert not unheard, f"errors that nobody waited for: {unheard}"
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """For tests that only put keys into it, one after the other: they begin with ``flush``."""
+    with apart(redis_server(tmp_path_factory.mktemp("redis"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The same, of several servers."""
+    with apart(redis_cluster(tmp_path_factory.mktemp("cluster"))) as cluster:
+        yield cluster
 
 
 @pytest.fixture

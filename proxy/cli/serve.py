@@ -4,8 +4,10 @@ Flags are handed on as they were written, so that a wrong flag, a wrong variable
 the file are reported together. The variables are read with the settings, not here.
 """
 
+import contextlib
+import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +68,23 @@ def serve(context: click.Context, /, config: Path | None, **flags: str | None) -
 
     With neither, the well-known public registries are served, docker.io at the root path.
     """
-    from proxy.workers import run
+    with _uncollected():
+        from proxy.workers import run
 
-    context.exit(start(config, flags, run, os.environ))
+        context.exit(start(config, flags, run, os.environ))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection until the server begins with it (proxy/process.py): all modules that
+    are loaded here stay, and every round would look at them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def start(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: Bytes of a head, at most: 16 digests take 683 of them.
+#: Bytes of a head, at most: 64 digests take 2,732 of them.
 MOST = 8 << 10
 END = b"\r\n\r\n"
 

@@ -12,7 +12,9 @@ Theory of operation. Of each blob the directory keeps, all with an end by its ow
 * *grants*: the right to receive one stripe of one giver. Taking one is atomic: the giver has the
   stripe, or receives it itself, and lends less than `Terms.most` stripes of this blob and this one
   less than `Terms.each` times: who has a new stripe first gives it to few, and they to others.
-  The filler lends least at a time, so that each new stripe leaves it at the full rate of its link.
+  Whom to ask is chosen here, since only here it is known who lends what now. The filler is asked
+  for what nobody else can give: each byte of its uplink that brings somebody a stripe which others
+  have, too, is one that a stripe which nobody has waits for, and so does the whole crowd.
 
 A giver may pass on a stripe that it is still receiving. Who receives a stripe has a *rank* for it:
 1 from a giver that has it verified, else one more than the giver's. A node's rank for a stripe
@@ -104,14 +106,11 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A stripe, and node ids to ask for it, best first; if none of them can give it, whoever can.
-
-    It is granted only at a rank of at most `limit`.
-    """
+    """A stripe, to be had at a rank of at most `limit`."""
 
     stripe: int
-    givers: tuple[str, ...] = ()
     limit: int = ANY_RANK
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +147,11 @@ class Outcome(enum.Enum):
 class Terms:
     """How long entries live without news (seconds), and how many there may be.
 
-    Whoever fills, holds a part or receives renews it at least every third of that time.
+    Whoever fills, holds a part or receives renews it at least every third of that time, and as a
+    filler every fourth: a directory that is late may take two calls of some seconds in between.
     """
 
-    filler: float = 15.0
+    filler: float = 10.0
     grant: float = 15.0
     part: float = 60.0
     whole: float = 1800.0
@@ -159,7 +159,7 @@ class Terms:
     ban: float = 600.0  # from filling a blob, after publishing wrong hashes of it
     most: int = 6  # grants out on a giver for one blob
     each: int = 2  # of these, for one stripe
-    filler_most: int = 2  # the same for the filler: what nobody else has leaves it the sooner
+    filler_most: int = 6  # the same for the filler: as many as fill its uplink
     filler_each: int = 1
     wholes: int = 64  # nodes listed for having the whole blob
     sample: int = 12  # holdings in a view
@@ -202,10 +202,15 @@ class Claims(Protocol):
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
         """Grants for the first of the wishes that can be had now, `room` of them at most.
 
-        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing.
+        Urgent ones come first, then those that fewest nodes have or receive. The giver is one of
+        the own zone, if there is any, and of some that could be it the one that lends least and is
+        nearest to a node that has all of the stripe; the filler only when nobody else can give it.
+        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing. Before
+        that the grants in `ended` are given back.
         """
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:

@@ -5,13 +5,16 @@ All keys of a blob share its hash tag. Times are milliseconds of the server's cl
     blob        hash    gen, size, filler, until (its lease), news (when it last published)
     hashes, by  string  32 bytes of hash and 16 of node id for each published stripe
     banned      zset    node -> until
-    who         hash    node -> name, zone and url of those that have or receive anything
-    part        hash    node -> until, then its mask of stripes (the lowest eight in the first byte)
-    whole       zset    node -> until
-    zone:Z      set     those of the nodes that are in the zone
+    nodes       hash    node -> its record, for all that have or receive anything
+    whole       zset    those of them that have the whole blob -> until
+    full        zset    those of them that lend as much as they may -> when the first of it ends
+    zone:Z      set     those of them that are in the zone
     at:N:Z      zset    those that can be asked for stripe N, in zone Z or ('*') in any -> place
-    takes:NODE  hash    stripe -> until, rank and token of what it is receiving
-    lent:NODE   zset    stripe and token of what it lends -> until
+
+A record is a MessagePack array: name, zone and url; until; whether it has the whole blob; its mask
+of stripes (the lowest eight in the first byte); of which generation; what it receives (stripe,
+until, rank, token, ...); what it lends (stripe, until, token, ...); when it was last entered into
+all the queues of what it has.
 
 Who has ended is taken out when somebody comes across it; each key ends by itself some time after
 its last member does. Nothing is counted up and down, so nothing can drift.
@@ -38,6 +41,8 @@ from proxy.fleet.claims_scripts import (
 from proxy.fleet.script import Argument, Script
 from proxy.oci.digest import Digest
 
+#: Nodes that keep other records, or pieces of another length, have other keys: they do not meet.
+VERSION = 2
 HASH, NODE = 32, 16
 _WHOLE_MASK = b"*"
 
@@ -83,7 +88,7 @@ class RedisClaims:
         )
         return await self._directory.run(
             script,
-            str(digest),
+            f"{VERSION}:{digest}",
             [
                 self._ahead(),
                 giver.node,
@@ -130,10 +135,14 @@ class RedisClaims:
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
-        said: list[Argument] = [known, room, len(avoid), *avoid]
+        said: list[Argument] = [known, room, len(ended)]
+        for grant, outcome in ended:
+            said += _ended(grant, outcome)
+        said += [len(avoid), *avoid]
         for wish in wishes:
-            said += [wish.stripe, wish.limit, len(wish.givers), *wish.givers]
+            said += [wish.stripe, wish.limit, int(wish.is_urgent)]
         granted, missing, seen = await self._run(TAKE, digest, *said)
         view = _view(seen, known)
         grants = tuple(
@@ -143,15 +152,7 @@ class RedisClaims:
         return Taken(grants, frozenset(missing), view)
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
-        await self._run(
-            GIVE_BACK,
-            grant.digest,
-            grant.generation,
-            grant.giver.node,
-            grant.stripe,
-            grant.token,
-            int(outcome is Outcome.DONE),
-        )
+        await self._run(GIVE_BACK, grant.digest, *_ended(grant, outcome))
 
     async def hold(
         self, digest: Digest, generation: str, have: int, grants: Sequence[Grant] = ()
@@ -166,6 +167,11 @@ class RedisClaims:
 
     async def drop(self, digest: Digest, generation: str) -> None:
         await self._run(DROP, digest, generation)
+
+
+def _ended(grant: Grant, outcome: Outcome) -> list[Argument]:
+    is_done = int(outcome is Outcome.DONE)
+    return [grant.generation, grant.giver.node, grant.stripe, grant.token, is_done]
 
 
 def _mask(have: int) -> bytes:

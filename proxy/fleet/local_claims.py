@@ -6,137 +6,44 @@ Nothing here suspends, so every method is as atomic as a script of the directory
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
-from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, Terms, View, Wish
+from proxy.fleet.board import ANY_ZONE, Blob, Board, Node, Pool
+from proxy.fleet.claims import WHOLE, Giver, Grant, Holding, Outcome, Taken, View, Wish
 from proxy.oci.digest import Digest
 
-ANY_ZONE = "*"
-#: How many of a stripe's givers are looked at for one wish.
-LOOKS = 16
-
-
-class _Pool:
-    """A set that some of can be drawn at random, without looking at the rest."""
-
-    def __init__(self) -> None:
-        self._items: list[str] = []
-        self._places: dict[str, int] = {}
-
-    def add(self, item: str) -> None:
-        if item not in self._places:
-            self._places[item] = len(self._items)
-            self._items.append(item)
-
-    def discard(self, item: str) -> None:
-        place = self._places.pop(item, None)
-        if place is None:
-            return
-        last = self._items.pop()
-        if last != item:
-            self._items[place] = last
-            self._places[last] = place
-
-    def draw(self, most: int, rng: random.Random) -> list[str]:
-        return list(self._items) if len(self) <= most else rng.sample(self._items, most)
-
-    def __contains__(self, item: str) -> bool:
-        return item in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._items))
-
-    def __len__(self) -> int:
-        return len(self._items)
+#: How many of a queue of a stripe's givers are looked at for one wish.
+LOOKS = 8
+#: Of so many that could give it the best is chosen.
+CHOICES = 4
+#: What the filler costs more than all others.
+LAST = 1000
 
 
 @dataclass(slots=True)
-class _Node:
-    """What one node has and receives of a blob, and what it lends."""
+class _Search:
+    """For somebody to give a stripe. `is_known`: somebody can, who is not to be avoided; `busy`:
+    how many of a queue could but lend enough."""
 
-    giver: Giver
-    have: int = 0
-    until: float = 0.0
-    receiving: dict[int, tuple[Grant, float]] = field(default_factory=dict)
-    lent: dict[str, tuple[int, float]] = field(default_factory=dict)  # token: stripe, until
-
-    def __repr__(self) -> str:
-        return f"<{self.giver.name} have={self.have:b} {len(self.lent)} lent>"
-
-    def expire(self, now: float) -> None:
-        self.receiving = {s: pair for s, pair in self.receiving.items() if pair[1] > now}
-        self.lent = {token: pair for token, pair in self.lent.items() if pair[1] > now}
-
-    def rank(self, stripe: int) -> int | None:
-        if self.have >> stripe & 1:
-            return 0
-        received = self.receiving.get(stripe)
-        return received[0].rank if received else None
-
-    def may_lend(self, stripe: int, most: int, each: int) -> bool:
-        same = sum(1 for lent, _ in self.lent.values() if lent == stripe)
-        return len(self.lent) < most and same < each
-
-    def holding(self) -> Holding:
-        ranks = {stripe: grant.rank for stripe, (grant, _) in self.receiving.items()}
-        return Holding(self.giver, self.have, ranks, len(self.lent))
+    wish: Wish
+    avoid: Collection[str]
+    is_known: bool = False
+    busy: int = 0
 
 
-@dataclass(slots=True)
-class _Blob:
-    generation: str
-    size: int | None = None
-    hashes: list[bytes] = field(default_factory=list)
-    publishers: list[str] = field(default_factory=list)
-    filler: str | None = None
-    until: float = 0.0  # the filler's lease
-    news: float = 0.0  # when it last published, or began
-    banned: dict[str, float] = field(default_factory=dict)
-    nodes: dict[str, _Node] = field(default_factory=dict)
-    wholes: _Pool = field(default_factory=_Pool)
-    parts: _Pool = field(default_factory=_Pool)
-    zones: dict[str, _Pool] = field(default_factory=dict)
-    queues: dict[tuple[int, str], dict[str, None]] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A node that may give a stripe, its rank for it, and what it costs to ask it."""
 
-    def __repr__(self) -> str:
-        return f"<_Blob {len(self.hashes)} published, {len(self.nodes)} nodes, by {self.filler}>"
+    node: str
+    rank: int
+    cost: int
 
-    def enter(self, node: _Node) -> None:
-        name = node.giver.node
-        self.nodes[name] = node
-        whole = node.have == WHOLE
-        (self.wholes if whole else self.parts).add(name)
-        (self.parts if whole else self.wholes).discard(name)
-        self.zones.setdefault(node.giver.zone, _Pool()).add(name)
 
-    def remove(self, name: str) -> None:
-        node = self.nodes.pop(name, None)
-        if node is None:
-            return
-        self.wholes.discard(name)
-        self.parts.discard(name)
-        pool = self.zones[node.giver.zone]
-        pool.discard(name)
-        if not pool:
-            del self.zones[node.giver.zone]
-
-    def line_up(self, giver: Giver, stripe: int) -> None:
-        """Enter it among those who can be asked for the stripe, behind the others."""
-        for zone in (giver.zone, ANY_ZONE):
-            self.queues.setdefault((stripe, zone), {}).setdefault(giver.node)
-
-    def alive(self, name: str, now: float) -> _Node | None:
-        """The node's entry with all that has ended taken out; None when nothing is left of it."""
-        node = self.nodes.get(name)
-        if node is None:
-            return None
-        if node.until <= now:
-            self.remove(name)
-            return None
-        node.expire(now)
-        return node
+def _better(one: _Offer | None, other: _Offer | None) -> _Offer | None:
+    """The one that costs less, the first of two that cost the same."""
+    return other if one is None or (other is not None and other.cost < one.cost) else one
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -145,55 +52,6 @@ def bits(mask: int) -> Iterator[int]:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
         mask ^= lowest
-
-
-class Board:
-    """What a directory's server is to the nodes of a fleet: all blobs, one clock."""
-
-    def __init__(
-        self, *, clock: Callable[[], float], rng: random.Random, terms: Terms | None = None
-    ) -> None:
-        self.terms = terms or Terms()
-        self.clock = clock
-        self.rng = rng
-        self._blobs: dict[Digest, _Blob] = {}
-        self._count = 0
-
-    def __repr__(self) -> str:
-        return f"<Board of {len(self._blobs)} blobs>"
-
-    def number(self) -> str:
-        """Never the same twice, nor after `forget`."""
-        self._count += 1
-        return str(self._count)
-
-    def blob(self, digest: Digest) -> _Blob:
-        """A blob's entry, without a filler whose lease has ended."""
-        blob = self._blobs.get(digest)
-        if blob is None:
-            blob = self._blobs[digest] = _Blob(self.number())
-        now = self.clock()
-        if blob.filler and blob.news + self.terms.stuck <= now:
-            blob.banned[blob.filler] = now + self.terms.stuck
-            blob.filler = None
-        if blob.until <= now:
-            blob.filler = None
-        return blob
-
-    def renew(self, digest: Digest, generation: str) -> _Blob:
-        """The blob without its stripes, in another generation; who has all of it stays."""
-        old, blob = self._blobs[digest], _Blob(generation)
-        for name in old.wholes:
-            node = old.nodes[name]
-            node.receiving = {}
-            blob.enter(node)
-        blob.banned = old.banned
-        self._blobs[digest] = blob
-        return blob
-
-    def forget(self) -> None:
-        """Lose everything, as a server does that is started anew."""
-        self._blobs.clear()
 
 
 class LocalClaims:
@@ -216,7 +74,7 @@ class LocalClaims:
         holdings = tuple(node.holding() for node in self._drawn(blob))
         return self._view(blob, known, holdings)
 
-    def _view(self, blob: _Blob, known: int, holdings: tuple[Holding, ...]) -> View:
+    def _view(self, blob: Blob, known: int, holdings: tuple[Holding, ...]) -> View:
         return View(
             blob.generation,
             blob.size,
@@ -228,11 +86,11 @@ class LocalClaims:
             len(blob.nodes),
         )
 
-    def _drawn(self, blob: _Blob) -> Iterator[_Node]:
+    def _drawn(self, blob: Blob) -> Iterator[Node]:
         """The filler, and a third each of this zone, of those that have all, and of the others."""
         rng, share = self._board.rng, self._terms.sample // 3
         names = dict.fromkeys([blob.filler] if blob.filler else ())
-        for pool in (blob.zones.get(self._giver.zone, _Pool()), blob.wholes, blob.parts):
+        for pool in (blob.zones.get(self._giver.zone, Pool()), blob.wholes, blob.parts):
             names.update(dict.fromkeys(pool.draw(share, rng)))
         now = self._board.clock()
         for name in names:
@@ -251,10 +109,10 @@ class LocalClaims:
         self._mine(blob)
         return self._id
 
-    def _mine(self, blob: _Blob) -> _Node:
+    def _mine(self, blob: Blob) -> Node:
         """This node's entry, renewed."""
         now = self._board.clock()
-        node = blob.alive(self._id, now) or _Node(self._giver)
+        node = blob.alive(self._id, now) or Node(self._giver)
         node.until = max(node.until, now + self._terms.part)
         blob.enter(node)
         return node
@@ -293,74 +151,110 @@ class LocalClaims:
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
+        for grant, outcome in ended:
+            await self.give_back(grant, outcome)
         blob = self._board.blob(digest)
         mine = self._mine(blob)
         grants: list[Grant] = []
         missing = set()
-        for wish in wishes:
+        for wish in sorted(wishes, key=lambda wish: self._order(blob, wish)):
             if len(grants) == room:
                 break
             if wish.stripe in mine.receiving:
                 continue
-            is_missing = True
-            for name, rank in self._candidates(blob, wish.stripe, wish.givers):
-                if name in avoid:
-                    continue
-                is_missing = False
-                if rank < wish.limit and self._may_lend(blob, name, wish.stripe):
-                    grants.append(self._grant(digest, blob, wish.stripe, name, rank))
-                    break
-            if is_missing:
+            search = _Search(wish, avoid)
+            found = self._chosen(blob, search)
+            if found is not None:
+                grants.append(self._grant(digest, blob, wish.stripe, found.node, found.rank))
+            elif not search.is_known:
                 missing.add(wish.stripe)
         return Taken(tuple(grants), frozenset(missing), self._view(blob, known, ()))
 
-    def _candidates(
-        self, blob: _Blob, stripe: int, givers: Sequence[str]
-    ) -> Iterator[tuple[str, int]]:
-        """Who has the stripe or receives it, with its rank: the wished ones, then this zone's, then
-        any. Who is passed over goes to the end of its queue; who is no giver any more leaves it."""
-        for name in givers:
-            if (rank := self._rank(blob, stripe, name)) is not None:
-                yield name, rank
+    @staticmethod
+    def _order(blob: Blob, wish: Wish) -> int:
+        return -1 if wish.is_urgent else len(blob.queues.get((wish.stripe, ANY_ZONE), ()))
+
+    def _chosen(self, blob: Blob, search: _Search) -> _Offer | None:
+        """Who gives the stripe: of this zone, then of any, then of those that have all of it; the
+        filler after all of these."""
+        best: _Offer | None = None
         for zone in (self._giver.zone, ANY_ZONE):
-            queue = blob.queues.get((stripe, zone), {})
-            for name in list(itertools.islice(queue, LOOKS)):
-                rank = self._rank(blob, stripe, name)
-                if rank is not None:
-                    yield name, rank  # it stays in front if it is taken: it may lend once more
-                del queue[name]
-                if rank is not None or name == self._id:
-                    queue[name] = None
+            queue = blob.queues.get((search.wish.stripe, zone), {})
+            best = _better(best, self._best_of(blob, search, queue))
+            if best is not None and best.node != blob.filler:
+                return best
+            if search.busy == LOOKS:
+                return best  # there are enough in this zone, in a moment
         for name in blob.wholes.draw(LOOKS, self._board.rng):
-            if (rank := self._rank(blob, stripe, name)) is not None:
-                yield name, rank
+            offer, _ = self._offer(blob, search, name)
+            if offer is not None:
+                return _better(best, offer)
+        return best
 
-    def _may_lend(self, blob: _Blob, name: str, stripe: int) -> bool:
-        terms = self._terms
-        limits = (terms.most, terms.each)
-        if name == blob.filler:
-            limits = (terms.filler_most, terms.filler_each)
-        return blob.nodes[name].may_lend(stripe, *limits)
+    def _best_of(self, blob: Blob, search: _Search, queue: dict[str, None]) -> _Offer | None:
+        """The best of some. Who may not lend goes to the end of the queue; who is no giver any more
+        leaves it."""
+        search.busy = offers = 0
+        looked = list(itertools.islice(queue, LOOKS))
+        behind: list[str] = []
+        gone: list[str] = []
+        best: _Offer | None = None
+        for name in looked:
+            offer, rank = self._offer(blob, search, name)
+            if offer is not None:
+                best, offers = _better(best, offer), offers + 1
+                if offers == CHOICES:
+                    break
+            else:
+                (gone if rank is None and name != self._id else behind).append(name)
+        for name in gone:
+            del queue[name]
+        if best is not None or len(looked) == LOOKS:
+            for name in behind:
+                del queue[name]
+                queue[name] = None
+        # Who comes behind those that have left is seen by the next take.
+        search.is_known = search.is_known or (bool(gone) and len(looked) == LOOKS)
+        return best
 
-    def _rank(self, blob: _Blob, stripe: int, name: str) -> int | None:
+    def _offer(self, blob: Blob, search: _Search, name: str) -> tuple[_Offer | None, int | None]:
+        """What the node offers now, if anything; and its rank, None if it cannot give the stripe at
+        all. One that lends all it may stays in the queue, whatever it has."""
         node = None if name == self._id else blob.alive(name, self._board.clock())
-        return None if node is None else node.rank(stripe)
+        if node is None:
+            return None, None
+        terms, is_filler, is_avoided = self._terms, name == blob.filler, name in search.avoid
+        limits = (terms.filler_most, terms.filler_each) if is_filler else (terms.most, terms.each)
+        is_full = len(node.lent) >= limits[0]
+        rank = node.rank(search.wish.stripe)
+        search.is_known = search.is_known or (rank is not None and not is_avoided)
+        if is_full:
+            search.busy += not is_avoided
+            return None, 0
+        if rank is None or is_avoided or rank >= search.wish.limit:
+            return None, rank
+        if not node.may_lend(search.wish.stripe, *limits):
+            search.busy += 1
+            return None, rank
+        cost = len(node.lent) + rank + (LAST if is_filler else 0)
+        return _Offer(name, rank, cost), rank
 
-    def _grant(self, digest: Digest, blob: _Blob, stripe: int, name: str, rank: int) -> Grant:
+    def _grant(self, digest: Digest, blob: Blob, stripe: int, name: str, rank: int) -> Grant:
         token = self._board.number()
         giver = blob.nodes[name].giver
         grant = Grant(digest, blob.generation, stripe, giver, rank + 1, token)
         self._enter(blob, grant)
         return grant
 
-    def _enter(self, blob: _Blob, grant: Grant) -> None:
+    def _enter(self, blob: Blob, grant: Grant) -> None:
         until = self._board.clock() + self._terms.grant
-        blob.nodes[self._id].receiving[grant.stripe] = grant, until
+        blob.nodes[self._id].receives(grant, until)
         blob.line_up(self._giver, grant.stripe)
         giver = blob.nodes.get(grant.giver.node)
         if giver is not None:
-            giver.lent[grant.token] = grant.stripe, until
+            giver.lends(grant, until)
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
         blob = self._board.blob(grant.digest)
@@ -384,7 +278,7 @@ class LocalClaims:
             return self._hold_whole(blob)
         if generation != blob.generation:
             return False
-        mine = blob.alive(self._id, now) or _Node(self._giver)
+        mine = blob.alive(self._id, now) or Node(self._giver)
         mine.have, mine.until = have, now + self._terms.part
         blob.enter(mine)
         for stripe in bits(have):
@@ -393,13 +287,13 @@ class LocalClaims:
             self._enter(blob, grant)
         return True
 
-    def _hold_whole(self, blob: _Blob) -> bool:
+    def _hold_whole(self, blob: Blob) -> bool:
         now = self._board.clock()
         for name in blob.wholes:
             blob.alive(name, now)
         if self._id not in blob.wholes and len(blob.wholes) >= self._terms.wholes:
             return False  # what it had as a part goes on to be listed for a while
-        mine = blob.alive(self._id, now) or _Node(self._giver)
+        mine = blob.alive(self._id, now) or Node(self._giver)
         mine.have, mine.until, mine.receiving = WHOLE, now + self._terms.whole, {}
         blob.enter(mine)
         return True

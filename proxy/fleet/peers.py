@@ -42,6 +42,8 @@ from proxy.throttle import Stream, Throttle
 
 #: Seconds that a giver gets for a connection, for a head, and for each bit of progress.
 PATIENCE = 5.0
+#: Bytes that come ahead of those that are verified.
+AHEAD = 1 << 20
 #: Sockets to one giver, at most.
 SOCKETS = 4
 #: Idle sockets in all, at most, and the seconds that one is kept.
@@ -136,8 +138,7 @@ class Peers:
             idle_most=idle,
             idle_seconds=idle_seconds,
             patience=patience,
-            # With a cap no more comes ahead than is verified at once.
-            ahead=PIECE if downlink is not None else 2 * PIECE,
+            ahead=AHEAD,
         )
 
     def __len__(self) -> int:

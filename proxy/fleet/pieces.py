@@ -1,10 +1,14 @@
 """What a stripe is proved by: the digests of its pieces, and one hash over those.
 
-A *piece* is 1 MiB of a stripe, the last one shorter. A giver sends the SHA-256 digests of all
+A *piece* is 256 KiB of a stripe, the last one shorter. A giver sends the SHA-256 digests of all
 pieces of a stripe ahead of its bytes. Who receives them holds them against the stripe's hash, which
 the directory has: SHA-256 over those digests, one after the other. From then on each piece proves
 itself when it is complete. So at most one piece is held back, a stripe can be passed on while it is
-still being received, and bytes that are not what was published are found after 1 MiB at most.
+still being received, and bytes that are not what was published are found after a piece at most.
+
+A stripe of a small blob is 1 MiB, and a crowd is the quicker the sooner each can be passed on, so
+pieces are smaller: 6 nodes with lines of 4 MB/s have 64 MiB in 1.35 instead of 1.55 times of what
+one alone takes (measured on a busy machine).
 
 It says that bytes are those that were published, and no more: the blob's own digest decides (D10).
 
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 from proxy.oci.digest import Chunk
 
 #: Bytes of a piece, but for the last one of a stripe.
-PIECE = 1 << 20
+PIECE = 256 << 10
 #: Bytes of a piece's digest, and of a stripe's hash.
 HASH = hashlib.sha256().digest_size
 #: Bytes of a stripe, at most.

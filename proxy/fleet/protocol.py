@@ -1,6 +1,6 @@
 """What nodes say to one another: the one request there is, and the names of headers.
 
-    GET /fleet/v1/blobs/sha256:<hex>/stripes/<number>
+    GET /fleet/v2/blobs/sha256:<hex>/stripes/<number>
     Pullpool-Rank: <the taker's rank for the stripe>   (see claims.py)
     Pullpool-Stripe: <the stripe's hash, in hex>       (left out by who does not know it)
     Range: bytes=<position within the stripe>-         (left out at 0)
@@ -31,7 +31,7 @@ STRIPE = "Pullpool-Stripe"
 SEAL = "Pullpool-Seal"
 
 _PATH = re.compile(
-    r"/fleet/v1/blobs/(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})/stripes/(0|[1-9][0-9]{0,6})"
+    r"/fleet/v2/blobs/(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})/stripes/(0|[1-9][0-9]{0,6})"
 )
 _RANGE = re.compile(r"bytes=([1-9][0-9]{0,8})-")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -79,7 +79,7 @@ class StripeAsk:
 
     @property
     def path(self) -> str:
-        return f"/fleet/v1/blobs/{self.digest}/stripes/{self.stripe}"
+        return f"/fleet/v2/blobs/{self.digest}/stripes/{self.stripe}"
 
     @property
     def range(self) -> str | None:

@@ -35,6 +35,7 @@ from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import LAST_LOOK, Ask, Fresh, Step
 from proxy.fleet.stripes import (
     PIECE,
+    SPAN,
     WIDTH,
     Span,
     Standing,
@@ -52,6 +53,11 @@ TRIES = 3
 FIRST_LOOK = 0.05
 #: So many nodes may look that often; of more each one looks less often.
 LOOKERS = 64
+#: In a crowd of so many an answer of the directory that takes longer than PROMPT seconds shows that
+#: it is busy: for so many times as long as that it is left in peace.
+PROMPT, PEACE = 0.02, 3.0
+#: No wait is longer: leases have to be renewed.
+LONGEST = 2.0
 #: No progress for so long: the giver has stalled.
 STALLED = 5.0
 #: A directory that is gone for less changes nothing.
@@ -102,6 +108,7 @@ class Pursuit:
         self._lost: frozenset[int] = frozenset()
         self._past: dict[str, dict[int, _Proof]] = {}
         self._patience = FIRST_LOOK
+        self._quiet_until = 0.0
         if size is not None:
             self.sized(size)
 
@@ -151,6 +158,11 @@ class Pursuit:
         """Where this node is, if the last view had it."""
         givers = (holding.giver for holding in self._told.view.holdings)
         return next((giver for giver in givers if giver.node == node), None)
+
+    def is_to_look(self, need: int, now: float) -> bool:
+        """After a wait: whether to look. In a crowd who has something to take does that at once: it
+        learns as much, but for whom to name, and so many nodes find others by the queues."""
+        return self._told.view.nodes < LOOKERS or not self.step(need, now).wishes
 
     def is_alone(self, now: float) -> bool:
         gone = self._gone_since is not None and now - self._gone_since >= GRACE
@@ -312,6 +324,11 @@ class Pursuit:
         told.have = self.announced
         told.view = replace(told.view, hashes=tuple(told.hashes))
 
+    def answered(self, seconds: float, now: float) -> None:
+        """The directory took so long for a call. With few nodes that is not its own doing."""
+        if self._told.view.nodes >= LOOKERS:
+            self._quiet_until = now + min(LONGEST, PEACE * max(0.0, seconds - PROMPT))
+
     def directory_gone(self, now: float) -> None:
         """The directory does not answer; a view ends that."""
         if self._gone_since is None:
@@ -347,26 +364,38 @@ class Pursuit:
             return Step(drop, publish=self._fresh(), hold=self._is_untold)
         standing = self._standing(need, now)
         if self.is_alone(now):
-            return self._step_alone(standing, drop)
+            return self._step_alone(standing, drop, now)
         if drop is not None:
             return Step(drop, wait=0.0)
         if self._gone_since is not None:
-            return Step(wait=self._wait())
+            return Step(wait=self._wait(now))
         filler = self._told.view.filler
         fill = None
         if self.is_filler and self.filling is None:
             fill = to_fill(standing, self.published, self._lost, self._source(standing))
+        saves = self._is_saving(standing, now)
         return Step(
             lead=filler is None and self._is_to_fill,
             publish=self._fresh(),
             hold=self._is_untold,
-            wishes=wishes(standing, self._told.view) if self.count else (),
+            wishes=wishes(standing, self._told.view) if self.count and not saves else (),
             room=standing.room,
             avoid=self._shunned.distrusted(now),
             fill=Span(0, 1) if self.is_filler and not self.count and not self.filling else fill,
             stop=self._is_done_by_another,
-            wait=self._wait(),
+            saves=saves,
+            wait=self._wait(now),
         )
+
+    def _is_saving(self, standing: Standing, now: float) -> bool:
+        """Is the directory asked for nothing now? It would have no time for each stripe of a crowd
+        by itself: then it is asked for several at once, while others are on their way."""
+        if now < self._quiet_until:
+            return True
+        if standing.need < self.published and standing.lacks(standing.need):
+            return False  # readers wait for it
+        batch = min(WIDTH // 2, 1 + self._told.view.nodes // LOOKERS)
+        return bool(self.receiving) and standing.room < batch
 
     @property
     def _is_to_fill(self) -> bool:
@@ -408,6 +437,7 @@ class Pursuit:
             order=self._order,
             need=need,
             hop=PIECE / stripe_size(self.size) if self.size else 1.0,
+            span=SPAN // stripe_size(self.size) if self.size else 1,
             avoid=self._shunned.avoided(now),
         )
 
@@ -420,7 +450,7 @@ class Pursuit:
         ]
         return min(found)[-1] if found else None
 
-    def _step_alone(self, standing: Standing, drop: str | None) -> Step:
+    def _step_alone(self, standing: Standing, drop: str | None, now: float) -> Step:
         """Known givers for what is published, and the upstream for what none of them has."""
         holdings = {
             holding.giver.node: holding
@@ -440,9 +470,10 @@ class Pursuit:
         fill = None
         if self.filling is None:
             fill = to_fill(standing, self.count, orphans) if self.count else Span(0, 1)
-        return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait())
+        return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait(now))
 
-    def _wait(self) -> float:
-        """Longer each time without news, and the more there are that look."""
-        crowd = max(1.0, self._told.view.nodes / LOOKERS)
-        return self._patience * crowd * self._rng.uniform(0.5, 1.0)
+    def _wait(self, now: float) -> float:
+        """Longer each time without news, the more there are that look, and the busier it is."""
+        crowd = FIRST_LOOK * self._told.view.nodes / LOOKERS
+        wait = max(self._patience, crowd) * self._rng.uniform(0.5, 1.0)
+        return min(LONGEST, max(wait, self._quiet_until - now))

@@ -18,6 +18,7 @@ class Why(enum.Enum):
     DIED = (5.0, 300.0)
     STALLED = (10.0, 300.0)
     BUSY = (0.25, 2.0)
+    LACKED = (0.5, 60.0)  # it has not, or no longer, what the directory says: late news, mostly
 
     @property
     def first(self) -> float:

@@ -36,7 +36,8 @@ class Step:
     `drop`: this generation is wrong. `lead`: ask to become the filler. `publish`: as the filler.
     `hold`: say what this node has. `wishes`, `room`, `avoid`: take these. `asks`: ask these without
     a grant. `fill`: bring these stripes from the upstream, or from the node named in it. `stop`:
-    end the fill that is under way, another node does it. `wait`: seconds until the next look.
+    end the fill that is under way, another node does it. `saves`: grants that have ended may be
+    given back together with the next that are taken. `wait`: seconds until the next look.
     """
 
     drop: str | None = None
@@ -49,4 +50,5 @@ class Step:
     asks: tuple[Ask, ...] = ()
     fill: Span | None = None
     stop: bool = False
+    saves: bool = False
     wait: float = LAST_LOOK

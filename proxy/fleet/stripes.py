@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from proxy.fleet.claims import ANY_RANK, Holding, View, Wish
 
 MIB = 1024 * 1024
-PIECE = MIB
+PIECE = 256 * 1024
 LARGEST = 16 * MIB
 #: Smaller blobs have so many stripes that there are enough of them to share: what a crowd loses is
 #: a stripe's time at the beginning, and another at the end.
@@ -27,10 +27,8 @@ WINDOW = 256
 #: How many stripes of one blob are received at once, and how many more are named as alternatives.
 WIDTH = 6
 SPARE_WISHES = 4
-#: How many stripes the upstream is asked for in one go: a turn's worth of large ones.
-SPAN = 4
-#: Givers named for one stripe; the directory knows others.
-NAMED = 4
+#: How many bytes the upstream is asked for in one go: a turn's worth.
+SPAN = 64 * MIB
 
 
 def stripe_size(size: int) -> int:
@@ -56,6 +54,7 @@ class Standing:
     `busy`: stripes that it is receiving or filling. `room`: how many more it may receive. `limits`:
     the rank that it had for a stripe, and may not exceed. `order`: its own order of stripes, a
     number for each. `need`: what its readers wait for. `hop`: what a hop costs, in grants.
+    `span`: how many stripes the upstream is asked for in one go.
     """
 
     zone: str
@@ -67,6 +66,7 @@ class Standing:
     order: Sequence[float]
     need: int = 0
     hop: float = 1.0
+    span: int = 1
     avoid: frozenset[str] = frozenset()
 
     def lacks(self, stripe: int) -> bool:
@@ -88,23 +88,21 @@ def lowest_zero(mask: int) -> int:
 
 
 def wishes(standing: Standing, view: View) -> tuple[Wish, ...]:
-    """Stripes to ask for, most wanted first, and whom; as many as to have alternatives."""
+    """Stripes to ask for, most wanted first; as many as to have alternatives."""
     stripes = standing.missing(min(view.published, standing.count))
     if standing.room <= 0 or not stripes:
         return ()
-    holdings = [holding for holding in view.holdings if holding.giver.node not in standing.avoid]
+    masks = [holding.have for holding in view.holdings]
 
     def urgency(stripe: int) -> tuple[bool, int, float]:
-        rarity = sum(holding.has(stripe) for holding in holdings)
+        rarity = sum([have >> stripe & 1 for have in masks])
         return stripe != standing.need, rarity, standing.order[stripe]
 
     chosen = sorted(stripes, key=urgency)[: standing.room + SPARE_WISHES]
-    return tuple(_wish(standing, holdings, stripe) for stripe in chosen)
-
-
-def _wish(standing: Standing, holdings: Sequence[Holding], stripe: int) -> Wish:
-    limit = standing.limits.get(stripe, ANY_RANK)
-    return Wish(stripe, givers(standing, holdings, stripe, limit)[:NAMED], limit)
+    limits = standing.limits
+    return tuple(
+        Wish(stripe, limits.get(stripe, ANY_RANK), stripe == standing.need) for stripe in chosen
+    )
 
 
 def givers(
@@ -141,10 +139,10 @@ def to_fill(
     wanted = sorted(stripe for stripe in lost if standing.lacks(stripe))
     if not wanted:
         beyond = range(published, standing.count)
-        wanted = list(itertools.islice(filter(standing.lacks, beyond), SPAN))
+        wanted = list(itertools.islice(filter(standing.lacks, beyond), standing.span))
     if not wanted:
         return None
     last = wanted[0] + 1
-    while last in wanted and last - wanted[0] < SPAN:
+    while last in wanted and last - wanted[0] < standing.span:
         last += 1
     return Span(wanted[0], last, source)

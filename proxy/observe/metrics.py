@@ -30,6 +30,8 @@ from proxy.observe.task_metrics import TaskMetrics
 
 # From a hit out of memory to a large blob over a slow line.
 _DURATION = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 900)
+#: Seconds of a hit that is quick: those of the first bucket.
+QUICK = _DURATION[0]
 # Waiting is what this proxy is for: fine steps up to the usual header deadlines (20 s, 30 s).
 _WAIT = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 180, 300)
 
@@ -217,7 +219,7 @@ class Metrics:
 
     def count_hot(self, tally: Tally, seconds: float, sent: int) -> None:
         """One more of these, answered in so many seconds with a body of ``sent`` bytes."""
-        if seconds <= _DURATION[0]:
+        if seconds <= QUICK:
             tally.count += 1
             tally.seconds += seconds
             tally.sent += sent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,6 +22,8 @@ _HEX = {
     "sha256": re.compile(r"[0-9a-f]{64}"),
     "sha512": re.compile(r"[0-9a-f]{128}"),
 }
+_EACH_SHA256 = re.compile(r"^sha256:([0-9a-f]{64})$", re.MULTILINE)
+_SHA256_TEXT = len("sha256:") + 64
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,6 +52,30 @@ class Digest:
         return cls(algorithm, encoded)
 
     @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> Sequence[Self | None]:
+        """Read very many wire forms, as a start does; None for what is not one."""
+        together = "\n".join(texts)
+        found = _EACH_SHA256.findall(together)
+        # As many lines of that length as there are texts: then each of them is one.
+        if len(found) != len(texts) or len(together) != len(texts) * (_SHA256_TEXT + 1) - 1:
+            return [cls._parse_or_none(text) for text in texts]
+        blank = object.__new__
+        digests: list[Self | None] = []
+        for encoded in found:  # what the constructor does, which would ask each one again
+            digest = blank(cls)
+            _set_algorithm(digest, "sha256")
+            _set_hex(digest, encoded)
+            digests.append(digest)
+        return digests
+
+    @classmethod
+    def _parse_or_none(cls, text: str) -> Self | None:
+        try:
+            return cls.parse(text)
+        except DigestInvalid:
+            return None
+
+    @classmethod
     def of(cls, data: bytes | bytearray | memoryview, algorithm: str = "sha256") -> Self:
         """The digest of bytes at hand. Raises DigestInvalid for an unknown algorithm."""
         if algorithm not in _HEX:
@@ -61,6 +88,9 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+
+_set_algorithm, _set_hex = (vars(Digest)[name].__set__ for name in ("algorithm", "hex"))
 
 
 class Verifier:

@@ -54,10 +54,11 @@ from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 WINDOW_BYTES = 16 << 20
 #: The least that a segment brings, and of which a request is worth its while (D9).
 SEGMENT_BYTES = 4 << 20
-#: What nobody waits for yet is written in batches of so many bytes, or what comes in a while (in
-#: seconds): each write is a hop to a thread.
-GATHER_BYTES = 256 << 10
+#: What nobody waits for yet is written in batches of so many bytes, or what comes in a few whiles
+#: (of so many seconds): each write is a hop to a thread, and to be read again is one more.
+GATHER_BYTES = 1 << 20
 GATHER = 0.01
+WHILES = 3
 #: A reader this far ahead of the mark takes turns of its own.
 FAR = 16 << 20
 #: How long, in seconds, a turn without Range is held for readers that do not move (D14).
@@ -376,10 +377,11 @@ class Fill:
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
                 await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
-            if segment.at > self.received and count < GATHER_BYTES:
-                await asyncio.sleep(self._settings.gather)
+            if may_gather(segment, self.received, count):
+                await asyncio.sleep(WHILES * self._settings.gather)
 
-        return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+        with self._pace.body() if leads else nullcontext():
+            return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
@@ -437,3 +439,11 @@ class Fill:
 
     def __repr__(self) -> str:
         return f"<Fill {self.digest} {self.received}/{self.size}>"
+
+
+def may_gather(segment: Segment, received: int, count: int) -> bool:
+    """After a piece of ``count`` bytes: may more come together before the next one is taken? If it
+    was small, nobody waits for what follows it, and the turn would not end later for that."""
+    is_waited_for = segment.at <= received
+    is_near_its_end = segment.stop is not None and segment.stop - segment.at <= GATHER_BYTES
+    return count < GATHER_BYTES and not is_waited_for and not is_near_its_end

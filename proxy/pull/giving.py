@@ -31,7 +31,7 @@ from proxy.store.blobs import FileLease
 from proxy.store.work import finish
 from proxy.upstream.turns import Ticket
 
-#: Stripes whose digests are kept, at most: about 800 bytes each.
+#: Stripes whose digests are kept, at most: about 2 KiB each.
 KEPT = 8192
 #: Blobs of which is remembered whether they are shared, at most, and for how many seconds: a blob
 #: that has just come may not be linked yet.

@@ -93,6 +93,8 @@ class Receiver:
             return Why.LIED
         if isinstance(error, PeerBusy):
             return Why.BUSY
+        if error.answered == 404:
+            return Why.LACKED
         return Why.STALLED if error.has_stalled else Why.DIED
 
     def __repr__(self) -> str:

@@ -39,10 +39,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Collection, Coroutine, Sequence
+from typing import Any, TypeVar
 
-from proxy.fleet.claims import WHOLE, Grant, Outcome
+from proxy.fleet.claims import WHOLE, Grant, Outcome, Taken, Wish
 from proxy.fleet.pursuit import FIRST_LOOK, GRACE, Pursuit
 from proxy.fleet.shunned import Why
 from proxy.fleet.steps import Ask, Fresh, Step
@@ -59,6 +59,8 @@ from proxy.pull.lending import LentStripe
 from proxy.pull.progress import Bell
 from proxy.pull.receiving import Receiver
 from proxy.store.blobs import StoreFull
+
+T = TypeVar("T")
 
 #: Seconds without a byte of the upstream after which a filler lets another node try.
 PATIENCE = 5.0
@@ -88,12 +90,14 @@ class Sharing:
         self._news = asyncio.Event()
         self._bell = Bell()
         self._receiver = Receiver(fellows, digest, size, self._bell)
-        self._renewed = fellows.clock()
+        self._held_at = fellows.clock()  # when the directory was told what is here
+        self._granted: dict[int, float] = {}  # when a stripe was, or was renewed
+        self._ended: list[tuple[Grant, Outcome]] = []  # grants to give back with the next call
         self._failure: Exception | None = None  # ours, in a transfer
         self._is_over = False
         self._is_to_settle = False  # the directory may take us for the filler
         self._has_failed = False  # the upstream, since it was looked at
-        self._moved_at = self._renewed
+        self._moved_at = self._led_at = self._held_at
         self._rests_until = 0.0  # and lets others fill
 
     @property
@@ -135,7 +139,10 @@ class Sharing:
                 async with asyncio.timeout(step.wait or FIRST_LOOK):
                     await self._news.wait()
             except TimeoutError:
-                await self._told(self._look(self._pursuit.published))
+                need, now = lowest_zero(self._pursuit.have), self._fellows.clock()
+                if self._pursuit.is_to_look(need, now):
+                    await self._told(self._look(self._pursuit.published))
+        await self._told(self._give_back())
 
     def _step(self) -> Step:
         return self._pursuit.step(lowest_zero(self._pursuit.have), self._fellows.clock())
@@ -148,8 +155,16 @@ class Sharing:
             self._pursuit.directory_gone(self._fellows.clock())
             return False
 
+    async def _timed(self, call: Coroutine[Any, Any, T]) -> T:
+        """What a call of the directory returns; how long it takes shows how busy that is."""
+        began = self._fellows.clock()
+        answer = await call
+        now = self._fellows.clock()
+        self._pursuit.answered(now - began, now)
+        return answer
+
     async def _look(self, known: int) -> bool:
-        view = await self._claims.look(self.digest, known)
+        view = await self._timed(self._claims.look(self.digest, known))
         if not self._pursuit.saw(view):
             self._pursuit.saw(view := await self._claims.look(self.digest))
         if view.published and view.size not in (None, self.size):
@@ -170,6 +185,8 @@ class Sharing:
             await self._hold(self._pursuit.announced)
         if step.wishes and step.room:
             await self._take(step)
+        elif not step.saves:
+            await self._give_back()
         return False
 
     async def _drop(self, generation: str) -> bool:
@@ -180,6 +197,7 @@ class Sharing:
         self._is_to_settle = True  # even if this is cancelled in the middle
         self._pursuit.led(await self._claims.fill(self.digest, self.size))
         self._moved_at, self._has_failed = self._fellows.clock(), False
+        self._led_at = self._moved_at
 
     async def _let_others(self) -> bool:
         """A filler that brings nothing lets another one try, if anybody wants to."""
@@ -214,38 +232,60 @@ class Sharing:
             self.digest, self.size, fresh.first, fresh.hashes, fresh.by
         )
         self._pursuit.was_published(fresh, count)
+        self._led_at = self._fellows.clock()
 
     async def _hold(self, have: int) -> None:
         grants = [one for one in self._pursuit.receiving.values() if isinstance(one, Grant)]
         await self._claims.hold(self.digest, self._pursuit.generation, have, grants)
+        self._held_at = now = self._fellows.clock()
+        self._granted = dict.fromkeys(self._granted, now)
         self._pursuit.held()
 
     async def _take(self, step: Step) -> None:
         pursuit = self._pursuit
-        taken = await self._claims.take(
-            self.digest, step.wishes, step.room, pursuit.published, step.avoid
-        )
+        taken = await self._timed(self._with_ended(step.wishes, step.room, step.avoid))
         is_known = pursuit.took(taken)
         for grant in taken.grants:
             self._receive(grant)
         if not is_known:
             await self._look(0)
 
+    async def _give_back(self) -> bool:
+        """The grants that have ended, when there is nothing to take with them."""
+        if not self._ended:
+            return False
+        await self._with_ended((), 0, ())
+        return True
+
+    async def _with_ended(self, wishes: Sequence[Wish], room: int, avoid: Collection[str]) -> Taken:
+        """Take, and give back what has ended. If the directory does not answer that is told again
+        with the next call: what is given back twice does nothing."""
+        ended, self._ended = self._ended, []
+        try:
+            return await self._claims.take(
+                self.digest, wishes, room, self._pursuit.published, avoid, ended
+            )
+        except DirectoryDown:
+            self._ended = ended + self._ended
+            raise
+
     async def _renew(self) -> bool:
         """Say that we are still there, often enough."""
         terms, now = self._fellows.terms, self._fellows.clock()
-        if now - self._renewed < min(terms.filler, terms.grant) / 3:
-            return False
-        self._renewed = now
-        if self._pursuit.is_filler:
+        is_leading = self._pursuit.is_filler and now - self._led_at >= terms.filler / 4
+        if is_leading:
+            self._led_at = now
             self._pursuit.led(await self._claims.fill(self.digest, self.size))
-        if self._pursuit.receiving or self._pursuit.announced:
+        is_due = now - min(self._granted.values(), default=now) >= terms.grant / 3
+        is_due = is_due or now - self._held_at >= terms.part / 3
+        if is_due and (self._pursuit.receiving or self._pursuit.announced):
             await self._hold(self._pursuit.announced)
-        return True
+        return is_leading or is_due
 
     # -- bytes of other nodes --------------------------------------------------------------
 
     def _receive(self, received: Grant | Ask) -> None:
+        self._granted[received.stripe] = self._fellows.clock()
         self._spawn(self._received(received), f"stripe {received.stripe} of {self.digest}")
 
     async def _received(self, received: Grant | Ask) -> None:
@@ -258,8 +298,12 @@ class Sharing:
             self._news.set()
             return
         outcome = self._pursuit.ended(stripe, why, self._fellows.clock())
+        self._granted.pop(stripe, None)
+        if isinstance(received, Grant) and outcome is Outcome.DONE:
+            self._ended.append((received, outcome))
         self._changed(stripe)
-        if isinstance(received, Grant):
+        if isinstance(received, Grant) and outcome is not Outcome.DONE:
+            # At once: as long as the directory takes us for one who receives it, it sends others.
             await self._given_back(received, outcome)
 
     def _grant(self, received: Grant | Ask) -> Grant:
@@ -275,8 +319,10 @@ class Sharing:
         return await self._receiver.receive(self._required, grant, expected)
 
     async def _given_back(self, grant: Grant, outcome: Outcome) -> None:
-        with contextlib.suppress(DirectoryDown):
+        try:
             await self._claims.give_back(grant, outcome)
+        except DirectoryDown:
+            self._ended.append((grant, outcome))
 
     async def _fill_of_peer(self, span: Span) -> None:
         """A node that has the whole blob gives what was never published, or is so no more."""
@@ -414,6 +460,8 @@ class Sharing:
             await asyncio.wait(list(self._tasks))
         self._is_over = True
         self._bell.ring()
+        with contextlib.suppress(DirectoryDown):
+            await self._give_back()
         if self._is_to_settle:
             self._is_to_settle = False
             with contextlib.suppress(DirectoryDown):

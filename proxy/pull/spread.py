@@ -217,7 +217,7 @@ class Spread:
             if body.total is not None and body.total > stop:
                 self.plan = Segments(body.total, least=self._least, done=segment.at)
                 self.plan.adopt(segment, stop)
-                self._pace.is_outrun()  # from here on
+                self._pace.forget()
                 if self._delay and self._pause is None:
                     loop = asyncio.get_running_loop()
                     self._pause = loop.call_later(self._delay, self._paused)

@@ -41,12 +41,15 @@ from typing import BinaryIO, Protocol, Self, TypeVar
 from proxy.oci.digest import Chunk, Digest, Verifier
 from proxy.oci.errors import StoreFailed
 from proxy.store.counted import STEP, write_count
-from proxy.store.files import HASH_STEP, Disk, StagingFile, write_at
+from proxy.store.files import Disk, StagingFile, write_at
 from proxy.store.work import finish
 
 T = TypeVar("T")
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+#: Bytes that are read again at once to be hashed, into the same memory each time: a fresh buffer is
+#: cleared first, which takes 0.02 to 0.08 s of CPU a gigabyte.
+READ_STEP = 512 << 10
 
 
 class StoreFull(Exception):
@@ -247,7 +250,7 @@ class Staging:
 
     def _hash(self, upto: int) -> None:
         # In a thread; the mark moves with the hash.
-        buffer = memoryview(bytearray(min(HASH_STEP, max(0, upto - self.mark))))
+        buffer = memoryview(bytearray(READ_STEP))
         while (left := upto - self.mark) > 0:
             count = os.preadv(self.file.reader, [buffer[:left]], self.mark)
             if count <= 0:
@@ -295,6 +298,7 @@ class Staging:
         self._state = _State.BROKEN  # until it is known to have worked
         await self._shelf.keep(self)
         self._state = _State.STORED
+        self._buffer = None
         self.file.close()
 
     async def discard(self) -> None:
@@ -305,6 +309,7 @@ class Staging:
 
     async def _drop(self) -> None:
         self._state = _State.DROPPED
+        self._buffer = None
         self.file.close()
         await self._shelf.drop(self)
 

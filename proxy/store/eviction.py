@@ -18,6 +18,7 @@ removal comes in rounds and not once per fill.
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from proxy.oci.digest import Digest
 
@@ -89,9 +90,36 @@ class Ledger:
 
     def restore(self, entries: Iterable[tuple[Digest, int, int]]) -> None:
         """Enter what was held before a restart, each digest once, from the oldest use on."""
+        into, latest = self._entries, self._latest  # many: no call for each of them
         for digest, size, used in entries:
-            self._entries[digest] = Entry(size, self._stamp(used))
+            latest = used if used > latest else latest + 1
+            into[digest] = Entry(size, latest)
             self.held += size
+        self._latest = latest
+
+    def insert(self, entries: Iterable[tuple[Digest, int, int]]) -> list[Digest]:
+        """Enter what was found late, each at the age that it has; returns what was not held.
+
+        Costs a look at everything that is younger than the oldest of them.
+        """
+        found = {digest: Entry(size, used) for digest, size, used in entries}
+        for digest in found.keys() & self._entries.keys():
+            del found[digest]
+        if not found:
+            return []
+        oldest = min(entry.used for entry in found.values())
+        younger = takewhile(lambda each: each[1].used > oldest, reversed(self._entries.items()))
+        for digest, entry in sorted([*younger, *found.items()], key=lambda each: each[1].used):
+            self._entries[digest] = entry
+            self._entries.move_to_end(digest)
+            self._latest = max(self._latest, entry.used)
+        self.held += sum(entry.size for entry in found.values())
+        self._pinned += sum(entry.size for digest, entry in found.items() if digest in self._pins)
+        return list(found)
+
+    def entries(self) -> list[tuple[Digest, Entry]]:
+        """Everything that is held now, the oldest first, to be looked at beside the loop."""
+        return list(self._entries.items())
 
     def remove(self, digest: Digest) -> bool:
         """Forget a blob, pinned or not, and what it names as children. Pins stay."""

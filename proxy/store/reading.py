@@ -32,6 +32,7 @@ from proxy.oci.digest import Digest
 from proxy.store.blobs import FileLease
 from proxy.store.durability import boot_id, is_marked, was_proved_in
 from proxy.store.files import Layout, open_blob, read_blob
+from proxy.store.kept import KeptFiles
 from proxy.store.marks import Mark, Marks
 from proxy.store.store import Link, LinkKey
 from proxy.store.work import Threads, end_threads, finish
@@ -62,6 +63,7 @@ class Reading:
         self._sizes: LRUCache[Digest, int] = LRUCache(_BLOBS)  # of blobs that could be opened
         self._held: Marks[Digest] = Marks()
         self._linked: Marks[LinkKey] = Marks()
+        self._kept = KeptFiles()  # of blobs whose size is remembered
         self._changes = 0  # how often something was taken back
         self._is_told = True
         self._closed = False
@@ -98,6 +100,7 @@ class Reading:
         for digest in digests:
             self._sizes.pop(digest, None)
             self._held.withdraw(digest)
+            self._kept.drop([digest])
 
     def unlink(self, key: LinkKey) -> None:
         """This repository is not known to have it any more."""
@@ -113,6 +116,7 @@ class Reading:
         self._sizes.clear()
         self._held.clear()
         self._linked.clear()
+        self._kept.close()
 
     def _is_current(self, before: int) -> bool:
         """May it be remembered what was read when there had been so many changes?"""
@@ -160,6 +164,9 @@ class Reading:
         before, size = self._changes, await self.size(digest)
         if size is None or self._closed:
             return None
+        file: BinaryIO | None = self._kept.lend(digest, size)
+        if file is not None:
+            return FileLease(file, size, lambda: None)
         path = self._layout.blob(digest)
         try:
             file = await self._threads.quick(partial(self._opened, path, size), _close)
@@ -170,6 +177,7 @@ class Reading:
             return None
         if self._is_current(before):
             self._sizes[digest] = size
+            self._kept.keep(digest, file)
         return FileLease(file, size, lambda: None)
 
     async def read(self, digest: Digest) -> bytes | None:

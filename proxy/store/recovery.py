@@ -1,28 +1,41 @@
 """What a start finds in the cache directory, and what to do about it.
 
-The files are right and the index is a memory of them. There are six cases:
+The files are right and the index is a memory of them, but one that may be relied on until somebody
+opens the file: whoever finds then that it is missing, or not as long as its row says, fetches the
+blob again. So a store serves as soon as it has read its rows, and looks at the directory
+afterwards. That looks at names alone, which is a tenth of what the files' sizes would take.
+
+It looks before it serves where rows say too little: when there are none (the index is lost, or
+new), and when the machine has started anew and files may have lost bytes (durability.py).
+
+There are six cases:
 
 1. A staging file: its fill died with its process. Removed, for nobody ever saw it under a name;
    unless the store may *resume*: then a fill of the same digest goes on in it, from the bytes that
    are there on, which are hashed again first: as many as the file is long, or, if it was written
    out of order, as its count says (counted.py). They were written before the process died, not
    necessarily before the machine did: what is older than the machine's start is removed.
-2. A row whose file has the row's size: the usual case, taken as it is. No marker of a clean
-   shutdown is needed for that: the fsync comes before the rename, so a file that has its name had
-   all its bytes on the disk.
-3. A row without a file (removed by hand, or evicted just before a kill): dropped.
-4. A row whose file has another size (somebody else's work): both are dropped.
-5. A file without a row (killed between rename and row, or the index was lost): counted at once,
-   so that it can be evicted, and served when its hash has been found right.
+2. A row whose file is there: the usual case, taken as it is. No marker of a clean shutdown is
+   needed for that: the fsync comes before the rename, so a file that has its name had all its bytes
+   on the disk.
+3. A row without a file (removed by hand, or evicted just before a kill): dropped, by the look or by
+   whoever wants to open it.
+4. A row whose file has another size (somebody else's work): both are dropped when it is opened.
+5. A file without a row (killed between rename and row, or the index was lost): counted when the
+   look has found it, so that it can be evicted, and served when its hash has been found right.
 6. A file whose bytes were not synced before it got its name, and the machine has started anew since
    (durability.py): like one without a row, whatever its row says.
+
+What is found late may have changed since the look: a blob that was stored or evicted meanwhile has
+another entry in the ledger, or none, and that is right.
 
 Anything whose name is not a digest in its place is not ours and is left alone.
 """
 
 import os
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,24 +43,31 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid
 from proxy.store.counted import counted_file
 from proxy.store.durability import is_marked
+from proxy.store.eviction import Entry
 from proxy.store.files import Layout, StagingFile
 from proxy.store.index import Contents
 from proxy.store.remains import Remains, counting_length, read_staging_name
 
-# By the name that a digest would have; size in bytes, modification in microseconds since the epoch,
-# and whether it was not synced.
-Found = dict[str, tuple[int, int, bool]]
+Aged = tuple[Digest, int, int]  # size in bytes, last use in microseconds since the epoch
+Held = tuple[Digest, Entry]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What to do with what was found."""
+class Memory:
+    """What the index remembers."""
 
-    entries: Sequence[tuple[Digest, int, int]]  # digest, size, last use; the oldest first
-    unverified: Sequence[Digest]  # entries without a row, or in doubt; the youngest first
-    wrong: Sequence[Digest]  # file and row contradict one another
-    missing: Sequence[str]  # rows to be dropped
+    entries: Sequence[Aged]  # the oldest first
     manifests: Mapping[Digest, tuple[str, tuple[Digest, ...]]]  # media type, children
+    strange: Sequence[str]  # rows whose name is none of ours
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the directory says about what is held, and beyond it."""
+
+    missing: Sequence[Held]  # they have no file
+    unknown: Sequence[Aged]  # files of which nothing is known; the oldest first
+    doubtful: Sequence[Digest]  # they may have lost bytes; the youngest first
 
 
 def make_directories(layout: Layout) -> None:
@@ -110,19 +130,79 @@ def _remains(file: "os.DirEntry[str]") -> Remains | None:
     return Remains(digest, size, Path(file.path), length)
 
 
-def scan(layout: Layout) -> Found:
-    """All files that lie where a blob would, whatever they are called. Raises OSError."""
-    found: Found = {}
+def remember(contents: Contents) -> Memory:
+    """Read the index's rows, of which there are as many as blobs."""
+    names = [row[0] for row in contents.blobs]
+    digests = Digest.parse_all(names)
+    known = dict(zip(names, digests, strict=True)) if contents.manifests else {}
+    return Memory(
+        entries=[
+            (digest, size, used)
+            for digest, (_, size, used) in zip(digests, contents.blobs, strict=True)
+            if digest is not None
+        ],
+        manifests=_manifests(contents, known),
+        strange=[name for name, digest in zip(names, digests, strict=True) if digest is None],
+    )
+
+
+def _manifests(
+    contents: Contents, known: Mapping[str, Digest | None]
+) -> dict[Digest, tuple[str, tuple[Digest, ...]]]:
+    rows = [
+        (digest, media_type, children.split())
+        for name, media_type, children in contents.manifests
+        if (digest := known.get(name)) is not None
+    ]
+    # A layer that many images share is one object.
+    others = list({child for _, _, children in rows for child in children} - known.keys())
+    names = {**known, **dict(zip(others, Digest.parse_all(others), strict=True))}
+    return {
+        digest: (media_type, tuple(c for child in children if (c := names[child]) is not None))
+        for digest, media_type, children in rows
+    }
+
+
+def look(
+    layout: Layout,
+    held: Sequence[Held],
+    *,
+    doubts: bool,
+    stopped: Callable[[], bool],
+    names: Callable[[str], list[str]] = os.listdir,
+) -> Look | None:
+    """Compare what is held with the names in the directory (cases 3, 5 and 6 above).
+
+    With `doubts` files that were not synced may have lost bytes. None when stopped before the end.
+    Raises OSError.
+    """
+    missing: list[Held] = []
+    unknown: list[Aged] = []
+    doubtful: list[Held] = []
+    shelves = _by_directory(held)
     for algorithm in _directories(layout.blobs):
         for prefix in _directories(Path(algorithm.path)):
-            with os.scandir(prefix.path) as files:
-                for file in files:
-                    if file.name.startswith(prefix.name) and file.is_file(follow_symlinks=False):
-                        status = file.stat(follow_symlinks=False)
-                        when = status.st_mtime_ns // 1000
-                        marked = is_marked(status.st_mode)
-                        found[f"{algorithm.name}:{file.name}"] = (status.st_size, when, marked)
-    return found
+            if stopped():
+                return None
+            found = set(names(prefix.path))
+            ours = shelves.pop((algorithm.name, prefix.name), {})
+            # A listing may pass over a name while others come and go: ask for each.
+            missing.extend(
+                ours[name]
+                for name in ours.keys() - found
+                if not os.path.lexists(os.path.join(prefix.path, name))
+            )
+            unknown.extend(_unknown(algorithm.name, Path(prefix.path), found - ours.keys()))
+            if doubts:
+                there = ours.keys() & found
+                doubtful.extend(ours[name] for name in there if _marked(prefix.path, name))
+    for ours in shelves.values():
+        missing.extend(ours.values())
+    return Look(
+        missing=missing,
+        unknown=sorted(unknown, key=lambda each: each[2]),
+        doubtful=[digest for digest, _ in sorted(doubtful, key=_used, reverse=True)],
+    )
 
 
 def _directories(parent: Path) -> Iterator["os.DirEntry[str]"]:
@@ -130,48 +210,36 @@ def _directories(parent: Path) -> Iterator["os.DirEntry[str]"]:
         yield from [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
-def reconcile(contents: Contents, found: Found, *, doubts: bool) -> Plan:
-    """Compare rows with files (cases 2 to 6 above). Takes out of `found` what has a row.
-
-    With `doubts` files that were not synced may have lost bytes.
-    """
-    known: dict[str, Digest] = {}
-    entries: list[tuple[Digest, int, int]] = []
-    wrong: list[Digest] = []
-    missing: list[str] = []
-    doubtful: list[Digest] = []
-    for name, size, used in contents.blobs:
-        file = found.pop(name, None)
-        digest = None if file is None else _digest(name)
-        if file is None or digest is None:
-            missing.append(name)
-        elif file[0] != size:
-            wrong.append(digest)
-            missing.append(name)
-        else:
-            known[name] = digest
-            entries.append((digest, size, used))
-            if doubts and file[2]:
-                doubtful.append(digest)
-    orphans = [
-        (digest, size, when)
-        for name, (size, when, _) in found.items()
-        if (digest := _digest(name)) is not None
-    ]
-    orphans.sort(key=_when)
-    if orphans:
-        entries = sorted([*entries, *orphans], key=_when)
-    return Plan(
-        entries=entries,
-        unverified=[*reversed(doubtful), *(digest for digest, _, _ in reversed(orphans))],
-        wrong=wrong,
-        missing=missing,
-        manifests=_manifests(contents, known),
-    )
+def _by_directory(held: Sequence[Held]) -> dict[tuple[str, str], dict[str, Held]]:
+    shelves: dict[tuple[str, str], dict[str, Held]] = {}
+    for each in held:
+        digest = each[0]
+        shelves.setdefault((digest.algorithm, digest.hex[:2]), {})[digest.hex] = each
+    return shelves
 
 
-def _when(entry: tuple[Digest, int, int]) -> int:
-    return entry[2]
+def _unknown(algorithm: str, directory: Path, names: set[str]) -> Iterator[Aged]:
+    for name in names:
+        digest = _digest(f"{algorithm}:{name}")
+        if digest is None or not name.startswith(directory.name):
+            continue
+        try:
+            status = os.lstat(directory / name)
+        except FileNotFoundError:  # evicted, or removed by hand, a moment ago
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield digest, status.st_size, status.st_mtime_ns // 1000
+
+
+def _marked(directory: str, name: str) -> bool:
+    try:
+        return is_marked(os.lstat(os.path.join(directory, name)).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _used(held: Held) -> int:
+    return held[1].used
 
 
 def _digest(name: str) -> Digest | None:
@@ -179,21 +247,3 @@ def _digest(name: str) -> Digest | None:
         return Digest.parse(name)
     except DigestInvalid:
         return None
-
-
-def _manifests(
-    contents: Contents, known: dict[str, Digest]
-) -> dict[Digest, tuple[str, tuple[Digest, ...]]]:
-    manifests: dict[Digest, tuple[str, tuple[Digest, ...]]] = {}
-    names = dict(known)  # a layer that many images share is one object
-    for name, media_type, children in contents.manifests:
-        if name not in known:
-            continue
-        digests: list[Digest] = []
-        for child in children.split():
-            digest = names.get(child)
-            if digest is None:
-                digest = names[child] = Digest.parse(child)
-            digests.append(digest)
-        manifests[known[name]] = (media_type, tuple(digests))
-    return manifests

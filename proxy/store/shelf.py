@@ -14,9 +14,10 @@ its failures are counted and logged and go no further.
 """
 
 import asyncio
+import contextlib
 import errno
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,9 +29,10 @@ from proxy.oci.errors import StoreFailed
 from proxy.store.blobs import NoRoom, Staging, StoreFull
 from proxy.store.counted import remove_count
 from proxy.store.durability import Durability, note_proved, settle
-from proxy.store.eviction import Ledger
+from proxy.store.eviction import Entry, Ledger
 from proxy.store.files import Disk, Layout, StagingFile, hash_file, store_file
 from proxy.store.index import Index, IndexFailed
+from proxy.store.kept import KeptFiles
 from proxy.store.marks import Marks
 from proxy.store.remains import Remains, reopen, staging_name
 from proxy.store.work import Threads, finish
@@ -41,6 +43,8 @@ T = TypeVar("T")
 _REMAINS_LIFE = 60.0
 # Bytes of them that are hashed at once.
 _LOT = 8 << 20
+# So many blobs without a file are dropped in one turn of the loop.
+_LOST_AT_ONCE = 500
 
 
 class Shelf:
@@ -68,10 +72,13 @@ class Shelf:
         self.types: dict[Digest, str] = {}  # media types of the manifests that are held
         self.unverified: set[Digest] = set()  # in the ledger, but not to be served yet
         self.held: Marks[Digest] = Marks()  # for whoever relies on a blob being there
+        self.kept = KeptFiles()  # of blobs in the ledger
         #: Told of blobs that are not held any more, at once and when file and row have gone.
         self.on_gone: Callable[[Sequence[Digest]], None] = lambda _: None
         self._remains: dict[Digest, Remains] = {}  # files of dead fills, until somebody goes on
         self._sweeping: asyncio.TimerHandle | None = None
+        self._leaving: set[Digest] = set()  # evicted, but their files are still there
+        self._noting: list[set[Digest]] = []  # of what is given up, as long as somebody looks
         self.is_closing = False
         self.hands_over = False  # another process goes on with the fills that are under way
         self._disk = disk
@@ -93,8 +100,11 @@ class Shelf:
 
     async def reserve(self, size: int) -> None:
         """Promise room for `size` bytes, evicting for it. Raises NoRoom, promising nothing."""
-        free = await self._free()
-        # No await between here and the promise: two fills must not count the same room.
+        await self._promise(size, self._known(await self.threads.quick(self._free)))
+
+    async def _promise(self, size: int, free: int | None) -> None:
+        """The same, on a disk that has just said how many bytes are free, if it has."""
+        # No await between that and the promise: two fills must not count the same room.
         unwritten = sum(max(0, fill.reserved - fill.mark - fill.ahead) for fill in self.fills)
         spare = None if free is None else free - self._min_free - unwritten
         victims = self.ledger.admit(size, spare)
@@ -119,22 +129,48 @@ class Shelf:
         await self.evict(victims, "disk_full")
         return bool(victims)
 
-    async def _free(self) -> int | None:
+    def _free(self) -> int | OSError:
+        # In a thread.
         try:
-            return await self.threads.quick(partial(self._disk.free, self.layout.root))
+            return self._disk.free(self.layout.root)
         except OSError as error:
-            self.failed("free", error)
+            return error
+
+    def _known(self, free: int | OSError) -> int | None:
+        if isinstance(free, OSError):
+            self.failed("free", free)
             return None
+        return free
 
     # Fills
 
     async def begin(self, digest: Digest, size: int | None) -> Staging:
         """A new staging file with room promised for `size` bytes. Raises NoRoom."""
         promised = size or 0
-        await self.reserve(promised)
         path = self.layout.staging / staging_name(digest, size)
         make = partial(StagingFile.create, path, self._durability)
-        return await self._fill(digest, size, promised, make)
+        try:
+            # Both in one hop to a thread: who asked waits for its first byte meanwhile.
+            free, file = await self.off_loop(
+                lambda: (self._free(), make()), lambda made: self._scrap(made[1])
+            )
+        except OSError as error:  # there may be room for it once something has been evicted
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.kept.close()  # these can be spared first
+            await self.reserve(promised)
+            return await self._fill(digest, size, promised, make)
+        fill = self._enter(digest, size, 0, file)
+        try:
+            await self._promise(promised, self._known(free))
+        except BaseException:
+            self._end(fill)
+            # Not behind slow work: who asked has somewhere else to put its bytes.
+            refused = await self.off_loop(partial(self._scrapped, file))
+            if refused is not None:
+                self.failed("unlink", refused)
+            raise
+        fill.reserved = promised
+        return fill
 
     async def _fill(
         self, digest: Digest, size: int | None, promised: int, make: Callable[[], StagingFile]
@@ -149,9 +185,13 @@ class Shelf:
         except BaseException:
             self.ledger.release(promised)
             raise
+        return self._enter(digest, size, promised, file)
+
+    def _enter(self, digest: Digest, size: int | None, promised: int, file: StagingFile) -> Staging:
+        """In the turn of the loop in which the file is there, so that `settle` misses none."""
         fill = Staging(digest=digest, size=size, file=file, shelf=self, disk=self._disk)
         fill.reserved = promised
-        self.fills.add(fill)  # in the same turn of the loop, so that `settle` misses none
+        self.fills.add(fill)
         return fill
 
     def expect(self, remains: dict[Digest, Remains]) -> None:
@@ -198,6 +238,15 @@ class Shelf:
             await self._unlink_staging(remains.path)
         self._metrics.recovered.inc(len(left))
 
+    def _scrapped(self, file: StagingFile) -> OSError | None:
+        # In a thread.
+        file.close()
+        try:
+            self._disk.unlink(file.path)
+        except OSError as error:  # the next start removes it
+            return error
+        return None
+
     def _scrap(self, file: StagingFile) -> None:
         file.close()
         _ = self.spawn(self._unlink_staging(file.path))
@@ -207,6 +256,7 @@ class Shelf:
         digest = fill.digest
         target = self.layout.blob(digest)
         async with self._hold(digest):
+            self.kept.drop([digest])  # while the old file has a name: its last close costs little
             try:
                 steps = partial(store_file, self._disk, fill.file, target, self._durability)
                 late = await self.threads.slow(steps)
@@ -250,6 +300,7 @@ class Shelf:
         if not victims:
             return
         self._forget(victims)
+        self._leaving.update(victims)
         self._metrics.evictions.labels(reason).inc(len(victims))
         await finish(self.spawn(self._remove(victims)))
 
@@ -259,6 +310,7 @@ class Shelf:
             async with self._hold(digest):
                 if digest not in self.ledger and await self._unlink_blob(digest):
                     gone.append(digest)
+            self._leaving.discard(digest)
         # What was stored anew since has a row that is on its way, or newer than this.
         await self._drop_rows([digest for digest in gone if digest not in self.ledger])
 
@@ -275,12 +327,45 @@ class Shelf:
         await self.record(self.index.drop_blobs(map(str, digests)))
         self.on_gone(digests)
 
+    async def lose(self, missing: Sequence[tuple[Digest, Entry]]) -> None:
+        """Drop blobs whose files were not there when somebody looked.
+
+        Each with the entry that it had then: one that was stored anew since has another, and a
+        file. Rows are dropped in the same step, so before the row of any later fill is written.
+        """
+        lost = 0
+        for at in range(0, len(missing), _LOST_AT_ONCE):
+            lot = missing[at : at + _LOST_AT_ONCE]
+            gone = [digest for digest, entry in lot if self.ledger.get(digest) is entry]
+            if gone:
+                for digest in gone:
+                    self.ledger.remove(digest)
+                self._forget(gone)
+                await self._drop_rows(gone)
+                lost += len(gone)
+        if lost:
+            self._log.warning("stored blobs have no file", blobs=lost)
+
     def _forget(self, digests: Sequence[Digest]) -> None:
         for digest in digests:
             self.types.pop(digest, None)
             self.unverified.discard(digest)
             self.held.withdraw(digest)
+        self.kept.drop(digests)
+        for noted in self._noting:
+            noted.update(digests)
         self.on_gone(digests)
+
+    @contextlib.contextmanager
+    def noting_gone(self) -> Iterator[set[Digest]]:
+        """Until the block ends, the digests whose files are there though their blobs are given up,
+        or were: whoever lists the directory meanwhile may take them for blobs nobody knows."""
+        noted = set(self._leaving)
+        self._noting.append(noted)
+        try:
+            yield noted
+        finally:
+            self._noting.remove(noted)
 
     async def examine(self, digest: Digest, is_right: Callable[[], bool], why: str) -> None:
         """Look again at a blob that somebody could not use, and drop it if it really is bad.
@@ -315,6 +400,11 @@ class Shelf:
                 is_right = await self.threads.slow(check)
                 if is_right:
                     await self.threads.slow(partial(settle, path))
+            except FileNotFoundError:  # evicted, or removed by hand, since it was seen
+                self.ledger.remove(digest)
+                self._forget([digest])
+                await self._drop_rows([digest])
+                return True
             except OSError as error:
                 self.failed("adopt", error)
                 return False
@@ -371,7 +461,8 @@ class Shelf:
         return task
 
     async def settle(self) -> None:
-        """Drop all fills and wait for everything that is under way."""
+        """Drop all fills, keep no file open, and wait for everything that is under way."""
+        self.kept.close()
         if self._sweeping is not None:
             self._sweeping.cancel()
         if not self.hands_over:

@@ -33,7 +33,7 @@ from proxy.store.files import Disk, Layout, open_blob, read_blob
 from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable
 from proxy.store.marks import Mark, Marks
 from proxy.store.shelf import Shelf
-from proxy.store.start import Taken, recover, report, restore, take, unusable
+from proxy.store.start import Recovery, report, restore, take, unusable
 from proxy.store.work import finish
 
 __all__ = [
@@ -87,7 +87,7 @@ class CapRow:
 class Store:
     """All bytes and all that is known of them. Belongs to one event loop and one directory."""
 
-    def __init__(self, shelf: Shelf, taken: Taken, resources: AsyncExitStack) -> None:
+    def __init__(self, shelf: Shelf, recovery: Recovery, resources: AsyncExitStack) -> None:
         """For `open`, which is the way to get one."""
         self._shelf = shelf
         self._ledger = shelf.ledger
@@ -102,7 +102,7 @@ class Store:
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._recovery = asyncio.create_task(recover(shelf, taken), name="store recovery")
+        self._recovery = recovery
 
     @classmethod
     async def open(
@@ -120,11 +120,13 @@ class Store:
         wall: Callable[[], float] = time.time,
         disk: Disk | None = None,
         resume: bool = False,
+        pause: float = 0.0,
     ) -> "Store":
         """Take the directory, which is made if missing, and know what is in it.
 
         `max_size` and `min_free` are bytes, the water marks parts of `max_size`. With `resume`
         unfinished fills of the process before can be gone on with. `boot` says which boot this is.
+        A look at the directory that is not needed at once comes after `pause` seconds.
         Raises CacheDirBusy when another process holds it, CacheDirUnusable when it cannot be
         written or belongs to a newer version.
         """
@@ -144,9 +146,9 @@ class Store:
                     log=log,
                     wall=wall,
                 )
-                await restore(shelf, taken)
-                store = cls(shelf, taken, undo.pop_all())
-        report(taken, ledger, durability, metrics, log)
+                found = await restore(shelf, taken)
+                store = cls(shelf, Recovery(shelf, taken, found, pause), undo.pop_all())
+        report(taken, ledger, len(shelf.unverified), durability, metrics, log)
         return store
 
     async def close(self) -> None:
@@ -162,14 +164,14 @@ class Store:
         self._shelf.is_closing = True
         if self._writing_back is not None:
             self._writing_back.cancel()
-        await asyncio.wait([self._recovery])
+        await self._recovery.hurry()
         await self._shelf.settle()
         await self._write_back()
         await self._resources.aclose()
 
     async def recovered(self) -> None:
-        """Wait until every file that was found without a row has been judged."""
-        await asyncio.wait([self._recovery])
+        """Wait until files and rows agree, and every file without a row has been judged."""
+        await self._recovery.ended()
 
     def tell(
         self,
@@ -220,6 +222,9 @@ class Store:
         self._require_open()
         path = self._shelf.layout.blob(digest)
         unpin = self._shelf.pinned(digest)  # before the first await: from here on it stays
+        file: BinaryIO | None = self._shelf.kept.lend(digest, size)
+        if file is not None:
+            return FileLease(file, size, unpin)
         try:
             file = await self._threads.quick(partial(open_blob, path, size), _close_file)
         except FileNotFoundError:
@@ -237,6 +242,8 @@ class Store:
                 digest, lambda: path.stat().st_size == size, "file missing or of another size"
             )
             return None
+        if self.size_of(digest) is not None and not self._shelf.is_closing:
+            self._shelf.kept.keep(digest, file)
         return FileLease(file, size, unpin)
 
     async def read(self, digest: Digest) -> bytes | None:

@@ -5,6 +5,11 @@ allows; the *effective cap* is what the upstream has shown to stand. It starts l
 round until the first overload, like TCP's slow start; after that it halves on overload and grows by
 one after a run of successes, so that it hovers below the level that broke.
 
+A success is the head of an answer, and a round is as many as fill the cap, which are all but the
+slot that is kept for metadata: of a large blob in segments (D9) three heads double a cap of four,
+not the end of a first segment. No less, though: an upstream whose bodies all stall keeps their
+slots, so the round at the next cap is never full, and it is asked for no more than twice.
+
 Four refinements, each against a way in which the plain law fails:
 
 * *One halving per cause.* Requests that were sent before the last change say nothing about the new
@@ -33,6 +38,8 @@ from dataclasses import dataclass, replace
 
 #: The first cap of an origin that nothing is known of (D6).
 START = 4
+#: From this cap on one slot is kept for metadata (D3).
+KEEPS = 4
 #: Seconds that a cap of an earlier process is believed.
 BELIEVED = 86_400.0
 #: Successes for one step up, per slot of the cap, below the level that broke last …
@@ -102,7 +109,7 @@ class Cap:
     def needed_run(self) -> int:
         """Successes at a full cap that the next step up takes."""
         if self.ceiling is None:
-            return self.limit  # one round
+            return self.limit - 1 if self.limit >= KEEPS else self.limit  # one round
         if self.limit + 1 < self.ceiling:
             return QUICK_RUN * self.limit
         return max(LEAST_SLOW_RUN, SLOW_RUN * self.limit)

@@ -19,7 +19,7 @@ from proxy.upstream.stall import StallLimit, StallMeter
 from proxy.upstream.watch import Watch
 
 #: Bytes of one piece, at most: writing and hashing them takes longer than the way to a thread.
-PIECE = 1 << 20
+PIECE = 2 << 20
 #: Bytes that come ahead of a reader who is throttled, at least: what aiohttp holds as well.
 LEAST_AHEAD = 512 << 10
 

@@ -33,8 +33,9 @@ process that follows another one, the step is that in which the leader's word ar
 **Use.** Looking anew counts as a use for the store and for the caches behind it, and as a pull for
 what is fetched ahead. For what is asked for it is done every ``RENEW`` seconds, with many answers
 as often as makes ``RENEWALS`` a second in all (``renew_after``): the order of eviction is right to
-that. It costs as much as an answer; ten thousand that are asked for in turn, each a second after
-the last time, would otherwise be looked for at every request.
+that, and what is not looked for in time is as true as its marks. It costs several times what an
+answer does; ten thousand that are asked for in turn, each a second after the last time, would
+otherwise be looked for at every request.
 
 **What is never hot**: clients that show a password (its verdict may change) or have a byte rate;
 a proxy that drains; another Accept than the manifest's type; If-None-Match of a blob. Whether the
@@ -46,12 +47,19 @@ pauses us, and ``MOST`` bytes of answers at most; whatever else it has sent is t
 which waits. **The end.** Rows of the log are written in the loop turn in which they were made, a
 whole turn's at once, and at the end; the counts are plain integers until a scrape asks. The
 keep-alive time of aiohttp counts from the last answer, so it is moved on here.
+
+**Time** is told once a turn, as nginx does: all answers of a turn have its date, and all their rows
+say that it was then; how long each took is measured. That the proxy drains is seen from the next
+turn on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from email.utils import formatdate
 from functools import partial
 
@@ -73,17 +81,38 @@ from proxy.web.rows import Row, Rows
 
 #: Seconds after which a hit is looked for anew, at least; and how many may be, each second.
 RENEW = 1.0
-RENEWALS = 1000
+RENEWALS = 200
 #: Bytes of answers that are made before the transport is asked whether it takes more.
 MOST = 64 << 10
 #: Heads that are remembered, at most, and media types of which a head knows whether it takes them.
 MAX_HEADS, MAX_TYPES = 1024, 64
+#: Ids that differ only in the end.
+IDS = 1 << 12
 #: The end of a head.
 END = b"\r\n\r\n"
-_MASK = (1 << 64) - 1
 
 #: What a request is answered with, and the head that it had.
 Answer = tuple[Prepared, Head]
+
+
+class Ids:
+    """The ids of requests, counted up from anywhere: ``high``, and ``lows[low]``. To look that up
+    costs half of what it costs to write a number. Whoever takes one moves ``low`` on, and has
+    ``high`` counted after each ``IDS``."""
+
+    lows = tuple(f"{number:03x}" for number in range(IDS))
+    low_bytes = tuple(low.encode() for low in lows)
+
+    def __init__(self) -> None:
+        self._number = secrets.randbits(52)
+        self.low = 0
+        self.count()
+
+    def count(self) -> None:
+        """The next so many begin otherwise."""
+        self._number = (self._number + 1) % (1 << 52)
+        self.high = f"{self._number:013x}"
+        self.high_bytes = self.high.encode()
 
 
 class HotPath:
@@ -98,12 +127,19 @@ class HotPath:
         memory: int,
         trusted_proxies: tuple[Network, ...] = (),
         is_draining: Callable[[], bool] = lambda: False,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """``memory`` is how many bytes of prepared answers are kept."""
         self.table = Table(memory)
         self.clock = access_log.clock
+        self.wall = wall
         self.is_draining = is_draining
-        self._number = secrets.randbits(64)  # of the last request
+        self.ids = Ids()
+        # What all answers of a turn of the loop have in common: see ``may_begin_turn``.
+        self.is_in_turn = False
+        self.loop_time = 0.0
+        self.date = b""  # the last header with the empty line
+        self.stamp = ""  # as rows have it
         self.rows = rows
         self.metrics = access_log.metrics
         self._at_hand = at_hand
@@ -111,8 +147,10 @@ class HotPath:
         self._trusted = trusted_proxies
         self.heads: dict[bytes, Head] = {}
         self._seen = [0] * MAX_HEADS
+        self._loop = asyncio.get_running_loop()
         self._second = -1
-        self._date = b""
+        self._stamp = ""
+        self._renewals, self._renewals_end = 0, 0.0  # left in this second, and when it ends
 
     def __repr__(self) -> str:
         return f"<HotPath {self.table} {len(self.heads)} heads {self.rows}>"
@@ -173,13 +211,12 @@ class HotPath:
         entry = self.table.entries.get(line)
         if entry is None:
             return None
-        hit, name = entry.hit, entry.hit.name
-        if (
-            now >= entry.renew_at
-            or not (hit.held.holds and hit.linked.holds and name.mark.holds)
-            or now - name.checked >= name.ttl
-        ) and not self._renewed(line, entry, now):
-            return None
+        if not entry.is_good(now):
+            if entry.is_true(now) and not self._may_renew(now):
+                entry.put_off(self._renewals_end)
+            elif not self._renewed(line, entry, now):
+                return None
+        hit = entry.hit
         if hit.media_type is not None:
             takes = head.takes.get(hit.media_type)
             if not (self._takes(head, hit.media_type) if takes is None else takes):
@@ -210,9 +247,17 @@ class HotPath:
         if hit is None or (hit.digest, hit.media_type) != (entry.hit.digest, entry.hit.media_type):
             self.table.drop(line)
             return False
-        entry.hit, entry.renew_at = hit, self._renew_at(now)
         self.table.put(line, entry)
+        entry.renew(hit, self._renew_at(now))
         return True
+
+    def _may_renew(self, now: float) -> bool:
+        """Is there one left of those that may be looked for in this second? All may be due at once,
+        when nobody has asked for a while."""
+        if now >= self._renewals_end:
+            self._renewals_end, self._renewals = now + 1.0, RENEWALS
+        self._renewals -= 1
+        return self._renewals >= 0
 
     def _renew_at(self, now: float) -> float:
         return now + renew_after(len(self.table))
@@ -262,19 +307,28 @@ class HotPath:
             del self.heads[next(iter(self.heads))]
         self.heads[rest] = head
 
-    # -- what differs ----------------------------------------------------------------------
+    # -- the turn --------------------------------------------------------------------------
 
-    def name(self) -> str:
-        """An id for one more request."""
-        self._number = number = (self._number + 1) & _MASK
-        return "%016x" % number  # noqa: UP031 -- half of what an f-string takes
+    def may_begin_turn(self) -> bool:
+        """Begin this turn of the loop, whose first answer is to be made; or there is none."""
+        if self.is_draining():
+            return False
+        self.is_in_turn = True
+        self._loop.call_soon(self._end_turn)
+        self.loop_time, wall = self._loop.time(), self.wall()
+        second = int(wall)
+        if second != self._second:
+            self._second = second
+            self.date = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n".encode()
+            self._stamp = datetime.fromtimestamp(second, UTC).isoformat().removesuffix("+00:00")
+        micros = int((wall - second) * 1_000_000)
+        # As isoformat has it: without a fraction when that is zero.
+        self.stamp = f"{self._stamp}.{micros:06d}Z" if micros else f"{self._stamp}Z"
+        return True
 
-    def date(self, wall: float) -> bytes:
-        """The last header with the empty line, for this second."""
-        if not 0.0 <= wall - self._second < 1.0:
-            self._second = int(wall)
-            self._date = f"Date: {formatdate(self._second, usegmt=True)}\r\n\r\n".encode()
-        return self._date
+    def _end_turn(self) -> None:
+        self.is_in_turn = False
+        self.rows.flush()
 
     def row(self, prepared: Prepared, head: Head, peer: str, user: str | None) -> Row:
         """The log line of this answer to this client."""

@@ -34,8 +34,9 @@ from proxy.web.server import AdminRunner, RegistryRunner, RegistryServer
 
 #: Connections that may wait to be accepted.
 BACKLOG = 4096
-#: Connections accepted in one turn of the loop.
-LOT = 64
+#: Connections accepted in one turn of the loop. With 64 the beginnings of as many answers, which
+#: come of them, held everything else up for up to 0.12 s of CPU while 5,000 came; now for 0.05 s.
+LOT = 16
 #: Seconds until a listener that pauses looks again, if no connection ends before.
 RETRY = 1.0
 #: Bytes that the kernel holds and has not sent yet: of each client, and of all while they are few.

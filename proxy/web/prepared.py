@@ -1,8 +1,8 @@
 """Prepared answers: a hit in bytes, with gaps for what differs from one request to the next.
 
 An answer's head is the same bytes each time, but for the request's id and the date; so it is kept
-in the two pieces around the id, and the date, which ends it, is everybody's. The body is the one
-that the pull layer keeps in memory, not a copy.
+in the two pieces around the id. The second ends with the date and is made anew each second in which
+it is asked for. The body is the one that the pull layer keeps in memory, not a copy.
 
 ``Table`` holds them by request line. It is bounded in number and in bytes; what was put in or
 renewed longest ago goes first, and nothing breaks when something goes: the next request is answered
@@ -12,6 +12,7 @@ by the handler, which offers it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 
 from proxy.observe.metrics import Tally
 from proxy.pull.at_hand import Hit
@@ -23,9 +24,9 @@ OVERHEAD = 2048
 
 
 class Prepared:
-    """One answer: ``first``, the id, ``second``, the date with the empty line, ``body``."""
+    """One answer: ``first``, the id, ``rest`` up to the empty line, ``body``."""
 
-    __slots__ = ("body", "fields", "first", "second", "shapes", "size", "tally")
+    __slots__ = ("_second", "body", "date", "fields", "first", "rest", "shapes", "size", "tally")
 
     def __init__(
         self,
@@ -41,12 +42,17 @@ class Prepared:
         lines = [f"{name}: {_checked(value)}\r\n" for name, value in headers.items()]
         at = list(headers).index("X-Request-Id")
         self.first = f"HTTP/1.1 {status}\r\n{''.join(lines[:at])}X-Request-Id: ".encode()
-        self.second = f"\r\n{''.join(lines[at + 1 :])}".encode()
+        self._second = f"\r\n{''.join(lines[at + 1 :])}".encode()
+        self.rest = self.date = b""  # the date that ``rest`` ends with
         self.body = body
-        self.size = len(self.first) + len(self.second) + len(body)
+        self.size = len(self.first) + len(self._second) + len(body)
         self.tally = tally
         self.shapes: dict[bool, Shape] = {}  # of its log line, by whether its client has a name
         self.fields = {**fields, "status": int(status[:3]), "bytes": len(body)}
+
+    def end_with(self, date: bytes) -> None:
+        """From now on this is the last header, with the empty line."""
+        self.rest, self.date = self._second + date, date
 
 
 def _checked(value: str) -> str:
@@ -58,11 +64,21 @@ def _checked(value: str) -> str:
 class Entry:
     """What a request line is answered with, for as long as ``hit`` is good.
 
-    ``again`` looks for the hit anew, which counts as a use; ``renew_at`` is when that is due.
-    ``unchanged`` is the 304, where there is one.
+    ``again`` looks for the hit anew, which counts as a use; ``until`` is when that is due, or the
+    name's time is up (``expires``). ``unchanged`` is the 304, where there is one.
     """
 
-    __slots__ = ("again", "hit", "renew_at", "unchanged", "whole")
+    __slots__ = (
+        "again",
+        "expires",
+        "held",
+        "hit",
+        "linked",
+        "named",
+        "unchanged",
+        "until",
+        "whole",
+    )
 
     def __init__(
         self,
@@ -72,11 +88,29 @@ class Entry:
         whole: Prepared,
         unchanged: Prepared | None,
     ) -> None:
-        self.hit = hit
         self.again = again
-        self.renew_at = renew_at
         self.whole = whole
         self.unchanged = unchanged
+        self.renew(hit, renew_at)
+
+    def renew(self, hit: Hit, renew_at: float) -> None:
+        """The same answer was found again; look anew when it is ``renew_at``."""
+        self.hit = hit
+        self.held, self.linked, self.named = hit.held, hit.linked, hit.name.mark
+        self.expires = hit.name.checked + hit.name.ttl
+        self.put_off(renew_at)
+
+    def put_off(self, renew_at: float) -> None:
+        """Look anew when it is ``renew_at``, if the name's time is not up before."""
+        self.until = min(renew_at, self.expires)
+
+    def is_true(self, now: float) -> bool:
+        """Is the hit still true, whether or not it is due?"""
+        return now < self.expires and self.held.holds and self.linked.holds and self.named.holds
+
+    def is_good(self, now: float) -> bool:
+        """Is the hit still true, and not due to be looked for anew?"""
+        return now < self.until and self.held.holds and self.linked.holds and self.named.holds
 
     @property
     def cost(self) -> int:
@@ -109,6 +143,7 @@ class Table:
     def drop(self, line: bytes) -> None:
         entry = self.entries.pop(line, None)
         if entry is not None:
+            entry.until = -inf  # for those who have answered with it and may do so again
             self.held -= entry.cost
 
     def __repr__(self) -> str:

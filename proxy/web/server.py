@@ -126,6 +126,13 @@ class ClientProtocol(web.RequestHandler):
             return self._client
         return self.transport.get_extra_info("peername")
 
+    @property
+    def others(self) -> int:
+        """Connections that are open beside it."""
+        server = self._manager
+        # As its `connections` they are a list, made anew for whoever asks.
+        return 0 if server is None else max(0, len(server._connections) - 1)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))

@@ -14,8 +14,9 @@ INTERVAL = 0.5
 class LoopWatch:
     """Measures the loop's lag while its block lasts."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, interval: float = INTERVAL) -> None:
         self._metrics = metrics
+        self._interval = interval
         self._lag = 0.0
         self._due = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -38,7 +39,7 @@ class LoopWatch:
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._due = loop.time() + INTERVAL
-            await asyncio.sleep(INTERVAL)
+            self._due = loop.time() + self._interval
+            await asyncio.sleep(self._interval)
             self._lag = max(0.0, loop.time() - self._due)
             self._metrics.loop_lag.set(self._lag)

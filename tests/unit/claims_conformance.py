@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 import pytest
 
-from proxy.fleet.claims import WHOLE, Claims, Giver, Grant, Outcome, Terms, View, Wish
+from proxy.fleet.claims import (
+    ANY_RANK,
+    WHOLE,
+    Claims,
+    Giver,
+    Grant,
+    Outcome,
+    Terms,
+    View,
+    Wish,
+)
 from proxy.oci.digest import Digest
 
 DIGEST, OTHER = Digest.of(b"a blob"), Digest.of(b"another blob")
@@ -43,6 +53,10 @@ class Fleet:
             self.nodes[number] = self.make(giver(number, zone))
         return self.nodes[number]
 
+    async def settled(self, count: int) -> None:
+        """A node that has published so many stripes, and fills no more."""
+        await (await self.published(count)).settle(DIGEST)
+
     async def published(self, count: int, filler: int = 1) -> Claims:
         """The filler, when it has published so many stripes."""
         node = self(filler)
@@ -57,11 +71,12 @@ def having(view: View, number: int) -> int | None:
     return next((h.have for h in view.holdings if h.giver.node == giver(number).node), None)
 
 
-async def one(node: Claims, stripe: int, *named: int, limit: int | None = None) -> Grant | None:
+async def one(
+    node: Claims, stripe: int, limit: int = ANY_RANK, avoid: Collection[int] = ()
+) -> Grant | None:
     """The grant of one wish, if there is one."""
-    names = tuple(giver(number).node for number in named)
-    wish = Wish(stripe, names) if limit is None else Wish(stripe, names, limit)
-    taken = await node.take(DIGEST, [wish], 1)
+    names = [giver(number).node for number in avoid]
+    taken = await node.take(DIGEST, [Wish(stripe, limit)], 1, 0, names)
     return taken.grants[0] if taken.grants else None
 
 
@@ -110,8 +125,8 @@ class ClaimsConformance(ABC):
         self, nodes: Fleet
     ) -> None:
         await nodes(1).fill(DIGEST, SIZE)
-        for _ in range(int(self.TERMS.stuck / 10)):
-            nodes.advance(10)
+        for _ in range(int(self.TERMS.stuck / 5)):
+            nodes.advance(5)
             await nodes(1).fill(DIGEST, SIZE)
         assert await nodes(1).fill(DIGEST, SIZE) is None
         assert await nodes(2).fill(DIGEST, SIZE) == giver(2).node
@@ -119,8 +134,8 @@ class ClaimsConformance(ABC):
     async def test_a_filler_that_publishes_now_and_then_is_not_stuck(self, nodes: Fleet) -> None:
         await nodes(1).fill(DIGEST, SIZE)
         for stripe in range(2):
-            for _ in range(int(self.TERMS.stuck / 10) - 1):
-                nodes.advance(10)
+            for _ in range(int(self.TERMS.stuck / 5) - 1):
+                nodes.advance(5)
                 assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
             assert await nodes(1).publish(DIGEST, SIZE, stripe, [hash_of(stripe)]) == stripe + 1
 
@@ -158,7 +173,7 @@ class ClaimsConformance(ABC):
 
     async def test_a_stripe_is_granted_of_whom_it_was_wished(self, nodes: Fleet) -> None:
         await nodes.published(3)
-        grant = await one(nodes(2), 1, 1)
+        grant = await one(nodes(2), 1)
         assert grant is not None
         assert (grant.digest, grant.stripe, grant.giver, grant.rank) == (DIGEST, 1, giver(1), 1)
         view = await nodes(3).look(DIGEST)
@@ -169,17 +184,17 @@ class ClaimsConformance(ABC):
 
     async def test_nobody_is_granted_the_same_stripe_twice_at_a_time(self, nodes: Fleet) -> None:
         await nodes.published(3)
-        assert await one(nodes(2), 1, 1)
-        assert await one(nodes(2), 1, 1) is None
+        assert await one(nodes(2), 1)
+        assert await one(nodes(2), 1) is None
 
     async def test_a_giver_lends_a_stripe_only_so_often(self, nodes: Fleet) -> None:
-        await nodes.published(3)
-        first = await one(nodes(2), 1, 1)
-        second = await one(nodes(3), 1, 1)
+        await nodes.settled(3)
+        first = await one(nodes(2), 1)
+        second = await one(nodes(3), 1)
         assert first
         assert second
         assert second.giver == giver(1)
-        third = await one(nodes(4), 1, 1)
+        third = await one(nodes(4), 1)
         assert third
         assert third.giver in (giver(2), giver(3))
         assert third.rank == 2
@@ -187,42 +202,81 @@ class ClaimsConformance(ABC):
     async def test_a_giver_lends_only_so_much(self, nodes: Fleet) -> None:
         await nodes.published(4)
         for stripe in range(3):
-            assert await one(nodes(10 + stripe), stripe, 1)
-        assert await one(nodes(20), 3, 1) is None
+            assert await one(nodes(10 + stripe), stripe)
+        assert await one(nodes(20), 3) is None
         taken = await nodes(20).take(DIGEST, [Wish(3)], 1)
         assert (taken.grants, taken.missing) == ((), frozenset())
 
     async def test_the_filler_lends_less_at_a_time_as_long_as_it_fills(self) -> None:
         async with self.fleet(self.SPARING) as nodes:
             await nodes.published(4)
-            first, second = await one(nodes(2), 0, 1), await one(nodes(3), 0, 1)
+            first, second = await one(nodes(2), 0), await one(nodes(3), 0)
             assert first
             assert second
             assert (first.giver, second.giver) == (giver(1), giver(2))
-            assert await one(nodes(4), 1, 1)
-            assert await one(nodes(5), 2, 1) is None
+            assert await one(nodes(4), 1)
+            assert await one(nodes(5), 2) is None
             await nodes(1).settle(DIGEST)
-            assert await one(nodes(5), 2, 1)
+            assert await one(nodes(5), 2)
 
     async def test_a_grant_that_is_given_back_makes_room_and_only_once(self, nodes: Fleet) -> None:
         await nodes.published(4)
-        grants = [await one(nodes(10 + stripe), stripe, 1) for stripe in range(3)]
+        grants = [await one(nodes(10 + stripe), stripe) for stripe in range(3)]
         assert grants[0]
         for outcome in (Outcome.FAILED, Outcome.FAILED, Outcome.LIED):
             await nodes(10).give_back(grants[0], outcome)
-        assert await one(nodes(20), 3, 1)
-        other = await one(nodes(21), 3, 1)  # of 20, which receives it: 1 is full again
+        assert await one(nodes(20), 3)
+        other = await one(nodes(21), 3)  # of 20, which receives it: 1 is full again
         assert other
         assert (other.giver, other.rank) == (giver(20), 2)
+
+    async def test_what_has_ended_is_given_back_before_more_is_taken(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        grants = []
+        for stripe in range(3):
+            grant = await one(nodes(2), stripe)
+            assert grant
+            grants.append(grant)
+        assert await one(nodes(2), 3) is None  # 1 lends all it may
+        ended = [(grants[0], Outcome.DONE), (grants[1], Outcome.FAILED)]
+        wishes = [Wish(1), Wish(3)]
+        taken = await nodes(2).take(DIGEST, wishes, 2, ended=ended)
+        assert [(grant.stripe, grant.giver) for grant in taken.grants] == [
+            (3, giver(1)),
+            (1, giver(1)),
+        ]
+        view = await nodes(3).look(DIGEST)
+        assert {h.giver.node: (h.have, h.receiving, h.lending) for h in view.holdings} == {
+            giver(1).node: (0b1111, {}, 3),
+            giver(2).node: (0b1, {1: 1, 2: 1, 3: 1}, 0),
+        }
+        ended = [(grant, Outcome.DONE) for grant in (*taken.grants, grants[2])]
+        assert (await nodes(2).take(DIGEST, (), 0, ended=ended)).grants == ()
+        view = await nodes(3).look(DIGEST)
+        assert [(h.lending, h.receiving) for h in view.holdings] == [(0, {})] * 2
+        assert having(view, 2) == 0b1111
+
+    async def test_who_lends_all_it_may_is_found_again_when_it_has_room(self, nodes: Fleet) -> None:
+        await nodes.published(4)
+        await nodes(1).settle(DIGEST)
+        grants = [await one(nodes(10 + stripe), stripe) for stripe in range(3)]
+        assert grants[0]
+        assert await one(nodes(20), 3) is None
+        await nodes(10).give_back(grants[0], Outcome.FAILED)
+        again = await one(nodes(20), 3)
+        assert again
+        assert again.giver == giver(1)
+        nodes.advance(self.TERMS.grant + 0.1)
+        assert await one(nodes(21), 2)  # nobody gave back what has ended by itself
 
     async def test_who_has_received_a_stripe_has_it(self, nodes: Fleet) -> None:
         await nodes.published(12)
         for stripe in (9, 2):
-            grant = await one(nodes(2), stripe, 1)
+            grant = await one(nodes(2), stripe)
             assert grant
             await nodes(2).give_back(grant, Outcome.DONE)
         assert having(await nodes(3).look(DIGEST), 2) == 1 << 9 | 1 << 2
-        again = await one(nodes(3), 9, 2)
+        again = await one(nodes(3), 9)
         assert again
         assert (again.giver, again.rank) == (giver(2), 1)
 
@@ -231,16 +285,16 @@ class ClaimsConformance(ABC):
         self, nodes: Fleet, outcome: Outcome
     ) -> None:
         await nodes.published(1)
-        grant = await one(nodes(2), 0, 1)
+        grant = await one(nodes(2), 0)
         assert grant
         await nodes(2).give_back(grant, outcome)
         assert having(await nodes(3).look(DIGEST), 2) == 0
-        assert await one(nodes(2), 0, 1)
+        assert await one(nodes(2), 0)
 
     async def test_a_grant_ends_by_itself_unless_it_is_renewed(self, nodes: Fleet) -> None:
         await nodes.published(1)
         await nodes(1).settle(DIGEST)
-        grants = [await one(nodes(number), 0, 1) for number in (2, 3)]
+        grants = [await one(nodes(number), 0) for number in (2, 3)]
         assert grants[0]
         assert grants[1]
         nodes.advance(self.TERMS.grant * 0.7)
@@ -259,7 +313,7 @@ class ClaimsConformance(ABC):
         await nodes.published(1)
         ranks = []
         for number in (2, 3, 4):
-            grant = await one(nodes(number), 0, number - 1)
+            grant = await one(nodes(number), 0, avoid=range(1, number - 1))
             assert grant
             assert grant.giver == giver(number - 1)
             ranks.append(grant.rank)
@@ -267,23 +321,23 @@ class ClaimsConformance(ABC):
 
     async def test_a_ring_of_receivers_cannot_close(self, nodes: Fleet) -> None:
         await nodes.published(1)
-        two, three = await one(nodes(2), 0, 1), await one(nodes(3), 0, 2)
+        two, three = await one(nodes(2), 0), await one(nodes(3), 0)
         assert two
         assert three
         await nodes(2).give_back(two, Outcome.FAILED)
-        again = await one(nodes(2), 0, 3, limit=two.rank)
+        again = await one(nodes(2), 0, limit=two.rank)
         assert again
         assert again.giver == giver(1)  # not of 3, which receives it of 2
 
     async def test_a_limit_is_kept_though_nobody_else_could_give(self, nodes: Fleet) -> None:
-        await nodes.published(1)
+        await nodes.settled(1)
         for number in (2, 3):
-            assert await one(nodes(number), 0, 1)
+            assert await one(nodes(number), 0)
         assert await one(nodes(4), 0, limit=1) is None
         assert await one(nodes(4), 0, limit=2)
 
     async def test_own_zone_is_asked_first(self, nodes: Fleet) -> None:
-        await nodes.published(1)
+        await nodes.settled(1)
         grant = await one(nodes(2, "b"), 0)
         assert grant
         await nodes(2).give_back(grant, Outcome.DONE)
@@ -292,6 +346,47 @@ class ClaimsConformance(ABC):
         assert there
         assert here
         assert (there.giver, here.giver) == (giver(2, "b"), giver(1))
+
+    async def test_of_some_the_one_that_lends_least_is_asked(self, nodes: Fleet) -> None:
+        await nodes.settled(3)
+        generation = (await nodes(2).look(DIGEST)).generation
+        assert await nodes(2).hold(DIGEST, generation, 0b111)
+        grants = [await one(nodes(10 + stripe), stripe) for stripe in range(3)]
+        assert [grant.giver for grant in grants if grant] == [giver(1), giver(2), giver(1)]
+
+    async def test_who_has_a_stripe_is_asked_rather_than_who_receives_it(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.settled(2)
+        first, second = await one(nodes(2), 0), await one(nodes(3), 0)
+        assert first
+        assert second
+        assert (second.giver, second.rank) == (giver(1), 1)
+
+    async def test_the_filler_is_asked_only_for_what_nobody_else_can_give(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(2)
+        assert await one(nodes(2), 0)
+        other = await one(nodes(3), 0)
+        assert other
+        assert (other.giver, other.rank) == (giver(2), 2)
+        left = await one(nodes(4), 0, avoid=(2, 3))
+        assert left
+        assert left.giver == giver(1)
+
+    async def test_what_fewest_have_is_granted_first_but_for_what_is_urgent(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(3)
+        for number, stripe in ((2, 0), (3, 1), (4, 1)):
+            assert await one(nodes(number), stripe)
+        wishes = [Wish(1), Wish(0), Wish(2)]
+        taken = await nodes(5).take(DIGEST, wishes, 2)
+        assert [grant.stripe for grant in taken.grants] == [2, 0]
+        urgent = [Wish(2), Wish(0), Wish(1, is_urgent=True)]
+        taken = await nodes(6).take(DIGEST, urgent, 1)
+        assert [grant.stripe for grant in taken.grants] == [1]
 
     async def test_a_crowd_is_served_through_one_another(self, nodes: Fleet) -> None:
         await nodes.published(1)
@@ -312,16 +407,44 @@ class ClaimsConformance(ABC):
         await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 0b10)
         assert not (await nodes(3).take(DIGEST, [Wish(0)], 0)).missing
         await nodes(1).withdraw(DIGEST)
-        taken = await nodes(3).take(DIGEST, [Wish(0, (giver(1).node,)), Wish(1)], 4)
+        taken = await nodes(3).take(DIGEST, [Wish(0), Wish(1)], 4)
         assert taken.missing == {0}
         assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
+
+    async def test_who_stands_behind_many_that_have_left_is_not_passed_over(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.settled(1)
+        generation = (await nodes(2).look(DIGEST)).generation
+        for number in range(2, 12):
+            assert await nodes(number).hold(DIGEST, generation, 0b1)
+        for number in range(1, 11):
+            await nodes(number).withdraw(DIGEST)
+        found = [await nodes(20).take(DIGEST, [Wish(0)], 1) for _ in range(2)]
+        assert {taken.missing for taken in found} == {frozenset()}
+        assert [grant.giver for taken in found for grant in taken.grants] == [giver(11)]
+
+    async def test_what_only_those_have_not_that_lend_all_they_may_is_missing(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.settled(4)
+        failed = await one(nodes(2), 3)
+        assert failed
+        generation = (await nodes(2).look(DIGEST)).generation
+        await nodes(2).give_back(failed, Outcome.FAILED)
+        assert await nodes(2).hold(DIGEST, generation, 0b111)
+        await nodes(1).withdraw(DIGEST)
+        for stripe in range(3):
+            assert await one(nodes(10 + stripe), stripe)
+        taken = await nodes(20).take(DIGEST, [Wish(3)], 1)
+        assert (taken.grants, taken.missing) == ((), frozenset({3}))
 
     async def test_what_only_nodes_to_avoid_have_is_missing(self, nodes: Fleet) -> None:
         await nodes.published(2)
         await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 0b10)
         await nodes(5).hold(OTHER, "", WHOLE)
         avoid = [giver(1).node]
-        taken = await nodes(3).take(DIGEST, [Wish(0, (avoid[0],)), Wish(1)], 4, 0, avoid)
+        taken = await nodes(3).take(DIGEST, [Wish(0), Wish(1)], 4, 0, avoid)
         assert taken.missing == {0}
         assert [(grant.stripe, grant.giver) for grant in taken.grants] == [(1, giver(2))]
         assert not (await nodes(4).take(DIGEST, [Wish(0)], 0)).missing
@@ -378,7 +501,7 @@ class ClaimsConformance(ABC):
     ) -> None:
         await nodes.published(2)
         await nodes(5).hold(DIGEST, "", WHOLE)
-        grant = await one(nodes(2), 0, 1)
+        grant = await one(nodes(2), 0)
         assert grant
         await nodes(2).drop(DIGEST, grant.generation)
         view = await nodes(3).look(DIGEST)
@@ -410,24 +533,25 @@ class ClaimsConformance(ABC):
         self, nodes: Fleet
     ) -> None:
         await nodes.published(2)
-        grants = [await one(nodes(number), 0, 1) for number in (2, 3)]
+        grants = [await one(nodes(number), 0) for number in (2, 3)]
         assert grants[0]
         assert grants[1]
         await nodes(4).drop(DIGEST, grants[0].generation)
         await nodes(4).fill(DIGEST, SIZE)
         await nodes(4).publish(DIGEST, SIZE, 0, [hash_of(0, 1)])
+        await nodes(4).settle(DIGEST)
         await nodes(2).give_back(grants[0], Outcome.DONE)
         view = await nodes(5).look(DIGEST)
         assert having(view, 2) in (None, 0)
-        again = await one(nodes(2), 0, 4)
+        again = await one(nodes(2), 0)
         assert again
         assert again.generation == view.generation
-        taken = await nodes(3).take(DIGEST, [Wish(0, (giver(4).node,))], 1)
+        taken = await nodes(3).take(DIGEST, [Wish(0)], 1)
         assert [grant.giver for grant in taken.grants] == [giver(4)]
 
     async def test_a_directory_that_lost_everything_is_told_again(self, nodes: Fleet) -> None:
         await nodes.published(2)
-        grant = await one(nodes(2), 0, 1)
+        grant = await one(nodes(2), 0)
         assert grant
         await nodes.forget()
         assert await nodes(1).publish(DIGEST, SIZE, 2, [hash_of(2)]) is None

@@ -311,6 +311,7 @@ async def flying(
         assert not len(flights)
         assert not (left := tasks_of_the_pull_layer()), left
         assert " 0 fills" in repr(store)  # which would drop them when it is closed
+        store._shelf.kept.close()  # what stays open for the next reader is no lease
         assert not opened_blobs(directory)
         assert not any(turn.is_open for reader in rig.readers for turn in turns_of(reader))
     assert rig.staging() == 0

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import redis
 
@@ -17,24 +14,11 @@ from proxy.fleet.lease_script import BODY, KEYS, SCRIPT
 from proxy.fleet.leases import Asks
 from proxy.fleet.ledger import Terms
 from proxy.fleet.script import root_of
-from tests.unit.redis_kit import Server
 
 #: The script's prologue, where the test says what time it is and which server answers.
 PROLOGUE = "local wall, server = tonumber(ARGV[2]), ARGV[3]\n"
 
 _labels = itertools.count()
-
-
-@contextmanager
-def server_apart(directory: Path) -> Iterator[Server]:
-    """A server for tests that run no loop."""
-    with asyncio.Runner() as runner:
-        server = Server(directory)
-        runner.run(server.start())
-        try:
-            yield server
-        finally:
-            runner.run(server.kill())
 
 
 class Desk:

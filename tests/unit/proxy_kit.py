@@ -24,6 +24,7 @@ from proxy.upstream.budget import RetryBudget
 from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.store_kit import staging_files, stored_files
+from tests.unit.virtual import VirtualLoop
 
 UPSTREAM = "harbor.example.com"
 NAME = "team/app"
@@ -199,6 +200,8 @@ async def running(
         fill_pause=(lambda _: pause) if pause else pauses.pause,
         fill_clock=(clock or usual.fill_clock) if pause else pauses,
         budget=budget,
+        # Virtual time jumps from timer to timer, and each jump takes a while.
+        watch=3600.0 if isinstance(asyncio.get_running_loop(), VirtualLoop) else usual.watch,
     )
     settings = settings_for(directory, url, **changes)
     logger = make_logger("json", log, "debug")

@@ -2,6 +2,9 @@
 
 Each server is a process with a directory and a port of its own, that its block ends; nothing is
 ever saved to disk. Waiting is done by asking the server again until it says what is expected.
+
+A Cluster takes seconds to start, since its servers wait before they serve. Tests that only put keys
+into one share it (``apart``, and the fixtures in tests/conftest.py), and begin by flushing it.
 """
 
 import asyncio
@@ -11,10 +14,10 @@ import shutil
 import signal
 import ssl
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pytest
 import trustme
@@ -31,6 +34,8 @@ ADMIN, ADMIN_PASSWORD = "admin", "kit's own"
 USER, PASSWORD = "pullpool", "p@ss word"
 # What a node needs in its directory, and no more: see README, "ACL".
 RULES = "~pp:* +@all -@admin -@dangerous +info"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +224,24 @@ class Server:
         await self.start()
 
 
+@contextlib.contextmanager
+def apart(started: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """What these servers are, for tests on other loops than their start, or on none."""
+    with asyncio.Runner() as runner:
+
+        async def enter() -> T:
+            return await started.__aenter__()
+
+        async def leave() -> None:
+            await started.__aexit__(None, None, None)
+
+        entered = runner.run(enter())
+        try:
+            yield entered
+        finally:
+            runner.run(leave())
+
+
 @contextlib.asynccontextmanager
 async def redis_server(directory: Path, *options: str) -> AsyncIterator[Server]:
     """A plain server; each of `options` is a line of its configuration."""
@@ -343,6 +366,11 @@ class Cluster:
         name = await to.ask("CLUSTER", "MYID")
         for server in (to, former, *self.servers):
             await server.ask("CLUSTER", "SETSLOT", slot, "NODE", name)
+
+    async def flush(self) -> None:
+        """Forget every key and every script."""
+        for server in self.servers:
+            await server.flush()
 
 
 @contextlib.asynccontextmanager

@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from proxy.fleet.board import Board
 from proxy.fleet.claims import Claims, Giver, Grant
-from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.peers import Wanted
 from proxy.fleet.pieces import PIECE, Pieces, piece_digest
 from proxy.fleet.protocol import StripeAsk

@@ -43,6 +43,7 @@ async def opened(
     wall: Callable[[], float] = lambda: 1_000_000.0,
     durability: Durability = Durability.FULL,
     boot: Callable[[], str | None] = lambda: "this boot",
+    pause: float = 0.0,
 ) -> AsyncIterator[Store]:
     """A store that is closed at the end, on a disk with endless room unless told otherwise."""
     store = await Store.open(
@@ -55,6 +56,7 @@ async def opened(
         durability=durability,
         boot=boot,
         disk=disk or roomy(),
+        pause=pause,
     )
     try:
         yield store

@@ -171,6 +171,7 @@ class Process:
         raise AssertionError(f"ended without {event}: {self.lines}")
 
 
+@pytest.mark.one_loop
 async def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as fake,
@@ -198,6 +199,7 @@ async def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
         assert await pullpool.process.wait() == 0
 
 
+@pytest.mark.one_loop
 async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, Process.serving(tmp_path, fake.url) as pullpool:
         fake.push(IMAGE)
@@ -213,6 +215,7 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             assert await pullpool.process.wait() == 1
 
 
+@pytest.mark.one_loop
 async def test_a_served_process_may_open_as_many_files_as_it_may_have(tmp_path: Path) -> None:
     async with (
         Process.serving(tmp_path, UNUSED) as pullpool,
@@ -259,6 +262,7 @@ async def pulled(client: RawClient) -> bytes:
     return await client.rest(LAYER.size)
 
 
+@pytest.mark.one_loop
 async def test_at_the_limit_of_descriptors_pulls_go_on_and_others_wait(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as fake,
@@ -284,6 +288,7 @@ async def test_at_the_limit_of_descriptors_pulls_go_on_and_others_wait(tmp_path:
         assert not await crowd.figure("accept_paused")
 
 
+@pytest.mark.one_loop
 async def test_without_any_descriptor_the_listener_waits_for_one(tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     async with (
@@ -307,6 +312,7 @@ async def test_without_any_descriptor_the_listener_waits_for_one(tmp_path: Path)
         assert len(pauses) == await crowd.figure("accept_pauses_total") == 1
 
 
+@pytest.mark.one_loop
 async def test_a_fill_that_a_kill_has_cut_is_no_blob_and_goes_on_at_its_byte(
     tmp_path: Path,
 ) -> None:
@@ -329,6 +335,7 @@ async def test_a_fill_that_a_kill_has_cut_is_no_blob_and_goes_on_at_its_byte(
             assert await pool.stored() == {str(LAYER.digest)}
 
 
+@pytest.mark.one_loop
 async def test_it_starts_and_serves_its_cache_while_the_upstream_is_down(tmp_path: Path) -> None:
     async with aiohttp.ClientSession() as session:
 

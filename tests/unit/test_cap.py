@@ -223,6 +223,18 @@ def test_what_was_charged_for_nothing_is_given_back() -> None:
     assert grown.cleared(before, 2.0) is grown
 
 
+def test_until_the_first_overload_as_many_as_fill_it_beside_the_kept_slot_double_it() -> None:
+    cap = Cap.starting(64)
+    for limit in (4, 4, 8, 8, 8, 8, 8, 8, 8, 16):
+        cap = cap.succeeded(1.0, sent_at=0.5, full=True)
+        assert cap.limit == limit
+
+
+def test_a_round_of_successes_doubles_it() -> None:
+    seen = simulate(lambda _now: 1000, cap=Cap.starting(64), seconds=0.8)
+    assert 32 <= seen.limit <= 64  # four, eight, sixteen, … of 0.1 s each
+
+
 def test_successes_below_the_cap_do_not_raise_it() -> None:
     cap = Cap.starting(32)
     for _ in range(1000):

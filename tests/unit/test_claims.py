@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
+from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Outcome, Terms
 from proxy.fleet.claims_redis import RedisClaims
-from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.local_claims import LocalClaims
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import DIGEST, SIZE, ClaimsConformance, Fleet, one
 from tests.unit.directory_kit import asking
-from tests.unit.redis_kit import needs_redis, redis_cluster, redis_server, until
+from tests.unit.redis_kit import Cluster, Server, needs_redis, until
 
 
 class TestLocalClaims(ClaimsConformance):
@@ -50,42 +50,34 @@ async def redis_fleet(
 @needs_redis
 class TestRedisClaims(ClaimsConformance):
     @pytest.fixture(autouse=True)
-    def _path(self, tmp_path: Path) -> None:
-        self.path = tmp_path
+    def _server(self, shared_redis: Server) -> None:
+        self.server = shared_redis
 
     @contextlib.asynccontextmanager
     async def fleet(self, terms: Terms) -> AsyncIterator[Fleet]:
-        async with (
-            redis_server(self.path) as server,
-            redis_fleet(server.url, terms, server.flush) as fleet,
-        ):
+        await self.server.flush()
+        async with redis_fleet(self.server.url, terms, self.server.flush) as fleet:
             yield fleet
 
 
 @needs_redis
 class TestRedisClaimsOnACluster(ClaimsConformance):
     @pytest.fixture(autouse=True)
-    def _path(self, tmp_path: Path) -> None:
-        self.path = tmp_path
+    def _cluster(self, shared_cluster: Cluster) -> None:
+        self.cluster = shared_cluster
 
     @contextlib.asynccontextmanager
     async def fleet(self, terms: Terms) -> AsyncIterator[Fleet]:
-        async with redis_cluster(self.path) as cluster:
-
-            async def forget() -> None:
-                for server in cluster.servers:
-                    await server.flush()
-
-            async with redis_fleet(cluster.url, terms, forget) as fleet:
-                yield fleet
+        await self.cluster.flush()
+        async with redis_fleet(self.cluster.url, terms, self.cluster.flush) as fleet:
+            yield fleet
 
 
 @needs_redis
-async def test_every_key_of_a_blob_ends_by_itself(tmp_path: Path) -> None:
-    async with (
-        redis_server(tmp_path) as server,
-        redis_fleet(server.url, Terms(), server.flush) as nodes,
-    ):
+async def test_every_key_of_a_blob_ends_by_itself(shared_redis: Server) -> None:
+    server = shared_redis
+    await server.flush()
+    async with redis_fleet(server.url, Terms(), server.flush) as nodes:
         await nodes.published(2)
         grants = [await one(nodes(number), number % 2) for number in range(2, 6)]
         assert grants[0]
@@ -103,12 +95,26 @@ async def test_every_key_of_a_blob_ends_by_itself(tmp_path: Path) -> None:
 
 
 @needs_redis
-async def test_one_node_that_is_gone_for_good_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_nodes_that_are_gone_leave_though_others_keep_the_blob(shared_redis: Server) -> None:
+    server = shared_redis
+    await server.flush()
+    async with redis_fleet(server.url, Terms(part=60.0, whole=3600.0), server.flush) as nodes:
+        await nodes.published(1)
+        generation = (await nodes(2).look(DIGEST)).generation
+        for number in range(10, 40):
+            assert await nodes(number).hold(DIGEST, generation, 0b1)
+        nodes.advance(120.0)
+        for _ in range(10):
+            assert await nodes(2).hold(DIGEST, generation, WHOLE)
+        assert (await nodes(3).look(DIGEST)).nodes <= 3
+
+
+@needs_redis
+async def test_one_node_that_is_gone_for_good_leaves_nothing_behind(shared_redis: Server) -> None:
+    server = shared_redis
+    await server.flush()
     terms = Terms(filler=0.02, grant=0.02, part=0.02, whole=0.02, stuck=0.02, ban=0.02)
-    async with (
-        redis_server(tmp_path) as server,
-        redis_fleet(server.url, terms, server.flush) as nodes,
-    ):
+    async with redis_fleet(server.url, terms, server.flush) as nodes:
         await nodes(1).fill(DIGEST, SIZE)
         await nodes(1).hold(DIGEST, "", WHOLE)
 

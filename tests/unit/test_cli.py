@@ -1,5 +1,6 @@
 """The commands: exit codes, words and streams."""
 
+import gc
 import json
 import os
 import re
@@ -273,6 +274,24 @@ def test_warnings_are_shown_before_the_server_starts(capsys: pytest.CaptureFixtu
     blob, variable = capsys.readouterr().err.splitlines()
     assert blob.startswith("warning: queue.blob_deadline")
     assert variable.startswith("warning: PULLPOOL_LISTN")
+
+
+def test_a_start_does_not_load_what_only_screens_need() -> None:
+    """And what was kept from structlog is there for those who want it."""
+    script = (
+        "import sys, proxy.workers, proxy.config, structlog.dev\n"
+        "assert structlog.dev.rich is None and 'rich' not in sys.modules\n"
+        "import rich.console"
+    )
+    done = subprocess.run((sys.executable, "-c", script), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_garbage_is_collected_again_when_a_server_could_not_start(tmp_path: Path) -> None:
+    assert gc.isenabled()
+    result = invoke("serve", "--config", write(tmp_path, "nonsense = 1"))
+    assert result.exit_code == 2
+    assert gc.isenabled()
 
 
 # --- healthcheck ------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from yarl import URL
 
 from benchmarks.parts import free_port
 from proxy.cli.main import cli
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.endpoint import OriginKey
+from tests.unit.lease_kit import settle
 from tests.unit.proxy_kit import IMAGE, Pullpool, blob_path, running
 from tests.unit.redis_kit import Server, needs_redis, redis_server, until
 
@@ -107,6 +110,10 @@ async def test_a_node_whose_directory_is_gone_serves_what_it_has_and_says_so(
         registry() as fake,
         running(tmp_path / "1", fake.url, fleet=in_fleet(server, "n1")) as pool,
     ):
+        assert pool.proxy.fleet is not None
+        directory = pool.proxy.fleet.directory
+        await directory.wait_up()
+        await settle(directory, OriginKey.of(URL(fake.url)).label, cap=16)
         assert (await pool.get(blob_path())).status == 200
         await pool.stored()
         await server.kill()

@@ -59,6 +59,36 @@ def test_what_is_no_digest_is_refused(text: str) -> None:
         Digest.parse(text)
 
 
+@given(st.lists(st.one_of(digests.map(str), st.text("sha256:\n0f", max_size=80)), max_size=8))
+def test_many_are_read_as_each_of_them_is(texts: list[str]) -> None:
+    assert Digest.parse_all(texts) == [one(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [],
+        [f"sha256:{EMPTY}"],
+        [f"sha256:{EMPTY}"] * 3,
+        [f"sha256:{EMPTY}", f"sha256:{EMPTY}\n"],
+        [f"sha256:{EMPTY}\nsha256:{EMPTY}", ""],  # as many lines as texts
+        [f"sha256:{EMPTY}\nsha256:{EMPTY}", f"sha256:{EMPTY}", "sha256:no"],
+        [f"sha256:{EMPTY}", f"sha512:{EMPTY}{EMPTY}", f"sha512:{EMPTY}", f"SHA256:{EMPTY}"],
+    ],
+)
+def test_a_wrong_one_among_many_does_not_shift_the_others(texts: list[str]) -> None:
+    found = Digest.parse_all(texts)
+    assert found == [one(text) for text in texts]
+    assert [hash(digest) for digest in found] == [hash(one(text)) for text in texts]
+
+
+def one(text: str) -> Digest | None:
+    try:
+        return Digest.parse(text)
+    except DigestInvalid:
+        return None
+
+
 def test_a_wrong_value_cannot_be_built_at_all() -> None:
     with pytest.raises(DigestInvalid):
         Digest("sha256", "../../etc/passwd")

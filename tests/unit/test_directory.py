@@ -319,6 +319,7 @@ async def moved_on(ours: Asking) -> None:
     await ours.directory.wait_up()
 
 
+@pytest.mark.real_seconds
 class TestSentinel:
     async def test_calls_go_to_the_primary_and_follow_it(self, tmp_path: Path) -> None:
         async with redis_with_sentinel(tmp_path) as pair, asking(pair.url) as ours:
@@ -363,6 +364,7 @@ async def _is(true: bool) -> bool:
     return true
 
 
+@pytest.mark.real_seconds
 class TestCluster:
     async def test_each_tag_is_asked_of_its_server(self, tmp_path: Path) -> None:
         async with redis_cluster(tmp_path) as cluster, asking(cluster.url) as ours:

@@ -31,6 +31,20 @@ def test_room_that_is_free_is_promised_without_victims() -> None:
     assert (ledger.held, ledger.reserved) == (40, 60)
 
 
+def test_what_is_found_late_stands_where_its_age_puts_it() -> None:
+    ledger = Ledger(max_size=1000)
+    ledger.restore([(name(1), 10, 100), (name(2), 10, 200), (name(3), 10, 300)])
+    ledger.pin(name(5))
+    found = [(name(4), 1, 250), (name(5), 2, 50), (name(6), 3, 400), (name(2), 999, 1)]
+    assert set(ledger.insert(found)) == {name(4), name(5), name(6)}  # the other one is held
+    assert list(ledger) == [name(5), name(1), name(2), name(4), name(3), name(6)]
+    assert ledger.held == 36
+    assert ledger.spare == 998  # of what is pinned nothing may go
+    assert ledger.add(name(7), 1, 0).used == 401  # times only grow
+    assert ledger.insert([]) == []
+    assert [entry.used for _, entry in ledger.entries()] == [50, 100, 200, 250, 300, 400, 401]
+
+
 def test_the_least_recently_used_go_first_and_no_more_than_needed() -> None:
     ledger = ledger_of(30, 30, 40)
     assert ledger.admit(35) == (name(0), name(1))

@@ -21,6 +21,8 @@ from proxy.upstream.gate import Gate
 from proxy.upstream.origin import MAX_TURN_BYTES, TURN_SECONDS
 from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 
+pytestmark = pytest.mark.one_loop  # nothing but the gate, and no socket
+
 MIB = 1 << 20
 GIB = 1 << 30
 #: Bytes a second on each connection: the largest turn lasts as long as one is meant to.

@@ -207,6 +207,7 @@ class TestLifetime:
 
 
 class TestProcess:
+    @pytest.mark.one_loop
     async def test_the_command_serves_images_and_tells_its_counters(
         self, client: aiohttp.ClientSession
     ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from benchmarks.parts import free_port
 from proxy.fleet.directory import Directory
@@ -16,6 +17,8 @@ from proxy.fleet.tags import SharedTags, Told, Where
 from proxy.oci.digest import Digest
 from proxy.testing import make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.upstream.endpoint import OriginKey
+from tests.unit.lease_kit import settle
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, running, until
 from tests.unit.redis_kit import Server, needs_redis, redis_server
 
@@ -31,9 +34,15 @@ UNIQUE = len(IMAGE.manifest) + sum(blob.size for blob in IMAGE.blobs)
 
 @asynccontextmanager
 async def fleet(
-    directory: Path, registry: FakeRegistry, server: Server, count: int, **upstream: object
+    directory: Path,
+    registry: FakeRegistry,
+    server: Server,
+    count: int,
+    *,
+    is_settled: bool = True,
+    **upstream: object,
 ) -> AsyncIterator[list[Pullpool]]:
-    """So many nodes before one registry, on one directory."""
+    """So many nodes before one registry, on one directory, whose first epoch of leases is over."""
     async with contextlib.AsyncExitStack() as stack:
         nodes = []
         for number in range(count):
@@ -54,6 +63,8 @@ async def fleet(
         for node in nodes:
             await directory_of(node).wait_up()
         # A directory that is new grants nothing for one lease time: others may hold leases yet.
+        if is_settled:  # here nobody does
+            await settle(directory_of(nodes[0]), OriginKey.of(URL(registry.url)).label, cap=4)
         registry.push(FIRST)
         await nodes[0].get(f"/v2/{FIRST.name}/manifests/v1")
         registry.counters.reset()
@@ -153,7 +164,8 @@ async def test_a_node_may_die_in_the_middle_of_a_pull(tmp_path: Path) -> None:
     async with FakeRegistry(rate=8 * MIB) as registry, redis_server(tmp_path) as server:
         registry.push(IMAGE)
         async with contextlib.AsyncExitStack() as stack:
-            nodes = await stack.enter_async_context(fleet(tmp_path, registry, server, 3))
+            ready = fleet(tmp_path, registry, server, 3, is_settled=False)
+            nodes = await stack.enter_async_context(ready)
             doomed = asyncio.create_task(pull(nodes[0]))
             await until(lambda: registry.counters.bytes_sent >= MIB)
             others = asyncio.create_task(all_pull(nodes[1:]))

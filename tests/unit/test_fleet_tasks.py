@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.parts import free_port
 from proxy.testing.registry import FakeRegistry
 from tests.unit.proxy_kit import Pullpool, Served, running
@@ -18,6 +20,7 @@ def admin(pool: Pullpool) -> str:
 
 
 @needs_redis
+@pytest.mark.real_seconds  # nodes look for orders now and then
 class TestFleet:
     async def test_all_nodes_have_it_and_the_upstream_was_asked_once(self, tmp_path: Path) -> None:
         async with FakeRegistry() as registry, redis_server(tmp_path) as server:

@@ -17,6 +17,8 @@ from proxy.oci.errors import ShuttingDown, UpstreamUnavailable
 from tests.unit.flight_kit import KIB, Act, Rig, ScriptedSource, Sipper, drink, ended, flying
 from tests.unit.store_kit import blob
 
+pytestmark = pytest.mark.one_loop  # sources are scripted: there is no socket
+
 DATA = blob(1, 40 * KIB + 7)
 Fills = Coroutine[Any, Any, Any]
 

@@ -136,6 +136,7 @@ async def test_a_blob(served: Served, name: str) -> None:
     assert (await pool.get(blob_path())).body == LAYER.data
 
 
+@pytest.mark.one_loop  # read as a manifest is, and that is looked at on both
 @pytest.mark.parametrize(
     "name", [n for n in [*HEADS, *BODIES] if n != "a length that is too short"]
 )

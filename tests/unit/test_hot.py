@@ -20,7 +20,7 @@ from proxy.store.store import Store
 from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
 from proxy.upstream.routing import Route
-from proxy.web.hot import MAX_HEADS, MOST, RENEW, RENEWALS, HotPath, renew_after
+from proxy.web.hot import IDS, MAX_HEADS, MOST, RENEW, RENEWALS, HotPath, renew_after
 from tests.unit.hot_kit import Connection, MemoryTransport, Side, make_side, request, two_sides
 from tests.unit.proxy_kit import (
     IMAGE,
@@ -289,6 +289,123 @@ async def test_an_answer_that_is_not_true_any_more_when_it_leaves_is_not_prepare
     assert str(MOVED.digest) in await hot.ask(TAG)
 
 
+# -- the same again --------------------------------------------------------------------------------
+
+
+async def test_the_same_bytes_are_not_read_again(hot: Hot) -> None:
+    await hot.warm(TAG)
+    protocol: Any = hot.connection.protocol
+    again = protocol._again
+    assert await hot.is_hot(TAG)
+    assert protocol._again is again is not None
+    assert await hot.is_hot(TAG, User_Agent="another")
+    assert protocol._again is again  # a head that is seen for the first time may hold anything
+    assert await hot.is_hot(TAG, User_Agent="another")
+    assert protocol._again is not again
+    assert await hot.is_hot(TAG)
+    agents = [line["agent"] for line in hot.side.lines()]
+    assert agents[-4:] == ["-", "another", "another", "-"]
+
+
+async def test_another_id_in_the_same_place_is_not_read_either(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    for number in range(3):
+        assert await hot.is_hot(MANIFEST, X_Id=f"{number}")
+    protocol: Any = hot.connection.protocol
+    again = protocol._again
+    assert again is not None
+    for value in ("17", "3f2b8c1e-77aa-4f0e-9d3c-0123456789ab"):
+        assert await hot.is_hot(MANIFEST, X_Id=value)
+        assert protocol._again is again
+    # What is not letters and digits alone is read, and is no end of anything.
+    assert await hot.is_hot(MANIFEST, X_Id="a b")
+    assert await hot.is_hot(MANIFEST, X_Id="18")
+    answer = await hot.ask(MANIFEST, X_Id="19\r\nIf-None-Match: *")
+    assert answer.startswith("HTTP/1.1 304 ")
+    assert await hot.is_hot(MANIFEST, X_Id="20")
+    answer = await hot.ask(MANIFEST, X_Id="21\r\nRange: bytes=0-1")
+    assert "X-Pullpool-Cache: hit" in answer
+    assert hot.side.hot_hits == 10
+
+
+async def _nothing(_hot: Hot) -> None:
+    return
+
+
+async def _evicted(hot: Hot) -> None:
+    await gone(hot, IMAGE.digest)
+
+
+async def _unlinked(hot: Hot) -> None:
+    await hot.store.unlink(UPSTREAM, NAME, IMAGE.digest)
+
+
+async def _doubted(hot: Hot) -> None:
+    hot.pool.proxy.puller._manifests._book.doubt((UPSTREAM, NAME, "v1"))
+
+
+async def _too_old(hot: Hot) -> None:
+    hot.clock.advance(30.0)
+
+
+async def _draining(hot: Hot) -> None:
+    hot.side.draining[0] = True
+
+
+async def _dropped(hot: Hot) -> None:
+    for line in list(hot.path.table.entries):
+        hot.path.table.drop(line)
+
+
+async def _paused(hot: Hot) -> None:
+    hot.connection.protocol.pause_writing()
+    asyncio.get_running_loop().call_soon(hot.connection.protocol.resume_writing)
+
+
+@pytest.mark.parametrize(
+    ("event", "stays"),
+    [
+        (_nothing, True),
+        (_evicted, False),
+        (_unlinked, False),
+        (_doubted, False),
+        (_too_old, False),
+        (_draining, False),
+        (_dropped, False),
+        (_paused, False),
+    ],
+)
+async def test_the_same_again_is_hot_for_as_long_as_anything_is(
+    hot: Hot, event: Any, stays: bool
+) -> None:
+    await hot.warm(TAG)
+    protocol: Any = hot.connection.protocol
+    assert protocol._again is not None
+    await event(hot)
+    before = hot.side.hot_hits
+    await hot.ask(TAG)
+    assert (hot.side.hot_hits > before) is stays
+
+
+async def test_nothing_is_said_again_while_the_handler_owes_an_answer(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    connection, protocol = hot.connection, hot.connection.protocol
+    connection.transport.written.clear()
+    protocol.data_received(request("/v2/"))
+    protocol.data_received(request(MANIFEST))
+    await connection.settle()
+    lengths = re.findall(rb"Content-Length: (\d+)", connection.transport.written)
+    assert lengths == [b"2", str(len(IMAGE.manifest)).encode()]
+
+
+async def test_a_head_with_a_secret_is_not_remembered_for_the_next_time(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    protocol: Any = hot.connection.protocol
+    for number in range(4):
+        assert await hot.is_hot(MANIFEST, Authorization="Basic c2VjcmV0", X_Id=f"{number}")
+        assert b"c2Vj" not in protocol._again.data + protocol._again.start
+
+
 # -- use -------------------------------------------------------------------------------------------
 
 
@@ -330,6 +447,28 @@ async def test_so_many_hits_are_looked_for_a_second_however_many_are_asked_for(h
     hot.clock.advance(3.0 - RENEW)
     assert await hot.is_hot(MANIFEST)
     assert len(looks) == 2
+
+
+async def test_when_all_hits_are_due_at_once_they_are_looked_for_over_several_seconds(
+    hot: Hot,
+) -> None:
+    await hot.warm(MANIFEST)
+    hot.clock.advance(RENEW)
+    now = hot.clock()
+    assert sum(hot.path._may_renew(now) for _ in range(3 * RENEWALS)) == RENEWALS
+    (entry,) = hot.path.table.entries.values()
+    again, looks = entry.again, []
+
+    def look() -> Hit | None:
+        looks.append(hot.clock())
+        return again()
+
+    entry.again = look
+    assert await hot.is_hot(MANIFEST)  # as true as its marks
+    assert looks == []
+    hot.clock.advance(1.0)
+    assert await hot.is_hot(MANIFEST)
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize(
@@ -509,6 +648,57 @@ async def test_request_ids_differ_and_stand_in_the_log(hot: Hot) -> None:
     lines = [json.loads(line) for line in hot.side.stream.getvalue().splitlines()]
     assert [line["request_id"] for line in lines] == [one.decode() for one in told]
     assert len(set(told)) == 20
+
+
+async def test_ids_differ_from_one_lot_to_the_next(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    hot.side.lines()
+    for _ in range(IDS // 100 + 1):
+        hot.connection.protocol.data_received(request(MANIFEST) * 50)
+        hot.connection.protocol.data_received(request(MANIFEST) * 50)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    told = re.findall(rb"X-Request-Id: ([0-9a-f]{16})\r", hot.connection.transport.written)
+    count = 100 * (IDS // 100 + 1)
+    assert len(set(told[-count:])) == count > IDS
+    lines = [json.loads(line) for line in hot.side.stream.getvalue().splitlines()]
+    assert [line["request_id"] for line in lines] == [one.decode() for one in told[-count:]]
+
+
+async def test_the_time_of_a_turn_stands_in_its_answers_and_lines(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    hot.side.lines()
+    dates, stamps = [], []
+    for wall in (1e9, 1e9 + 0.25, 1e9 + 1, 1e9 - 1):
+        hot.path.wall = lambda wall=wall: wall  # type: ignore[misc]
+        dates += re.findall("Date: .* (\\S+) GMT", await hot.ask(MANIFEST))
+        stamps.append(json.loads(hot.side.stream.getvalue().splitlines()[-1])["timestamp"])
+    assert dates == ["01:46:40", "01:46:40", "01:46:41", "01:46:39"]
+    assert stamps == [
+        "2001-09-09T01:46:40Z",
+        "2001-09-09T01:46:40.250000Z",
+        "2001-09-09T01:46:41Z",
+        "2001-09-09T01:46:39Z",
+    ]
+
+
+async def test_a_line_says_how_long_its_answer_took(hot: Hot) -> None:
+    class Slow(MemoryTransport):
+        def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
+            super().write(data)
+            hot.clock.advance(0.0123)
+
+    await hot.warm(MANIFEST)
+    hot.side.lines()
+    hot.connection = Connection(hot.side.server, Slow())
+    for _ in range(3):
+        await hot.ask(MANIFEST)
+    lines = [json.loads(line) for line in hot.side.stream.getvalue().splitlines()]
+    assert [(line["ms"], line["first_byte_ms"]) for line in lines] == [(12.3, 12.3)] * 3
+    labels = {"kind": "manifest", "cache": "hit"}
+    assert hot.side.count("http_request_duration_seconds_bucket", le="0.02", **labels) == 5
+    assert hot.side.count("http_request_duration_seconds_bucket", le="0.005", **labels) == 2
+    assert hot.side.hot_hits == 4
 
 
 @pytest.mark.parametrize("colour", [False, True])

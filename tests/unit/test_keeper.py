@@ -4,9 +4,10 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Terms
 from proxy.fleet.keeper import Keeper
-from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.local_claims import LocalClaims
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DirectoryDown
 from tests.unit.store_kit import silent

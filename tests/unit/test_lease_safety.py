@@ -3,7 +3,6 @@ exceed the cap. The directory's part is the real script in a real server, at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,8 +20,8 @@ from hypothesis.stateful import (
 
 from proxy.fleet.lease_call import Call, CapNews, Granted, reserve_of
 from proxy.fleet.ledger import Ledger, Terms
-from tests.unit.lease_kit import Desk, plain_call, server_apart
-from tests.unit.redis_kit import needs_redis
+from tests.unit.lease_kit import Desk, plain_call
+from tests.unit.redis_kit import Server, needs_redis
 
 pytestmark = needs_redis
 
@@ -254,10 +253,9 @@ class Fleet(RuleBasedStateMachine):
         assert sum(believed) <= getattr(self, "cap", 0), believed
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with server_apart(tmp_path_factory.mktemp("leases")) as server:
-        yield server.port
+@pytest.fixture
+def port(shared_redis: Server) -> int:
+    return shared_redis.port
 
 
 def test_the_sum_of_what_nodes_believe_never_exceeds_the_cap(port: int) -> None:

@@ -10,18 +10,17 @@ import redis
 
 from proxy.fleet.lease_call import Call, CapNews, Granted, reserve_of
 from proxy.fleet.ledger import Terms
-from tests.unit.lease_kit import Desk, server_apart
-from tests.unit.redis_kit import needs_redis
+from tests.unit.lease_kit import Desk
+from tests.unit.redis_kit import Server, needs_redis
 
 pytestmark = needs_redis
 
 TERMS = Terms(lease=10.0, margin=2.0, hold=60.0)
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with server_apart(tmp_path_factory.mktemp("leases")) as server:
-        yield server.port
+@pytest.fixture
+def port(shared_redis: Server) -> int:
+    return shared_redis.port
 
 
 class Talk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -18,8 +18,8 @@ from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.gate import Slots
 from proxy.upstream.origin import Origin
 from tests.unit.directory_kit import asking
-from tests.unit.lease_kit import server_apart, settle
-from tests.unit.redis_kit import needs_redis
+from tests.unit.lease_kit import settle
+from tests.unit.redis_kit import Server, needs_redis
 from tests.unit.slots_conformance import Crowd, SlotsConformance, crowd
 from tests.unit.upstream_kit import opened
 
@@ -27,10 +27,9 @@ pytestmark = needs_redis
 hosts = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with server_apart(tmp_path_factory.mktemp("leases")) as server:
-        yield server.port
+@pytest.fixture
+def port(shared_redis: Server) -> int:
+    return shared_redis.port
 
 
 def capacity_for(limit: int) -> int:

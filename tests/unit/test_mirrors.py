@@ -259,6 +259,7 @@ async def test_nobody_there_and_a_name_without_address_are_failures(tmp_path: Pa
                     assert (await pool.get(manifest_path("v1"))).body == IMAGE.manifest
 
 
+@pytest.mark.real_seconds
 async def test_a_url_that_hangs_is_left_within_the_deadline(tmp_path: Path) -> None:
     """Its read time-out alone is longer than anybody waits; it is asked no second time."""
     async with two(tmp_path, read_timeout="1h") as (pool, first, _):
@@ -268,6 +269,7 @@ async def test_a_url_that_hangs_is_left_within_the_deadline(tmp_path: Path) -> N
         assert first.counters.requests.total() == 1
 
 
+@pytest.mark.real_seconds
 async def test_a_tls_handshake_that_hangs_is_left_too(tmp_path: Path) -> None:
     with Mute() as mute:
         async with FakeRegistry() as second:

@@ -138,6 +138,7 @@ async def test_the_good_token_is_kept_while_harbor_hands_out_empty_ones(tmp_path
         assert registry.counters.tokens_issued == issued
 
 
+@pytest.mark.one_loop
 async def test_a_thousand_requests_for_forbidden_names_leave_the_cap_where_it_was(
     tmp_path: Path,
 ) -> None:
@@ -229,6 +230,7 @@ async def open_breaker(pool: Pullpool, clock: FakeClock) -> None:
     raise AssertionError("the breaker is closed still")
 
 
+@pytest.mark.real_seconds
 async def test_an_upstream_that_is_down_costs_a_cached_tag_nothing_and_is_probed_once(
     tmp_path: Path,
 ) -> None:
@@ -264,6 +266,7 @@ async def test_an_upstream_that_is_down_costs_a_cached_tag_nothing_and_is_probed
         ]
 
 
+@pytest.mark.real_seconds
 async def test_a_cold_pull_from_an_upstream_that_is_down_fails_fast_and_says_when_to_come_again(
     tmp_path: Path,
 ) -> None:
@@ -285,7 +288,7 @@ async def test_a_cold_pull_from_an_upstream_that_is_down_fails_fast_and_says_whe
 async def test_no_request_of_a_client_opens_the_breaker(tmp_path: Path) -> None:
     ahead = 0.0
     async with (
-        harbor() as registry,
+        harbor(service_time=0.0) as registry,
         running(
             tmp_path,
             registry.url,

@@ -11,6 +11,7 @@ import pytest
 from proxy.fleet.pieces import PIECE
 from proxy.fleet.protocol import PIECES, SEAL, StripeAsk
 from proxy.fleet.seal import SKEW, request_said
+from proxy.fleet.stripes import LARGEST
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PeerBusy, PeerFailed, PeerLied, StoreFailed
 from proxy.testing import FakeClock
@@ -219,7 +220,7 @@ async def test_a_request_that_was_overheard_is_of_no_use() -> None:
 
 async def test_strangers_learn_nothing_of_paths() -> None:
     async with giver(OneStripe(WholeStripe()), sealer=sealer(GIVER)) as node:
-        for path in ("/", "/v2/", "/metrics", PATH, "/fleet/v1/blobs/x/stripes/0"):
+        for path in ("/", "/v2/", "/metrics", PATH, "/fleet/v2/blobs/x/stripes/0"):
             head = f"GET {path} HTTP/1.1\nHost: x\nConnection: close\n\n"
             assert (await node.ask(head)).startswith(b"HTTP/1.1 401")
 
@@ -392,7 +393,7 @@ async def test_who_waits_gets_the_place_that_comes_free() -> None:
 
 
 async def test_a_taker_that_takes_nothing_loses_its_place() -> None:
-    big = bytes(16 * PIECE)
+    big = bytes(LARGEST)
     async with giver(OneStripe(WholeStripe(big)), stuck=0.1) as node:
         _, writer = await asyncio.open_connection("127.0.0.1", node.listener.port, limit=1)
         writer.write(PLAIN.replace("\n", "\r\n").encode() + b"\r\n")

@@ -13,7 +13,7 @@ from proxy.testing.peer import pieces_of
 
 DIGEST = Digest.of(b"a blob")
 STRONG = Digest.of(b"a blob", "sha512")
-PATH = f"/fleet/v1/blobs/{DIGEST}/stripes/"
+PATH = f"/fleet/v2/blobs/{DIGEST}/stripes/"
 
 ASKS = st.builds(
     StripeAsk,
@@ -48,13 +48,13 @@ def test_a_request_is_read_as_it_is_written(ask: StripeAsk) -> None:
         f"{PATH}\u0661",  # a digit, but none of ours
         f"/{PATH}1",
         f"/fleet//v1/blobs/{DIGEST}/stripes/1",
-        f"/fleet/v1/blobs/../blobs/{DIGEST}/stripes/1",
-        f"/fleet/v1/blobs/{str(DIGEST).upper()}/stripes/1",
-        f"/fleet/v1/blobs/{str(DIGEST).replace(':', '%3A')}/stripes/1",
-        f"/fleet/v1/blobs/sha512:{DIGEST.hex}/stripes/1",
-        f"/fleet/v1/blobs/md5:{DIGEST.hex[:32]}/stripes/1",
-        f"http://127.0.0.1/fleet/v1/blobs/{DIGEST}/stripes/1",
-        "/fleet/v1/blobs/../../etc/passwd/stripes/1",
+        f"/fleet/v2/blobs/../blobs/{DIGEST}/stripes/1",
+        f"/fleet/v2/blobs/{str(DIGEST).upper()}/stripes/1",
+        f"/fleet/v2/blobs/{str(DIGEST).replace(':', '%3A')}/stripes/1",
+        f"/fleet/v2/blobs/sha512:{DIGEST.hex}/stripes/1",
+        f"/fleet/v2/blobs/md5:{DIGEST.hex[:32]}/stripes/1",
+        f"http://127.0.0.1/fleet/v2/blobs/{DIGEST}/stripes/1",
+        "/fleet/v2/blobs/../../etc/passwd/stripes/1",
     ],
 )
 def test_any_other_path_is_none(path: str) -> None:

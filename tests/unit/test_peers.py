@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from proxy.fleet.answer import MOST as MOST_HEAD
-from proxy.fleet.peers import REFUSAL, SOCKETS
-from proxy.fleet.pieces import PIECE
+from proxy.fleet.peers import AHEAD, REFUSAL, SOCKETS
+from proxy.fleet.pieces import MOST, PIECE
 from proxy.fleet.protocol import SEAL, written
 from proxy.fleet.seal import Said, Seal
 from proxy.oci.errors import PeerBusy, PeerFailed, PeerLied
@@ -446,7 +446,7 @@ async def test_what_was_left_counts_until_it_is_closed_and_is_closed_at_once() -
 
 
 async def test_a_body_that_is_left_is_not_received_to_its_end() -> None:
-    big = bytes(16 * PIECE)
+    big = bytes(MOST)
     async with ScriptedGiver(big) as giver, taking() as taker:
         async with taker.peers.taking(grant(giver.url), wanted(data=big)) as transfer:
             await anext(transfer)
@@ -455,7 +455,7 @@ async def test_a_body_that_is_left_is_not_received_to_its_end() -> None:
 
 
 async def test_a_giver_cannot_fill_our_memory() -> None:
-    big = bytes(16 * PIECE)
+    big = bytes(MOST)
     async with (
         ScriptedGiver(big) as giver,
         taking() as taker,
@@ -464,7 +464,7 @@ async def test_a_giver_cannot_fill_our_memory() -> None:
         await anext(transfer)
         for _ in range(5):  # in which the kernels' buffers fill, and no more comes
             await asyncio.sleep(0.02)
-            assert taker.peers.held <= 2 * PIECE + (256 << 10)
+            assert taker.peers.held <= AHEAD + (256 << 10)
 
 
 # -- cancellation -----------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""A chain of receivers whose head dies must not close into a ring, whoever forgot what."""
+"""No ring of receivers when a chain's head dies, whoever forgot what; how often a node asks."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from proxy.fleet.claims import Grant
-from proxy.fleet.local_claims import Board, LocalClaims
-from proxy.fleet.pursuit import Pursuit
+from proxy.fleet.board import Board
+from proxy.fleet.claims import Grant, Wish
+from proxy.fleet.local_claims import LocalClaims
+from proxy.fleet.pursuit import LONGEST, LOOKERS, PEACE, PROMPT, Pursuit
 from proxy.fleet.shunned import Shunned, Why
-from proxy.fleet.stripes import MIB
+from proxy.fleet.steps import Ask
+from proxy.fleet.stripes import MIB, WIDTH, Span
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import giver
@@ -66,3 +69,80 @@ def test_a_receiver_whose_giver_died_is_not_sent_to_its_own_taker(forgets: bool)
     # Nor would its taker serve it, were it asked all the same.
     assert not three.pursuit.may_pass_on(0, 1)
     assert three.pursuit.may_pass_on(0, 3)
+
+
+@pytest.mark.parametrize(("mebibytes", "stripes"), [(64, 64), (128, 32), (4096, 4)])
+def test_the_upstream_is_asked_for_a_turns_worth_of_stripes(mebibytes: int, stripes: int) -> None:
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    claims = LocalClaims(board, giver(1))
+    pursuit = Pursuit(giver(1), shunned=Shunned(), rng=random.Random(1), size=mebibytes * MIB)
+    pursuit.saw(at_once(claims.look(DIGEST)))
+    pursuit.led(at_once(claims.fill(DIGEST, pursuit.size)))
+    assert pursuit.step(0, 0.0).fill == Span(0, stripes)
+
+
+def crowd_of(nodes: int) -> One:
+    """A node that sees so many others, and all stripes published."""
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    filler = LocalClaims(board, giver(1))
+    at_once(filler.fill(DIGEST, SIZE))
+    at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32, b"\2" * 32]))
+    one = One(board, 2)
+    view = at_once(one.claims.look(DIGEST))
+    one.pursuit.saw(replace(view, nodes=nodes))
+    return one
+
+
+@pytest.mark.parametrize(("nodes", "least"), [(6, 1), (LOOKERS - 1, 1), (LOOKERS, 2), (5000, 3)])
+def test_the_larger_the_crowd_the_more_stripes_are_asked_for_at_once(
+    nodes: int, least: int
+) -> None:
+    pursuit = crowd_of(nodes).pursuit
+    pursuit.asked(Ask(0, giver(1), 1))  # which readers wait for
+    for stripe in range(100, 100 + WIDTH - least):
+        assert pursuit.step(0, 0.0).wishes
+        pursuit.asked(Ask(stripe, giver(1), 1))
+    step = pursuit.step(0, 0.0)
+    assert (step.wishes, step.saves) == ((), True)
+
+
+def test_a_directory_that_answers_late_is_left_in_peace_for_longer_than_that() -> None:
+    pursuit = crowd_of(LOOKERS).pursuit
+    pursuit.answered(PROMPT, 0.0)
+    assert pursuit.step(0, 0.0).wishes
+    pursuit.answered(PROMPT + LONGEST / PEACE, 10.0)
+    step = pursuit.step(0, 10.5)
+    assert (step.wishes, step.saves) == ((), True)
+    assert step.wait >= LONGEST - 0.5
+    assert pursuit.step(0, 10.0 + LONGEST).wishes
+
+
+def test_with_few_nodes_it_is_the_line_that_is_slow() -> None:
+    pursuit = crowd_of(LOOKERS - 1).pursuit
+    pursuit.answered(PROMPT + 1.0, 10.0)
+    assert pursuit.step(0, 10.0).wishes
+
+
+def test_in_a_crowd_who_has_something_to_take_does_not_look_first() -> None:
+    few, many = crowd_of(LOOKERS - 1).pursuit, crowd_of(LOOKERS).pursuit
+    assert few.is_to_look(0, 0.0)
+    assert not many.is_to_look(0, 0.0)
+    for stripe in range(2):  # all there is is on its way
+        many.asked(Ask(stripe, giver(1), 1))
+    assert many.is_to_look(0, 0.0)
+
+
+def test_in_a_crowd_what_readers_wait_for_is_asked_for_though_there_is_little_room() -> None:
+    pursuit = crowd_of(5000).pursuit
+    for stripe in range(100, 100 + WIDTH - 1):
+        pursuit.asked(Ask(stripe, giver(1), 1))
+    assert pursuit.step(0, 0.0).wishes[0] == Wish(0, is_urgent=True)
+    pursuit.asked(Ask(0, giver(1), 1))
+    pursuit.ended(100, Why.DIED, 0.0)
+    assert pursuit.step(0, 0.0).wishes == ()
+
+
+def test_no_wait_is_longer_than_leases_allow() -> None:
+    pursuit = crowd_of(100_000).pursuit
+    pursuit.answered(60.0, 0.0)
+    assert pursuit.step(0, 0.0).wait <= LONGEST

@@ -16,8 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms
-from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.pursuit import STALLED, Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask, Fresh, Step

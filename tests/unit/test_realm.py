@@ -1,10 +1,13 @@
 """The realm rule: which token services may be asked, and so may see credentials."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from publicsuffixlist import PSLFILE, PublicSuffixList
 
-from proxy.upstream.realm import realm_allowed, registrable_domain
+from proxy.upstream.realm import read_suffixes, realm_allowed, registrable_domain
 
 HARBOR = "https://harbor.example.com"
 
@@ -125,3 +128,15 @@ def test_names_under_one_registrable_domain_trust_each_other(labels: list[str], 
     assert registrable_domain(host) == owner
     assert realm_allowed(f"https://{host}/token", f"https://registry.{owner}", ())
     assert not realm_allowed(f"https://{host}/token", "https://registry.example.org", ())
+
+
+def test_the_suffixes_are_those_that_the_library_reads() -> None:
+    ours, theirs = read_suffixes(), PublicSuffixList(accept_unknown=False)
+    lines = Path(PSLFILE).read_text("utf-8").splitlines()
+    rules = [line.split()[0] for line in lines if line and not line.startswith("//")]
+    assert len(rules) > 9000
+    for rule in rules:
+        name = rule.lstrip("!").removeprefix("*.")
+        for spelled in (name, name.encode("idna").decode()):
+            for host in (spelled, f"one.{spelled}", f"two.one.{spelled}"):
+                assert ours.privatesuffix(host) == theirs.privatesuffix(host), host

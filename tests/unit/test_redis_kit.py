@@ -18,7 +18,7 @@ from tests.unit.redis_kit import (
     until,
 )
 
-pytestmark = needs_redis
+pytestmark = [needs_redis, pytest.mark.real_seconds]
 
 
 async def test_a_server_answers_is_flushed_and_restarts_with_nothing(tmp_path: Path) -> None:

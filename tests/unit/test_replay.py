@@ -76,10 +76,10 @@ class Peer:
 class Line:
     """An origin at a cap of one, with its metrics."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, read_timeout: float = 60.0) -> None:
         self.url = url
         self.metrics = Metrics()
-        settings = OriginSettings(max_connections=1, tls=tls().client, read_timeout=60.0)
+        settings = OriginSettings(max_connections=1, tls=tls().client, read_timeout=read_timeout)
         key = OriginKey.of(url)
         self.origin = Origin(key, settings, metrics=self.metrics, clock=FakeClock())
 
@@ -241,8 +241,7 @@ def test_an_answer_that_has_begun_is_not_replayed(loop: str, secure: bool) -> No
 def test_a_silent_socket_is_not_replayed(loop: str) -> None:
     async def main() -> None:
         async with FakeRegistry() as registry:
-            line = Line(URL(registry.url) / "v2/")
-            line.origin.settings = OriginSettings(max_connections=1, read_timeout=0.01)
+            line = Line(URL(registry.url) / "v2/", read_timeout=1.0)
             async with opened(line.origin):
                 await line.ask()
                 registry.script(Fault(Hang()))

@@ -21,7 +21,7 @@ from proxy.testing import FakeClock
 
 SECRET = b"a secret of the fleet"
 TAKER, GIVER, OTHER = "a" * 16, "b" * 16, "c" * 16
-SAID = request_said("GET", "/fleet/v1/blobs/x/stripes/0", "1", None)
+SAID = request_said("GET", "/fleet/v2/blobs/x/stripes/0", "1", None)
 HEX = "0123456789abcdef"
 
 
@@ -73,11 +73,11 @@ def test_clocks_may_not_differ_by_more_and_the_log_says_so(skew: float, words: s
 @pytest.mark.parametrize(
     "said",
     [
-        request_said("HEAD", "/fleet/v1/blobs/x/stripes/0", "1", None),
-        request_said("GET", "/fleet/v1/blobs/x/stripes/1", "1", None),
-        request_said("GET", "/fleet/v1/blobs/x/stripes/0", "2", None),
-        request_said("GET", "/fleet/v1/blobs/x/stripes/0", "1", "bytes=1048576-"),
-        request_said("GET", "/fleet/v1/blobs/x/stripes/0", None, "1"),
+        request_said("HEAD", "/fleet/v2/blobs/x/stripes/0", "1", None),
+        request_said("GET", "/fleet/v2/blobs/x/stripes/1", "1", None),
+        request_said("GET", "/fleet/v2/blobs/x/stripes/0", "2", None),
+        request_said("GET", "/fleet/v2/blobs/x/stripes/0", "1", "bytes=1048576-"),
+        request_said("GET", "/fleet/v2/blobs/x/stripes/0", None, "1"),
     ],
 )
 def test_a_seal_is_for_one_request_alone(said: Said) -> None:

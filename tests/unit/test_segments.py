@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from proxy.pull.fill import GATHER_BYTES, may_gather
 from proxy.pull.segments import Segment, Segments, cut
 
 MIB = 1 << 20
@@ -177,3 +178,21 @@ class Blob(RuleBasedStateMachine):
 
 Blob.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestBlob = Blob.TestCase
+
+
+@pytest.mark.parametrize(
+    ("at", "stop", "received", "count", "may"),
+    [
+        (50, 60, 40, 1, True),
+        (50, None, 40, 1, True),
+        (50, 60, 50 * MIB, 1, False),  # it is next: readers wait for it
+        (50, 60, 40, GATHER_BYTES, False),  # it comes fast enough
+        (50, 51, 40, 1, False),  # the turn, and with it a slot, would wait
+    ],
+)
+def test_small_pieces_that_nobody_waits_for_may_gather(
+    at: int, stop: int | None, received: int, count: int, may: bool
+) -> None:
+    """``at`` and ``stop`` in MiB."""
+    segment = Segment(at * MIB, None if stop is None else stop * MIB)
+    assert may_gather(segment, received, count) is may

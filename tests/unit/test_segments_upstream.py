@@ -260,6 +260,8 @@ async def test_a_flight_that_comes_later_waits_for_the_end_of_one_segment_only(
             await hold.arrived(CAP - 2)
             second = asyncio.create_task(stack.pull("bob", other))
             await until(lambda: stack.puller.origin.state().depth["blob"] == 1)
+            # What was granted a slot before has arrived, too.
+            await until(lambda: hold.waiting == stack.puller.origin.state().active)
             before = stack.registry.counters.gets[stack.digest]
             hold.release(1)  # one segment ends: its slot is the other's
             await until(lambda: stack.registry.counters.gets[other] == 1)

@@ -14,7 +14,8 @@ from proxy.oci.digest import Digest
 from proxy.testing import Answer as Scripted
 from proxy.testing import Corrupt, Cut, Fault, Stall, make_image
 from proxy.testing.images import pseudo_random
-from proxy.web.sending import read_at, read_cached
+from proxy.web.sending import CHUNK, FEW, SMALL_CHUNK, chunk_for, read_at, read_cached
+from proxy.web.server import RegistryServer
 from tests.unit.proxy_kit import (
     IMAGE,
     LAYER,
@@ -63,7 +64,8 @@ async def keep(pool: Pullpool, path: str) -> None:
 
 
 def leases(pool: Pullpool) -> list[str]:
-    """Files of the cache that are open, the index and the lock aside."""
+    """Files of the cache that are open, those aside that nobody reads, the index and the lock."""
+    pool.proxy.store._shelf.kept.close()
     root = str(pool.cache)
     return [name for name in descriptors() if name.startswith((f"{root}/blobs", f"{root}/staging"))]
 
@@ -339,3 +341,35 @@ async def test_reading_from_memory_lets_others_run(tmp_path: Path) -> None:
             await read_at(file.fileno(), 10, at)
     running.cancel()
     assert turns >= 99
+
+
+async def test_with_many_clients_less_is_read_at_once_for_each() -> None:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text=str(chunk_for(request)))
+
+    server = RegistryServer(answer, lambda _request, text: web.Response(status=400, text=text))
+    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+
+    async def asked() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writers.append(writer)
+        writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        return int(await reader.read(6))
+
+    writers: list[asyncio.StreamWriter] = []
+    try:
+        assert [await asked() for _ in range(FEW)] == [CHUNK] * FEW
+        assert await asked() == SMALL_CHUNK
+        for writer in writers[:2]:
+            writer.close()
+            await writer.wait_closed()
+        await until(lambda: len(server.connections) == FEW - 1)
+        assert await asked() == CHUNK
+    finally:
+        for writer in writers:
+            writer.close()
+        listening.close()
+        await server.shutdown(1)
+        await listening.wait_closed()

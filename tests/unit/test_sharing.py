@@ -11,8 +11,9 @@ from typing import cast
 
 import pytest
 
-from proxy.fleet.claims import Taken, View, Wish
-from proxy.fleet.local_claims import Board, LocalClaims
+from proxy.fleet.board import Board
+from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, View, Wish
+from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.protocol import StripeAsk
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestMismatch, DirectoryDown, StoreFailed
@@ -262,6 +263,7 @@ async def test_a_turn_in_a_queue_is_called_back_when_another_node_fills(
         assert first.sent == 0
 
 
+@pytest.mark.real_seconds
 async def test_who_waits_for_a_range_hears_that_its_turn_has_ended_without_a_byte(
     tmp_path: Path,
 ) -> None:
@@ -350,6 +352,7 @@ class Wrong(LocalClaims):
         room: int,
         known: int = 0,
         avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
     ) -> Taken:
         missing = frozenset(wish.stripe for wish in wishes)
         return Taken((), missing, await self.look(digest, known))
@@ -378,9 +381,10 @@ async def test_hashes_of_a_blob_of_another_size_are_not_followed(tmp_path: Path)
             room: int,
             known: int = 0,
             avoid: Collection[str] = (),
+            ended: Sequence[tuple[Grant, Outcome]] = (),
         ) -> Taken:
             Other.is_asked = True
-            return await super().take(digest, wishes, room, known, avoid)
+            return await super().take(digest, wishes, room, known, avoid, ended)
 
         async def look(self, digest: Digest, known: int = 0) -> View:
             return replace(await super().look(digest, known), size=SIZE + 1)
@@ -427,3 +431,80 @@ async def until_taken(fleet: Fleet, number: int) -> None:
     """Wait until a node receives a stripe."""
     taker = fleet.ids[number]
     await until(lambda: any(one[1] == taker for one in fleet.wire.taken))
+
+
+class Spied(LocalClaims):
+    """Tells what it was told, and may be out of reach for one take that gives grants back."""
+
+    def __init__(self, board: Board, giver: Giver) -> None:
+        super().__init__(board, giver)
+        self.holds = 0
+        self.granted: set[str] = set()
+        self.ended: dict[str, Outcome] = {}
+        self.is_to_fail = False
+
+    async def hold(
+        self, digest: Digest, generation: str, have: int, grants: Sequence[Grant] = ()
+    ) -> bool:
+        self.holds += have != WHOLE
+        return await super().hold(digest, generation, have, grants)
+
+    async def give_back(self, grant: Grant, outcome: Outcome) -> None:
+        self.ended[grant.token] = outcome
+        await super().give_back(grant, outcome)
+
+    async def take(
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
+    ) -> Taken:
+        if ended and self.is_to_fail:
+            self.is_to_fail = False
+            raise DirectoryDown
+        taken = await super().take(digest, wishes, room, known, avoid, ended)
+        self.granted.update(grant.token for grant in taken.grants)
+        return taken
+
+
+async def test_a_node_that_publishes_all_the_time_still_says_what_it_has(tmp_path: Path) -> None:
+    clock = Time()
+    board = Board(clock=clock, rng=random.Random(0))
+    made: list[Spied] = []
+
+    def claims(giver: Giver) -> Spied:
+        made.append(Spied(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 1, clock=clock, claims=claims) as fleet:
+        upstream = source()
+        upstream.valve.limit = MIB
+        reader = asyncio.create_task(pull(fleet, 0, upstream))
+        for stripes in range(1, 5):
+            await until(lambda n=stripes: len(board.blob(DIGEST).hashes) == n)  # type: ignore[misc]  # a default binds it
+            clock.ahead += PATIENCE * 0.9
+            upstream.valve.open((stripes + 1) * MIB)
+        await until(lambda: made[0].holds > 0)
+        upstream.valve.open()
+        assert await reader == DATA
+
+
+async def test_what_a_directory_did_not_hear_is_told_again(tmp_path: Path) -> None:
+    board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
+    made: list[Spied] = []
+
+    def claims(giver: Giver) -> Spied:
+        made.append(Spied(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 2, claims=claims) as fleet:
+        made[1].is_to_fail = True
+        both = await asyncio.gather(pull(fleet, 0, source()), pull(fleet, 1, source()))
+        assert set(both) == {DATA}
+        assert not made[1].is_to_fail
+        assert made[1].granted
+        await until(lambda: made[1].granted == set(made[1].ended))
+        assert set(made[1].ended.values()) == {Outcome.DONE}

@@ -16,7 +16,7 @@ def test_a_fault_is_left_alone_for_its_time(why: Why) -> None:
 
 
 def test_every_fault_is_a_kind_of_its_own() -> None:
-    assert len(Why) == 4
+    assert len(Why) == 5
 
 
 def test_who_fails_again_soon_is_left_for_twice_as_long_up_to_a_limit() -> None:
@@ -58,7 +58,7 @@ def test_a_lie_is_not_covered_by_a_lesser_fault() -> None:
 
 def test_only_who_lied_is_a_liar() -> None:
     shunned = Shunned()
-    for node, why in zip("abcd", Why, strict=True):
+    for node, why in zip("abcde", Why, strict=True):
         shunned.mark(node, why, 0.0)
-    assert shunned.avoided(0.1) == set("abcd")
+    assert shunned.avoided(0.1) == set("abcde")
     assert shunned.liars(0.1) == {"a"}

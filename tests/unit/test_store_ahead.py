@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.oci.errors import StoreFailed
+from proxy.store.blobs import READ_STEP
 from proxy.store.store import StoreFull
 from tests.unit.store_kit import (
     FullDisk,
@@ -41,6 +42,19 @@ async def test_what_came_out_of_order_is_a_blob_once_all_of_it_is_hashed(tmp_pat
         assert fill.verifier.count == 1000
         await fill.commit()
         assert await store.read(name(A)) == A
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, READ_STEP])
+async def test_what_is_read_again_by_steps_is_hashed_once(tmp_path: Path, beyond: int) -> None:
+    data = blob(3, 2 * READ_STEP + beyond)
+    async with opened(tmp_path) as store:
+        fill = await store.create(name(data), len(data))
+        await fill.put(7, [data[7:]])
+        await fill.append([data[:7]])
+        await fill.advance(READ_STEP // 2)  # the next step leaves bytes of this one in its buffer
+        await fill.advance(len(data))
+        await fill.commit()
+        assert await store.read(name(data)) == data
 
 
 async def test_a_fill_with_a_hole_cannot_be_committed(tmp_path: Path) -> None:

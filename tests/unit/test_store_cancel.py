@@ -112,6 +112,7 @@ async def test_a_create_that_is_cancelled_while_it_evicts_promises_nothing(
         with pytest.raises(asyncio.CancelledError):
             await creating
         assert store._ledger.reserved == 0
+        assert staging_files(tmp_path) == []
         await store.put(name(B), B)
 
 

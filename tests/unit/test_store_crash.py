@@ -30,6 +30,8 @@ from tests.unit.store_kit import (
     stored_files,
 )
 
+pytestmark = pytest.mark.one_loop
+
 ROOT = Path(__file__).parents[2]
 OLD, NEW = blob(1, 3000), blob(2, 3000)
 BOTH, ONE = 10_000, 4000  # sizes of a cache that holds two of them, and one

@@ -1,7 +1,9 @@
 """Room in the store: who has to go, who must not, and what a full or failing disk costs."""
 
+import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -296,3 +298,16 @@ class FailingCalls:
             return call(*arguments)
 
         return counted
+
+
+async def test_no_room_is_told_though_the_threads_for_slow_work_are_busy(tmp_path: Path) -> None:
+    go = threading.Event()
+    async with opened(tmp_path, max_size=2000) as store:
+        busy = [asyncio.ensure_future(store._threads.slow(go.wait)) for _ in range(4)]
+        try:
+            with pytest.raises(NoRoom):
+                await store.create(name(blob(1, 10)), 10_000)
+        finally:
+            go.set()
+            await asyncio.gather(*busy)
+    assert staging_files(tmp_path) == []

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import StoreFailed
 from proxy.store.index import MIGRATIONS, Index
+from proxy.store.recovery import look
 from proxy.store.store import CacheDirBusy, CacheDirUnusable, Store
 from tests.unit.store_kit import (
     Gate,
@@ -28,6 +30,7 @@ from tests.unit.store_kit import (
 )
 
 A, B, C = blob(1, 1000), blob(2, 1000), blob(3, 1000)
+HOURS = 10_000.0  # a pause before the look at the directory that no test sees the end of
 
 
 # The start
@@ -79,20 +82,181 @@ async def test_a_blob_that_waits_to_be_judged_can_be_fetched_anew(tmp_path: Path
         assert store.state().bytes == 1000
 
 
-async def test_rows_without_a_file_and_files_of_another_size_are_dropped(tmp_path: Path) -> None:
+async def test_rows_without_a_file_are_dropped(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
-        for data in (A, B, C):
+        for data in (A, B):
             await store.put(name(data), data)
-        paths = {data: store._shelf.layout.blob(name(data)) for data in (A, B)}
-    paths[A].unlink()
-    os.truncate(paths[B], 999)
+        store._shelf.layout.blob(name(A)).unlink()
     async with opened(tmp_path) as store:
-        assert store.size_of(name(A)) is None
-        assert store.size_of(name(B)) is None
-        assert store.size_of(name(C)) == 1000
         await store.recovered()
-        assert not paths[B].exists()
-        assert [row[0] for row in (await store._index.load()).blobs] == [str(name(C))]
+        assert store.size_of(name(A)) is None
+        assert store.size_of(name(B)) == 1000
+        assert store.state().bytes == 1000
+        assert [row[0] for row in (await store._index.load()).blobs] == [str(name(B))]
+
+
+async def test_files_of_another_size_are_dropped_when_they_are_opened(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.put(name(A), A)
+        path = store._shelf.layout.blob(name(A))
+    os.truncate(path, 999)
+    async with opened(tmp_path) as store:
+        await store.recovered()
+        assert await store.lease(name(A)) is None
+        assert store.size_of(name(A)) is None
+        assert not path.exists()
+        assert (await store._index.load()).blobs == []
+
+
+async def test_what_is_held_is_served_before_anybody_looked_at_the_directory(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as store:
+        for data in (A, B):
+            await store.put(name(data), data)
+        store._shelf.layout.blob(name(A)).unlink()
+    async with opened(tmp_path, pause=HOURS) as store:
+        lease = await store.lease(name(B))
+        assert lease is not None
+        lease.close()
+        assert await store.lease(name(A)) is None  # and known to be missing from here on
+        assert store.size_of(name(A)) is None
+        await store.put(name(A), A)
+        assert await store.read(name(A)) == A
+    async with opened(tmp_path) as store:
+        await store.recovered()
+        assert store.state().blobs == 2
+
+
+async def test_a_blob_that_was_stored_after_the_look_is_not_missing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        for data in (A, B):
+            await store.put(name(data), data)
+            store._shelf.layout.blob(name(data)).unlink()
+        seen = store._ledger.entries()
+        assert await store.lease(name(A)) is None
+        await store.put(name(A), A)
+        await store._shelf.lose(seen)
+        assert await store.read(name(A)) == A
+        assert store.size_of(name(B)) is None
+        assert [row[0] for row in (await store._index.load()).blobs] == [str(name(A))]
+
+
+async def test_very_many_missing_blobs_are_dropped_in_several_turns(tmp_path: Path) -> None:
+    bodies = [blob(seed, 10) for seed in range(1100)]
+    async with opened(tmp_path) as store:
+        for data in bodies:
+            store._ledger.add(name(data), 10, 1)
+            await store._index.put_blob(str(name(data)), 10, 1)
+        path = store._shelf.layout.blob(name(bodies[-1]))
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bodies[-1])
+    gone: list[object] = []
+    async with opened(tmp_path, pause=HOURS) as store:
+        store.tell(gone=gone.extend, unlinked=lambda _: None)
+        assert store.state().blobs == 1100
+        store._recovery._rested.set()
+        await store.recovered()
+        assert store.state().blobs == 1
+        assert await store.read(name(bodies[-1])) == bodies[-1]
+        assert len((await store._index.load()).blobs) == 1
+    assert set(gone) == {name(data) for data in bodies[:-1]}
+
+
+async def test_a_file_that_only_a_late_look_finds_is_counted_and_adopted_at_its_age(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path, wall=lambda: 1000.0) as store:
+        await store.put(name(A), A)
+    async with opened(tmp_path, wall=lambda: 3000.0) as store:
+        await store.put(name(B), B)
+    async with opened(tmp_path, pause=HOURS) as store:
+        path = store._shelf.layout.blob(name(C))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(C)
+        os.utime(path, (2000, 2000))
+        assert store.size_of(name(C)) is None
+        store._recovery._rested.set()
+        await store.recovered()
+        assert await store.read(name(C)) == C
+        assert list(store._ledger) == [name(A), name(C), name(B)]
+        assert store.state().bytes == 3000
+    async with opened(tmp_path, pause=HOURS) as store:
+        assert store.size_of(name(C)) == 1000  # it has a row
+
+
+async def test_what_is_being_evicted_is_no_blob_that_a_look_has_found(tmp_path: Path) -> None:
+    bodies = [blob(seed, 1000) for seed in range(20)]
+    async with opened(tmp_path, max_size=22_000) as store:
+        for data in bodies:
+            await store.put(name(data), data)
+    gate = Gate()
+    slow = replace(roomy(), unlink=gate.before(os.unlink))  # type: ignore[arg-type]  # any call
+    async with opened(tmp_path, max_size=22_000, pause=HOURS, disk=slow) as store:
+        new = blob(99, 2500)
+        putting = asyncio.create_task(store.put(name(new), new))
+        await settled(gate.reached.is_set)
+        held = len(store._ledger)
+        assert held < 20
+        assert len(stored_files(tmp_path)) == 20
+        store._recovery._rested.set()
+        await settled(lambda: not store._shelf._noting)
+        gate.go.set()
+        await store.recovered()
+        await putting
+        assert len(store._ledger) == held + 1
+        assert store._shelf.unverified == set()
+    assert len(stored_files(tmp_path)) == held + 1
+
+
+async def test_a_listing_that_passes_over_a_file_loses_no_blob(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        for data in (A, B):
+            await store.put(name(data), data)
+        layout, held = store._shelf.layout, store._ledger.entries()
+        layout.blob(name(B)).unlink()
+        looking = partial(look, layout, held, doubts=False, stopped=lambda: False)
+        found = await asyncio.to_thread(looking, names=lambda _: [])
+        assert found is not None
+        assert [digest for digest, _ in found.missing] == [name(B)]
+
+
+async def test_a_file_that_went_after_the_look_is_not_counted_for_ever(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.put(name(A), A)
+        path = store._shelf.layout.blob(name(A))
+    (tmp_path / "index.db").unlink()
+    async with opened(tmp_path, max_size=2000) as store:
+        assert store.state().bytes == 1000
+        path.unlink()  # before its turn to be hashed has come
+        await store.recovered()
+        assert store.state().bytes == 0
+        assert store.size_of(name(A)) is None
+
+
+async def test_a_store_that_closes_while_it_rests_closes_at_once(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.put(name(A), A)
+    before = descriptors()
+    async with opened(tmp_path, pause=HOURS) as store:
+        assert "resting" in repr(store._recovery)
+    assert "ended" in repr(store._recovery)
+    assert threads_of_stores() == []
+    assert descriptors() == before
+    async with opened(tmp_path) as store:
+        assert await store.read(name(A)) == A
+
+
+async def test_rows_that_name_no_digest_are_dropped(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.put(name(A), A)
+        await store._index.put_blob("sha256:short", 10, 10)
+        await store._index.put_manifest(str(name(A)), "a/type", ["sha256:short", str(name(B))])
+    async with opened(tmp_path) as store:
+        await store.recovered()
+        assert await store.manifest_type(name(A)) == "a/type"
+        assert store._ledger._children[name(A)] == (name(B),)
+        assert [row[0] for row in (await store._index.load()).blobs] == [str(name(A))]
 
 
 async def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ class TestTasks:
 
 
 class TestFollowing:
+    @pytest.mark.one_loop
     async def test_a_server_that_ends_is_asked_again_when_it_is_back(self, tmp_path: Path) -> None:
         """The server is killed in the middle of a blob, and another one takes its place."""
         async with FakeRegistry() as fake:
@@ -138,6 +139,7 @@ class TestFollowing:
             # What had come when it was killed did not come again.
             assert fake.counters.bytes_by_digest[LAYER.digest] <= LAYER.size + 100_000
 
+    @pytest.mark.one_loop
     async def test_workers_take_orders_and_go_on_when_their_leader_is_killed(
         self, tmp_path: Path
     ) -> None:
@@ -156,6 +158,7 @@ class TestFollowing:
                 assert (waited.exit_code, waited.stderr) == (0, ""), waited.output
             assert fake.counters.gets[IMAGE.digest] == 1
 
+    @pytest.mark.one_loop
     async def test_an_interrupt_ends_the_waiting_and_not_the_task(self, served: Served) -> None:
         pool, fake = served
         with fake.hold(kind="blob") as hold:

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from proxy.oci.digest import Digest
 from proxy.store.reading import Reading
@@ -12,6 +13,8 @@ from proxy.testing import FakeRegistry, Fault, Stall
 from tests.unit.process_kit import child
 from tests.unit.proxy_kit import IMAGE, NAME, RawClient, blob_path, manifest_path, until
 from tests.unit.upstream_kit import MIB, noise
+
+pytestmark = pytest.mark.one_loop
 
 
 async def test_two_processes_on_one_cache_keep_one_cap_and_fetch_once(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from proxy.testing.__main__ import main
 from proxy.testing.overload import Misbehaviour
 from tests.unit.fake_kit import basic, claims
 
+pytestmark = pytest.mark.one_loop
+
 
 @contextlib.asynccontextmanager
 async def program(*options: str) -> AsyncIterator[dict[str, Any]]:

@@ -18,6 +18,8 @@ from tests.unit.process_kit import ROOT, Child, child
 from tests.unit.proxy_kit import IMAGE, NAME, RawClient, blob_path, manifest_path, until
 from tests.unit.upstream_kit import MIB, noise
 
+pytestmark = pytest.mark.one_loop
+
 SIZE = 2 * MIB
 
 REQUESTS = "pullpool_http_requests_total"
