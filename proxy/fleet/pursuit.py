@@ -161,7 +161,7 @@ class Pursuit:
 
     def is_to_look(self, need: int, now: float) -> bool:
         """After a wait: whether to look. In a crowd who has something to take does that at once: it
-        learns as much, but for whom to name, and so many nodes find others by the queues."""
+        learns as much by it, but for what others have."""
         return self._told.view.nodes < LOOKERS or not self.step(need, now).wishes
 
     def is_alone(self, now: float) -> bool:

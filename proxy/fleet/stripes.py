@@ -4,8 +4,9 @@ Pure: what a node knows goes in, what it should ask for comes out. `pursuit.py` 
 
 The order is made so that a cold crowd works with all its uplinks at once. The stripe that readers
 need next comes first; then those that fewest others have, and among equals each node has an order
-of its own. A giver costs what it lends already, since its uplink is shared by as many; one that is
-itself still receiving the stripe costs, for each hop from one that has it, the piece it is behind.
+of its own. Who gives is chosen by the directory (`claims.py`), and here only while that is gone: a
+giver costs what it lends already, since its uplink is shared by as many; one that is itself still
+receiving the stripe costs, for each hop from one that has it, the piece it is behind.
 """
 
 from __future__ import annotations

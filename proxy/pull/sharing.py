@@ -258,14 +258,14 @@ class Sharing:
         return True
 
     async def _with_ended(self, wishes: Sequence[Wish], room: int, avoid: Collection[str]) -> Taken:
-        """Take, and give back what has ended. If the directory does not answer that is told again
-        with the next call: what is given back twice does nothing."""
+        """Take, and give back what has ended. Unless the directory answers that is told again with
+        the next call, if only by ``close``: what is given back twice does nothing."""
         ended, self._ended = self._ended, []
         try:
             return await self._claims.take(
                 self.digest, wishes, room, self._pursuit.published, avoid, ended
             )
-        except DirectoryDown:
+        except BaseException:  # it is down, or we are cancelled
             self._ended = ended + self._ended
             raise
 

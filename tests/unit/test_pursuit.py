@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
 from proxy.fleet.claims import Grant, Wish
 from proxy.fleet.local_claims import LocalClaims
@@ -17,7 +18,6 @@ from proxy.fleet.stripes import MIB, WIDTH, Span
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import giver
-from tests.unit.fleet_kit import at_once
 
 DIGEST = Digest.of(b"a blob")
 SIZE = 2 * MIB

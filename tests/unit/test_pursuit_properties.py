@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms
 from proxy.fleet.local_claims import LocalClaims
@@ -25,7 +26,6 @@ from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import MIB, lowest_zero
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
-from tests.unit.fleet_kit import at_once
 
 DIGEST = Digest.of(b"a blob")
 COUNT = 16

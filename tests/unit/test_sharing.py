@@ -442,6 +442,8 @@ class Spied(LocalClaims):
         self.granted: set[str] = set()
         self.ended: dict[str, Outcome] = {}
         self.is_to_fail = False
+        self.is_to_hang = False
+        self.unheard: set[str] = set()
 
     async def hold(
         self, digest: Digest, generation: str, have: int, grants: Sequence[Grant] = ()
@@ -465,6 +467,10 @@ class Spied(LocalClaims):
         if ended and self.is_to_fail:
             self.is_to_fail = False
             raise DirectoryDown
+        if ended and self.is_to_hang:
+            self.is_to_hang = False
+            self.unheard = {grant.token for grant, _ in ended}
+            await asyncio.Event().wait()
         taken = await super().take(digest, wishes, room, known, avoid, ended)
         self.granted.update(grant.token for grant in taken.grants)
         return taken
@@ -508,3 +514,25 @@ async def test_what_a_directory_did_not_hear_is_told_again(tmp_path: Path) -> No
         assert made[1].granted
         await until(lambda: made[1].granted == set(made[1].ended))
         assert set(made[1].ended.values()) == {Outcome.DONE}
+
+
+async def test_what_was_being_told_when_a_pull_is_cancelled_is_told_at_its_end(
+    tmp_path: Path,
+) -> None:
+    board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
+    made: list[Spied] = []
+
+    def claims(giver: Giver) -> Spied:
+        made.append(Spied(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 2, claims=claims) as fleet:
+        made[1].is_to_hang = True
+        first = source()
+        first.valve.limit = 3 * MIB
+        pulls = [asyncio.create_task(pull(fleet, number, first)) for number in range(2)]
+        await until(lambda: bool(made[1].unheard))
+        await fleet.nodes[1].rig.flights.close()
+        assert made[1].unheard <= set(made[1].ended)
+        first.valve.open()
+        await asyncio.gather(*pulls, return_exceptions=True)
