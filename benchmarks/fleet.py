@@ -205,6 +205,8 @@ class World:
                 known["directory"] = f"redis://{store.address}:6379/0"
             if kind == "star":
                 known["star"] = f"http://{nets[0].address}:{PORT}"
+            others = [self.upstream.net, *([store] if store is not None else [])]
+            self.network.introduce([*nets, *others])
             found = stack.enter_context(nodes(nets, self.lines(count, **known), own))
             everybody = stack.enter_context(clients(found, self.upstream.want))
             if store is not None:
