@@ -30,12 +30,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
-from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View
+from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View, Wish
+from proxy.fleet.patience import LONGEST, LOOKERS, Patience
 from proxy.fleet.shunned import Shunned, Why
-from proxy.fleet.steps import LAST_LOOK, Ask, Fresh, Step
+from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import (
     PIECE,
     SPAN,
+    SPARE_WISHES,
     WIDTH,
     Span,
     Standing,
@@ -49,15 +51,8 @@ from proxy.fleet.stripes import (
 
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
-#: Seconds until a node that waits for news looks again, at first; doubled up to LAST_LOOK.
-FIRST_LOOK = 0.05
-#: So many nodes may look that often; of more each one looks less often.
-LOOKERS = 64
-#: In a crowd of so many an answer of the directory that takes longer than PROMPT seconds shows that
-#: it is busy: for so many times as long as that it is left in peace.
-PROMPT, PEACE = 0.02, 3.0
-#: No wait is longer: leases have to be renewed.
-LONGEST = 2.0
+#: A node that takes again and again looks after so many: only then it sees what others have.
+LOOK_EACH = 8
 #: No progress for so long: the giver has stalled.
 STALLED = 5.0
 #: A directory that is gone for less changes nothing.
@@ -107,8 +102,8 @@ class Pursuit:
         self._order: list[float] = []
         self._lost: frozenset[int] = frozenset()
         self._past: dict[str, dict[int, _Proof]] = {}
-        self._patience = FIRST_LOOK
-        self._quiet_until = 0.0
+        self._patience = Patience(rng)
+        self._takes = 0  # since the last look
         if size is not None:
             self.sized(size)
 
@@ -160,9 +155,23 @@ class Pursuit:
         return next((giver for giver in givers if giver.node == node), None)
 
     def is_to_look(self, need: int, now: float) -> bool:
-        """After a wait: whether to look. In a crowd who has something to take does that at once: it
-        learns as much by it, but for what others have."""
-        return self._told.view.nodes < LOOKERS or not self.step(need, now).wishes
+        """After a wait: whether to look. Who has something to take does that: it learns as much by
+        it, but for what others have. Who has no room for more, or fills, hears of what concerns it
+        when that ends."""
+        if not self.generation or self._gone_since is not None:
+            return True
+        if self._is_occupied:
+            return False
+        step = self.step(need, now)
+        return self._takes >= LOOK_EACH if step.wishes else not step.saves
+
+    @property
+    def _is_occupied(self) -> bool:
+        """Will something end here before it needs to know more?"""
+        coming, fills = len(self.receiving), self.is_filler and self.filling is not None
+        end = self.published if fills else self.count
+        lacking = (~self.have & (1 << end) - 1).bit_count()
+        return coming >= WIDTH or (lacking <= coming and (coming > 0 or fills))
 
     def is_alone(self, now: float) -> bool:
         gone = self._gone_since is not None and now - self._gone_since >= GRACE
@@ -177,7 +186,7 @@ class Pursuit:
             self.count = stripe_count(size)
             self._order = [self._rng.random() for _ in range(self.count)]
 
-    def saw(self, view: View) -> bool:
+    def saw(self, view: View, *, is_news: bool = False) -> bool:
         """A view has come. False: hashes before those in it are not known; look from 0 on."""
         self._gone_since = None
         if view.generation != self.generation:
@@ -197,8 +206,10 @@ class Pursuit:
                 self._forget(stripe)
         if view.size is not None:
             self.sized(view.size)
-        is_news = self.published > known
-        self._patience = FIRST_LOOK if is_news else min(LAST_LOOK, 2 * self._patience)
+        is_news = is_news or self.published > known
+        self._patience.learned(is_news=is_news, receiving=len(self.receiving))
+        if view.holdings:
+            self._takes = 0
         told.view = replace(
             view,
             first=0,
@@ -226,7 +237,8 @@ class Pursuit:
 
     def took(self, taken: Taken) -> bool:
         """Grants have come, and a view. False: as in `saw`."""
-        is_known = self.saw(taken.view)
+        is_known = self.saw(taken.view, is_news=bool(taken.grants))
+        self._takes += 1
         for grant in taken.grants:
             self._receive(grant)
         self._lost = taken.missing
@@ -325,9 +337,8 @@ class Pursuit:
         told.view = replace(told.view, hashes=tuple(told.hashes))
 
     def answered(self, seconds: float, now: float) -> None:
-        """The directory took so long for a call. With few nodes that is not its own doing."""
-        if self._told.view.nodes >= LOOKERS:
-            self._quiet_until = now + min(LONGEST, PEACE * max(0.0, seconds - PROMPT))
+        """The directory took so long for a call."""
+        self._patience.answered(seconds, self._told.view.nodes, now)
 
     def directory_gone(self, now: float) -> None:
         """The directory does not answer; a view ends that."""
@@ -378,7 +389,7 @@ class Pursuit:
             lead=filler is None and self._is_to_fill,
             publish=self._fresh(),
             hold=self._is_untold,
-            wishes=wishes(standing, self._told.view) if self.count and not saves else (),
+            wishes=self._wishes(standing) if not saves else (),
             room=standing.room,
             avoid=self._shunned.distrusted(now),
             fill=Span(0, 1) if self.is_filler and not self.count and not self.filling else fill,
@@ -390,12 +401,16 @@ class Pursuit:
     def _is_saving(self, standing: Standing, now: float) -> bool:
         """Is the directory asked for nothing now? It would have no time for each stripe of a crowd
         by itself: then it is asked for several at once, while others are on their way."""
-        if now < self._quiet_until:
+        if not self._patience.is_over(now):
             return True
         if standing.need < self.published and standing.lacks(standing.need):
             return False  # readers wait for it
         batch = min(WIDTH // 2, 1 + self._told.view.nodes // LOOKERS)
         return bool(self.receiving) and standing.room < batch
+
+    def _wishes(self, standing: Standing) -> tuple[Wish, ...]:
+        ahead = 0 if self.is_filler else SPARE_WISHES
+        return wishes(standing, self._told.view, ahead) if self.count else ()
 
     @property
     def _is_to_fill(self) -> bool:
@@ -473,7 +488,7 @@ class Pursuit:
         return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait(now))
 
     def _wait(self, now: float) -> float:
-        """Longer each time without news, the more there are that look, and the busier it is."""
-        crowd = FIRST_LOOK * self._told.view.nodes / LOOKERS
-        wait = max(self._patience, crowd) * self._rng.uniform(0.5, 1.0)
-        return min(LONGEST, max(wait, self._quiet_until - now))
+        """Seconds until it asks again, if nothing happens; if something has to, the longest."""
+        if self._is_occupied and self._gone_since is None:
+            return LONGEST
+        return self._patience.wait(self._told.view.nodes, now)

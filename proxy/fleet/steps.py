@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proxy.fleet.claims import Giver, Wish
+from proxy.fleet.patience import LAST_LOOK
 from proxy.fleet.stripes import Span
-
-#: Seconds until a node that waits for news looks again, at most.
-LAST_LOOK = 0.25
 
 
 @dataclass(frozen=True, slots=True)

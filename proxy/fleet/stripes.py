@@ -88,16 +88,19 @@ def lowest_zero(mask: int) -> int:
     return (~mask & (mask + 1)).bit_length() - 1
 
 
-def wishes(standing: Standing, view: View) -> tuple[Wish, ...]:
-    """Stripes to ask for, most wanted first; as many as to have alternatives."""
-    stripes = standing.missing(min(view.published, standing.count))
+def wishes(standing: Standing, view: View, ahead: int = 0) -> tuple[Wish, ...]:
+    """Stripes to ask for, most wanted first; as many as to have alternatives. Behind those that are
+    published so many of the next: they may be by the time that the directory is asked."""
+    stripes = standing.missing(min(view.published + ahead, standing.count))
     if standing.room <= 0 or not stripes:
         return ()
     masks = [holding.have for holding in view.holdings]
 
-    def urgency(stripe: int) -> tuple[bool, int, float]:
+    def urgency(stripe: int) -> tuple[bool, bool, float, float]:
+        if stripe >= view.published:
+            return True, True, stripe, 0.0
         rarity = sum([have >> stripe & 1 for have in masks])
-        return stripe != standing.need, rarity, standing.order[stripe]
+        return False, stripe != standing.need, rarity, standing.order[stripe]
 
     chosen = sorted(stripes, key=urgency)[: standing.room + SPARE_WISHES]
     limits = standing.limits

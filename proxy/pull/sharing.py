@@ -43,7 +43,8 @@ from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from proxy.fleet.claims import WHOLE, Grant, Outcome, Taken, Wish
-from proxy.fleet.pursuit import FIRST_LOOK, GRACE, Pursuit
+from proxy.fleet.patience import FIRST_LOOK
+from proxy.fleet.pursuit import GRACE, Pursuit
 from proxy.fleet.shunned import Why
 from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import Span, lowest_zero
