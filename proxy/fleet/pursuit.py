@@ -28,12 +28,12 @@ some giver at its head has the bytes or fails. A filler that publishes nothing h
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View, Wish
+from proxy.fleet.claims import ANY_RANK, Giver, Grant, Outcome, Taken, View, Wish
 from proxy.fleet.patience import LONGEST, LOOKERS, Patience
 from proxy.fleet.shunned import Shunned, Why
-from proxy.fleet.steps import Ask, Fresh, Step
+from proxy.fleet.steps import Ask, Fresh, Step, alone
 from proxy.fleet.stripes import (
     PIECE,
     SPAN,
@@ -41,13 +41,14 @@ from proxy.fleet.stripes import (
     WIDTH,
     Span,
     Standing,
-    givers,
     lowest_zero,
+    source,
     stripe_count,
     stripe_size,
     to_fill,
     wishes,
 )
+from proxy.fleet.told import Proof, Told
 
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
@@ -57,24 +58,6 @@ LOOK_EACH = 8
 STALLED = 5.0
 #: A directory that is gone for less changes nothing.
 GRACE = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    """The hash that a stripe was verified against or found to have, and who published it."""
-
-    hash: bytes
-    by: str
-
-
-@dataclass(slots=True)
-class _Told:
-    """What the directory said in this generation: hashes and publishers; and what it was told."""
-
-    view: View = field(default_factory=View)
-    hashes: list[bytes] = field(default_factory=list)
-    publishers: list[str] = field(default_factory=list)
-    have: int = 0
 
 
 class Pursuit:
@@ -93,15 +76,15 @@ class Pursuit:
         self.filling: Span | None = None
         self.is_filler = False
         self.is_proven = False
-        self._told = _Told()
-        self._proofs: dict[int, _Proof] = {}
-        self._against: dict[int, _Proof] = {}
+        self._told = Told()
+        self._proofs: dict[int, Proof] = {}
+        self._against: dict[int, Proof] = {}
         self._is_refused = False
         self._gone_since: float | None = None
         self._limits: dict[int, int] = {}
         self._order: list[float] = []
         self._lost: frozenset[int] = frozenset()
-        self._past: dict[str, dict[int, _Proof]] = {}
+        self._past: dict[str, dict[int, Proof]] = {}
         self._patience = Patience(rng)
         self._takes = 0  # since the last look
         if size is not None:
@@ -126,7 +109,7 @@ class Pursuit:
     @property
     def published(self) -> int:
         """How many stripes have a hash in the directory."""
-        return len(self._told.hashes)
+        return self._told.published
 
     @property
     def announced(self) -> int:
@@ -147,7 +130,8 @@ class Pursuit:
 
     def expected(self, stripe: int) -> bytes | None:
         """The stripe's hash, if it was published."""
-        return self._told.hashes[stripe] if stripe < self.published else None
+        proof = self._told.proof(stripe)
+        return proof.hash if proof else None
 
     def giver(self, node: str | None) -> Giver | None:
         """Where this node is, if the last view had it."""
@@ -195,14 +179,11 @@ class Pursuit:
             self._begin(view.generation)
         elif view.first > self.published:
             return False
-        told = self._told
         known = self.published
-        if view.generation not in self._past:
-            told.hashes += view.hashes[known - view.first :]
-            told.publishers += view.publishers[known - view.first :]
+        self._told.learn(view, is_wrong=view.generation in self._past)
         for stripe in range(known, self.published):
             proof = self._proofs.get(stripe)
-            if proof and proof.hash != told.hashes[stripe]:
+            if proof and proof.hash != self.expected(stripe):
                 self._forget(stripe)
         if view.size is not None:
             self.sized(view.size)
@@ -210,13 +191,6 @@ class Pursuit:
         self._patience.learned(is_news=is_news, receiving=len(self.receiving))
         if view.holdings:
             self._takes = 0
-        told.view = replace(
-            view,
-            first=0,
-            hashes=tuple(told.hashes),
-            publishers=(),
-            holdings=view.holdings or told.view.holdings,
-        )
         self.is_filler = view.filler == self._giver.node
         if view.filler is not None:
             self._is_refused = False
@@ -224,7 +198,7 @@ class Pursuit:
 
     def _begin(self, generation: str) -> None:
         """Another generation. What is there stays until its hash is published, and differs."""
-        self._told = _Told(View(generation))
+        self._told = Told(View(generation))
         self._lost = frozenset()
         for stripe, received in self.receiving.items():
             if isinstance(received, Grant):
@@ -248,9 +222,9 @@ class Pursuit:
         stripe = received.stripe
         self.receiving[stripe] = received
         self._limits[stripe] = min(received.rank, self._limits.get(stripe, ANY_RANK))
-        if stripe < self.published:
-            told = self._told
-            self._against[stripe] = _Proof(told.hashes[stripe], told.publishers[stripe])
+        proof = self._told.proof(stripe)
+        if proof is not None:
+            self._against[stripe] = proof
 
     def asked(self, ask: Ask) -> None:
         """One of a step's `asks` is under way."""
@@ -300,15 +274,12 @@ class Pursuit:
         Then a node that stood in for the upstream has lied (`fill_ended`), or, if the upstream
         itself brought it, the generation is wrong (`found_wrong`).
         """
-        expected = self.expected(stripe)
-        if expected is not None and expected != found:
+        published = self._told.proof(stripe)
+        if published is not None and published.hash != found:
             return False
-        source = self.filling.of if self.filling is not None else None
+        stood_in = self.filling.of if self.filling is not None else None
         # Who stood in for the upstream answers for what is published on its word.
-        publisher = source or self._giver.node
-        if expected is not None:
-            publisher = self._told.publishers[stripe]
-        self._proofs[stripe] = _Proof(found, publisher)
+        self._proofs[stripe] = published or Proof(found, stood_in or self._giver.node)
         self.have |= 1 << stripe
         self._lost -= {stripe}
         if self.filling is not None:
@@ -327,14 +298,8 @@ class Pursuit:
         if count is None:
             self.is_filler = False
             return
-        told = self._told
-        if count >= fresh.first + len(fresh.hashes):
-            told.hashes[fresh.first :] = fresh.hashes
-            told.publishers[fresh.first :] = fresh.by
-        else:  # the directory has lost them
-            del told.hashes[count:], told.publishers[count:]
-        told.have = self.announced
-        told.view = replace(told.view, hashes=tuple(told.hashes))
+        self._told.entered(fresh, count)
+        self._told.have = self.announced
 
     def answered(self, seconds: float, now: float) -> None:
         """The directory took so long for a call."""
@@ -351,7 +316,7 @@ class Pursuit:
         self._proofs, self._against, self.have = {}, {}, 0
         self.filling = None
         self.is_filler = False
-        self._told = _Told(View(self.generation))
+        self._told = Told(View(self.generation))
 
     def found_right(self, now: float) -> frozenset[str]:
         """The digest is right. Shuns, and returns, those who published other hashes before."""
@@ -375,7 +340,8 @@ class Pursuit:
             return Step(drop, publish=self._fresh(), hold=self._is_untold)
         standing = self._standing(need, now)
         if self.is_alone(now):
-            return self._step_alone(standing, drop, now)
+            step = alone(standing, self._told.view, is_filling=self.filling is not None)
+            return replace(step, drop=drop, wait=self._wait(now))
         if drop is not None:
             return Step(drop, wait=0.0)
         if self._gone_since is not None:
@@ -383,7 +349,7 @@ class Pursuit:
         filler = self._told.view.filler
         fill = None
         if self.is_filler and self.filling is None:
-            fill = to_fill(standing, self.published, self._lost, self._source(standing))
+            fill = to_fill(standing, self.published, self._lost, source(standing, self._told.view))
         saves = self._is_saving(standing, now)
         return Step(
             lead=filler is None and self._is_to_fill,
@@ -455,37 +421,6 @@ class Pursuit:
             span=SPAN // stripe_size(self.size) if self.size else 1,
             avoid=self._shunned.avoided(now),
         )
-
-    def _source(self, standing: Standing) -> str | None:
-        """The best that has the whole blob."""
-        found = [
-            (h.giver.zone != standing.zone, h.lending, h.giver.node)
-            for h in self._told.view.holdings
-            if h.have == WHOLE and h.giver.node not in standing.avoid
-        ]
-        return min(found)[-1] if found else None
-
-    def _step_alone(self, standing: Standing, drop: str | None, now: float) -> Step:
-        """Known givers for what is published, and the upstream for what none of them has."""
-        holdings = {
-            holding.giver.node: holding
-            for holding in self._told.view.holdings
-            if holding.giver.node not in standing.avoid
-        }
-        asks: list[Ask] = []
-        orphans = []
-        for stripe in standing.missing(self.count):
-            limit = standing.limits.get(stripe, ANY_RANK)
-            known = givers(standing, tuple(holdings.values()), stripe, limit)
-            if not known or stripe >= self.published:
-                orphans.append(stripe)
-            elif len(asks) < standing.room:
-                best = holdings[known[0]]
-                asks.append(Ask(stripe, best.giver, (best.rank(stripe) or 0) + 1))
-        fill = None
-        if self.filling is None:
-            fill = to_fill(standing, self.count, orphans) if self.count else Span(0, 1)
-        return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait(now))
 
     def _wait(self, now: float) -> float:
         """Seconds until it asks again, if nothing happens; if something has to, the longest."""

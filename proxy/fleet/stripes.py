@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.fleet.claims import ANY_RANK, Holding, View, Wish
+from proxy.fleet.claims import ANY_RANK, WHOLE, Holding, View, Wish
 
 MIB = 1024 * 1024
 PIECE = 256 * 1024
@@ -123,6 +123,16 @@ def givers(
     return tuple(node for _, _, node in sorted(found))
 
 
+def source(standing: Standing, view: View) -> str | None:
+    """The best that has the whole blob."""
+    found = [
+        (holding.giver.zone != standing.zone, holding.lending, holding.giver.node)
+        for holding in view.holdings
+        if holding.have == WHOLE and holding.giver.node not in standing.avoid
+    ]
+    return min(found)[-1] if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Stripes from `first` to before `last` that are to come in one go; `of` is a node id of one
@@ -134,11 +144,11 @@ class Span:
 
 
 def to_fill(
-    standing: Standing, published: int, lost: Collection[int], source: str | None = None
+    standing: Standing, published: int, lost: Collection[int], of: str | None = None
 ) -> Span | None:
     """What the filler brings next: published stripes that nobody has any more, then what follows.
 
-    A node that has the whole blob, `source`, stands in for the upstream as long as there is one.
+    A node that has the whole blob, `of`, stands in for the upstream as long as there is one.
     """
     wanted = sorted(stripe for stripe in lost if standing.lacks(stripe))
     if not wanted:
@@ -149,4 +159,4 @@ def to_fill(
     last = wanted[0] + 1
     while last in wanted and last - wanted[0] < standing.span:
         last += 1
-    return Span(wanted[0], last, source)
+    return Span(wanted[0], last, of)
