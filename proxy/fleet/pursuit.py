@@ -31,7 +31,7 @@ import random
 from dataclasses import replace
 
 from proxy.fleet.claims import ANY_RANK, Giver, Grant, Outcome, Taken, View, Wish
-from proxy.fleet.patience import LONGEST, LOOKERS, Patience
+from proxy.fleet.patience import LOOKERS, MOST_PATIENT, Patience
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask, Fresh, Step, alone
 from proxy.fleet.stripes import (
@@ -423,7 +423,8 @@ class Pursuit:
         )
 
     def _wait(self, now: float) -> float:
-        """Seconds until it asks again, if nothing happens; if something has to, the longest."""
+        """Seconds until it asks again, if nothing happens. If something has to, until it looks
+        whether leases have to be renewed."""
         if self._is_occupied and self._gone_since is None:
-            return LONGEST
+            return MOST_PATIENT
         return self._patience.wait(self._told.view.nodes, now)

@@ -11,7 +11,7 @@ from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
 from proxy.fleet.claims import Grant, Holding, Taken, View, Wish
 from proxy.fleet.local_claims import LocalClaims
-from proxy.fleet.patience import LONGEST, LOOKERS, PEACE, PROMPT
+from proxy.fleet.patience import LONGEST, LOOKERS, MOST_PATIENT, PEACE, PROMPT
 from proxy.fleet.pursuit import LOOK_EACH, Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask
@@ -139,10 +139,10 @@ def test_who_has_something_to_take_does_not_look_first_but_now_and_then() -> Non
 def test_who_gets_all_that_is_left_does_not_look_meanwhile() -> None:
     pursuit = crowd_of(6).pursuit
     for stripe in range(2):
-        assert pursuit.step(0, 0.0).wait < LONGEST
+        assert pursuit.step(0, 0.0).wait < MOST_PATIENT
         pursuit.asked(Ask(stripe, giver(1), 1))
     assert not pursuit.is_to_look(0, 0.0)
-    assert pursuit.step(0, 0.0).wait == LONGEST
+    assert pursuit.step(0, 0.0).wait == MOST_PATIENT
     pursuit.ended(1, Why.DIED, 0.0)
     assert pursuit.step(0, 0.0).wishes
 
@@ -153,10 +153,10 @@ def test_a_filler_that_gets_all_from_the_upstream_does_not_look_meanwhile() -> N
     pursuit.led(at_once(one.claims.fill(DIGEST, SIZE)))
     pursuit.begun(Span(0, 2))
     assert not pursuit.is_to_look(0, 0.0)
-    assert pursuit.step(0, 0.0).wait == LONGEST
+    assert pursuit.step(0, 0.0).wait == MOST_PATIENT
     pursuit.gave_up()  # then another one may fill
     assert pursuit.is_to_look(0, 0.0)
-    assert pursuit.step(0, 0.0).wait < LONGEST
+    assert pursuit.step(0, 0.0).wait < MOST_PATIENT
 
 
 def test_whom_the_directory_is_gone_for_looks_for_it_whatever_else_it_does() -> None:
@@ -165,7 +165,7 @@ def test_whom_the_directory_is_gone_for_looks_for_it_whatever_else_it_does() -> 
         pursuit.asked(Ask(stripe, giver(1), 1))
     pursuit.directory_gone(0.0)
     assert pursuit.is_to_look(0, 0.0)
-    assert pursuit.step(0, 0.0).wait < LONGEST
+    assert pursuit.step(0, 0.0).wait < MOST_PATIENT
 
 
 def test_what_comes_next_is_wished_before_it_is_published() -> None:
@@ -186,7 +186,7 @@ def test_a_filler_that_lacks_what_others_have_asks_for_it_meanwhile() -> None:
     one.pursuit.led(giver(2).node)
     one.pursuit.begun(Span(0, 1))
     assert [wish.stripe for wish in one.pursuit.step(0, 0.0).wishes] == [1]
-    assert one.pursuit.step(0, 0.0).wait < LONGEST
+    assert one.pursuit.step(0, 0.0).wait < MOST_PATIENT
 
 
 def test_the_filler_wishes_nothing_that_it_has_to_publish_itself() -> None:
