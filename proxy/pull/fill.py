@@ -40,7 +40,7 @@ from proxy.pull.progress import Progress
 from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd, Piece
 from proxy.pull.recall import Recall, Recalled
-from proxy.pull.segments import Segment
+from proxy.pull.segments import Segment, may_gather
 from proxy.pull.shared_fill import SharedFill
 from proxy.pull.sharing import Sharing
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
@@ -53,10 +53,11 @@ from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 #: Bytes of a window (D14): half of it is one turn, the other half lets readers differ.
 WINDOW_BYTES = 16 << 20
 #: The least that a segment brings, and of which a request is worth its while (D9).
-SEGMENT_BYTES = 4 << 20
-#: What nobody waits for yet is written in batches of so many bytes, or what comes in a few whiles
-#: (of so many seconds): each write is a hop to a thread, and to be read again is one more.
-GATHER_BYTES = 1 << 20
+SEGMENT_BYTES = 2 << 20
+#: A turn that has so many still to bring is helped when all is taken: that costs its connection.
+LONG_SEGMENT = 8 << 20
+#: What nobody waits for yet is written in batches of so many bytes (``may_gather``), or what comes
+#: in a few whiles (of so many seconds): each write is a hop to a thread, and reading it again too.
 GATHER = 0.01
 WHILES = 3
 #: A reader this far ahead of the mark takes turns of its own.
@@ -82,6 +83,7 @@ class FlightSettings:
     segment_bytes: int = SEGMENT_BYTES
     gather: float = GATHER
     stopwatch: Callable[[], float] = time.monotonic
+    long_segment: int = LONG_SEGMENT
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""
@@ -124,6 +126,7 @@ class Fill:
             str(digest),
             intake=self.intake,
             least=settings.segment_bytes,
+            long=settings.long_segment,
             carry=self._carry_segment,
             publish=self._publish,
             pause_after=settings.pause_after,
@@ -373,7 +376,8 @@ class Fill:
     async def _carry(self, segment: Segment, body: TurnBody, *, leads: bool = True) -> bool:
         """Take in the turn's bytes; true when its body came to its end."""
 
-        async def take(chunks: list[Chunk]) -> None:
+        async def take(came: list[Chunk]) -> None:
+            chunks = self._spread.trim(segment, came)
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
                 await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
@@ -381,7 +385,9 @@ class Fill:
                 await asyncio.sleep(WHILES * self._settings.gather)
 
         with self._pace.body() if leads else nullcontext():
-            return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+            return await pump(
+                body, take, lambda: segment.is_cut or self.intake.is_stuck or body.is_overdue
+            )
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
@@ -439,11 +445,3 @@ class Fill:
 
     def __repr__(self) -> str:
         return f"<Fill {self.digest} {self.received}/{self.size}>"
-
-
-def may_gather(segment: Segment, received: int, count: int) -> bool:
-    """After a piece of ``count`` bytes: may more come together before the next one is taken? If it
-    was small, nobody waits for what follows it, and the turn would not end later for that."""
-    is_waited_for = segment.at <= received
-    is_near_its_end = segment.stop is not None and segment.stop - segment.at <= GATHER_BYTES
-    return count < GATHER_BYTES and not is_waited_for and not is_near_its_end

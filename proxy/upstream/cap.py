@@ -18,8 +18,9 @@ Four refinements, each against a way in which the plain law fails:
   may still be at work on what broke it: the cap is halved on, but the ceiling stays where the first
   of such a row put it, and it is soon back below that. Otherwise an upstream that takes two seconds
   to recover would be held to one request at a time, whatever it stands.
-* *Growth only when it is used.* A success counts when the cap was full as it was sent; otherwise a
-  quiet night would raise a cap that nobody has tried.
+* *Growth only when it is used.* A success counts when the cap was full as it was sent, or is while
+  its body comes (``conduct.py``: the first answer of a blob is there before its further turns);
+  otherwise a quiet night would raise a cap that nobody has tried.
 * *A remembered ceiling.* The run is short below the level that broke last and long at it, so that
   the cap returns quickly to what worked and tries the wall rarely. A wall that has moved is found
   by passing it: then the ceiling is forgotten and the cap doubles again.

@@ -108,6 +108,7 @@ class Conduct:
         )
         self._overloaded_at = float("-inf")
         self._distrusted_until = float("-inf")
+        self._early: dict[int, float] = {}  # when what is under way and was not counted was sent
         self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
         gate.limit = cap.limit
 
@@ -247,8 +248,26 @@ class Conduct:
         if repository in self._charged:
             self._charged.clear()  # with fewer at once it is answered: they were too many
 
-    def went_well(self, sent_at: float, *, full: bool) -> None:
-        """A request got what it asked for; ``full``: the cap was the limit when it was sent."""
+    def went_well(self, slot: Slot, sent_at: float, *, full: bool) -> None:
+        """A request got what it asked for; ``full``: the cap was the limit when it was sent.
+
+        If it was not, the answer counts when that comes about while its body is under way.
+        """
+        if full:
+            early, self._early = self._early, {}
+            for before in early.values():
+                if before > self.cap.changed_at:
+                    self._count(before, full=True)
+        else:
+            self._early[slot.number] = sent_at
+        self._count(sent_at, full=full)
+
+    def left(self, slot: Slot) -> None:
+        """Nothing is under way there any more."""
+        self._early.pop(slot.number, None)
+        self.health.leave(slot.number)
+
+    def _count(self, sent_at: float, *, full: bool) -> None:
         cap = self.cap.succeeded(self._clock(), sent_at=sent_at, full=full)
         if self._leases.is_shared:
             # The successes of all nodes count together, and so it is not for this one to grow.

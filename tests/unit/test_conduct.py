@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
+from proxy.oci.digest import Digest
 from proxy.oci.errors import NotFound, Throttled, UpstreamDown, UpstreamUnavailable
 from proxy.testing import Answer, Cut, FakeClock, FakeRegistry, Fault, PullQuota, make_image
 from proxy.upstream.blame import LATELY
 from proxy.upstream.blob import BlobSource
 from proxy.upstream.budget import RetryBudget
-from proxy.upstream.cap import START
+from proxy.upstream.cap import START, Cap
 from proxy.upstream.conduct import MAX_PAUSE, Conduct
 from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.health import (
@@ -30,7 +33,7 @@ from proxy.upstream.health import (
 from proxy.upstream.origin import WORTHWHILE
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.fake_kit import IMAGE
-from tests.unit.upstream_kit import Puller, sample, ticket, until
+from tests.unit.upstream_kit import MIB, Puller, noise, sample, ticket, until
 
 
 def holding(registry: FakeRegistry) -> FakeRegistry:
@@ -231,6 +234,45 @@ async def test_what_is_refused_or_missing_does_not_raise_the_cap(status: int) ->
         assert conduct(puller).cap.limit == START
         await crowd("v1")
         assert conduct(puller).cap.limit == 16
+
+
+@contextlib.asynccontextmanager
+async def turns_of_a_blob(puller: Puller, digest: Digest, count: int) -> AsyncIterator[None]:
+    """So many turns of it that are answered and whose bodies are under way, begun one by one."""
+    source = BlobSource(puller.client, "team/app", digest)
+    async with contextlib.AsyncExitStack() as turns:
+        for _ in range(count):
+            await turns.enter_async_context(source.open(0, MIB, ticket(TurnClass.BLOB)))
+        yield
+
+
+async def test_what_is_under_way_when_the_cap_is_full_counts_for_it_once() -> None:
+    """Of a large blob in segments the first answer comes before anything else is asked."""
+    settings = OriginSettings(starts_low=True)
+    async with FakeRegistry() as registry, Puller(registry, cap=16, settings=settings) as puller:
+        digest = registry.put_blob("team/app", noise(MIB))
+        async with turns_of_a_blob(puller, digest, START - 2):
+            assert conduct(puller).cap == Cap.starting(16)
+            async with turns_of_a_blob(puller, digest, 1):
+                assert (conduct(puller).cap.limit, conduct(puller).cap.run) == (2 * START, 0)
+                puller.clock.advance(1.0)
+                async with turns_of_a_blob(puller, digest, START):
+                    assert (conduct(puller).cap.limit, conduct(puller).cap.run) == (2 * START, 4)
+
+
+async def test_what_has_ended_before_the_cap_is_full_does_not_count_for_it() -> None:
+    settings = OriginSettings(starts_low=True)
+    async with (
+        holding(FakeRegistry()) as registry,
+        Puller(registry, cap=16, settings=settings) as puller,
+    ):
+        digest = registry.put_blob("team/app", noise(MIB))
+        async with turns_of_a_blob(puller, digest, START - 1):
+            assert conduct(puller).cap.limit == 2 * START
+            puller.clock.advance(1.0)
+            await asyncio.gather(*(manifest(puller) for _ in range(START)))
+            async with turns_of_a_blob(puller, digest, START):
+                assert (conduct(puller).cap.limit, conduct(puller).cap.run) == (2 * START, 4)
 
 
 # -- pauses --------------------------------------------------------------------------------------
