@@ -25,10 +25,9 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
@@ -100,11 +99,14 @@ class Fill:
         windows: WindowBudget,
         metrics: Metrics,
         log: Logger,
+        store: Store,
+        on_begun: Callable[[], None],
         on_full: Callable[[], None],
         image: Key | None = None,
         sharing: Sharing | None = None,
     ) -> None:
-        """``on_full`` is called when a window takes the place of the file. ``image`` is the
+        """``on_begun`` is called when it is known that there are bytes, or there is a place for
+        them in ``store``; ``on_full`` when a window takes the place of the file. ``image`` is the
         repository whose turns it takes. ``sharing``: its part in a fleet, if it has one."""
         self.digest = digest
         self.size: int | None = None  # as the upstream says, or found out at the end
@@ -136,8 +138,11 @@ class Fill:
         self._settings = settings
         self._metrics = metrics
         self._log = log
+        self._store = store
+        self._on_begun = on_begun
         self._on_full = on_full
         self._sharing = sharing
+        self._is_begun = False
         self._is_promise = False  # the size: a manifest says it, and no upstream yet
         self._recall = Recall(self.ticket)
         self._opening = asyncio.Lock()
@@ -147,26 +152,26 @@ class Fill:
         """Bytes taken in, whether or not readers may have them yet."""
         return self.intake.received
 
-    async def run(self, store: Store, on_begun: Callable[[], None]) -> None:
-        """Take turns until every byte is in. Calls ``on_begun`` once the place is settled.
+    async def run(self) -> None:
+        """Take turns until every byte is in.
 
         Raises ``PullError`` when no source is left that is worth another try.
         """
-        await self._take_over(store, on_begun)
-        async with self._shared(partial(self._opened, store, on_begun)):
+        await self._take_over()
+        async with self._shared():
             try:
                 while not self._is_complete:
                     source = self.sources.next()
                     segment = await self._spread.lead(source)
                     if segment is not None:
-                        await self._go_on(source, segment, store, on_begun)
+                        await self._go_on(source, segment)
             finally:
                 await self._spread.close()
         await self.intake.drain()
 
-    async def _take_over(self, store: Store, on_begun: Callable[[], None]) -> None:
+    async def _take_over(self) -> None:
         """Begin where the process before us was, if it has left something (DESIGN D15)."""
-        size = await self.intake.go_on(store)
+        size = await self.intake.go_on(self._store)
         if not self.intake.has_place:
             return
         if size is None and self.intake.verifier.matches():
@@ -180,17 +185,15 @@ class Fill:
             await self.intake.begin_anew()
             return
         self._log.info("fill_taken_over", digest=str(self.digest), at=self.received)
-        on_begun()
+        self._begin()
         self._publish(now=True)
         self.progress.tell()
 
-    async def _go_on(
-        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
-    ) -> None:
+    async def _go_on(self, source: Source, segment: Segment) -> None:
         """One turn for a segment. What it does not bring is not lost: a later one will."""
         try:
             try:
-                await self._turn(source, segment, store, on_begun)
+                await self._turn(source, segment)
             finally:
                 self._spread.ended(segment)
             if segment.at == segment.start and not self._is_complete:
@@ -230,7 +233,7 @@ class Fill:
     # -- what a fleet brings ---------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _shared(self, opened: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    async def _shared(self) -> AsyncIterator[None]:
         """Take part in the fleet while the block lasts."""
         sharing = self._sharing
         if sharing is None or not self._begin_shared(sharing.size):
@@ -244,7 +247,7 @@ class Fill:
             sharing.size,
             intake=self.intake,
             spread=self._spread,
-            opened=opened,
+            opened=self._opened,
             put=put,
             bound=self._recall,
         )
@@ -255,13 +258,22 @@ class Fill:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _opened(self, store: Store, on_begun: Callable[[], None]) -> None:
+    async def _opened(self) -> None:
         """Settle the place, with the first bytes."""
+        if self.intake.has_place:
+            return
         async with self._opening:
             if not self.intake.has_place:
-                await self.intake.open(store, self.size)
-                on_begun()
-                self.progress.tell()
+                await self.intake.open(self._store, self.size)
+                self._begin()
+
+    def _begin(self) -> None:
+        """Whoever reads may be answered: the place for the bytes can fail no more than a disk does
+        later."""
+        if not self._is_begun:
+            self._is_begun = True
+            self._on_begun()
+            self.progress.tell()
 
     def _begin_shared(self, size: int) -> bool:
         """May others bring parts of it? Then it has ``size`` bytes, until the upstream says
@@ -305,7 +317,7 @@ class Fill:
     @property
     def has_begun(self) -> bool:
         """May a client have its 200, though perhaps no byte?"""
-        return self.intake.has_place or self._crowd.has_answered
+        return self._is_begun or self._crowd.has_answered
 
     @property
     def _is_complete(self) -> bool:
@@ -343,9 +355,7 @@ class Fill:
 
     # -- one turn --------------------------------------------------------------------------
 
-    async def _turn(
-        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
-    ) -> None:
+    async def _turn(self, source: Source, segment: Segment) -> None:
         length = await self.intake.room() or self._length(source, segment)
         async with self._recall.turn(), source.open(segment.at, length, self.ticket) as body:
             self._recall.answered()
@@ -354,9 +364,10 @@ class Fill:
                 self._settle_size(body.total)
                 self._is_promise = False
             self.sources.prove(source)
-            await self._opened(store, on_begun)
+            self._begin()
             await self._spread.begun(source, segment, body, length)
             whole = await self._carry(segment, body)
+            await self._opened()  # of an empty blob as well
             body.learn()
         if self.size is None and self._is_end(source, whole=whole):
             self._settle_size(self.received)
@@ -392,14 +403,25 @@ class Fill:
             raise SizeMismatch(self.size, total)
         if self.size is None:
             self._crowd.expect(total)
+        is_first = leads and segment.at == self.received == 0
+        if is_first and total != self.size:
+            await self._show(chunks[0])
+        await self._opened()
         if leads and segment.at == self.received:
             await self.intake.take(chunks, wait=not may_cut)
         else:
             await self.intake.put(segment.at, chunks)
         self._spread.wrote(segment, count)
         await self._spread.catch_up()
-        self._publish(now=False)
+        self._publish(now=is_first)
         self._moved()
+
+    async def _show(self, chunk: Chunk) -> None:
+        """Let readers have the first bytes before there is a place for them: the ways to threads,
+        which settle it, write and hash, are most of what a client would wait for here."""
+        self.intake.show(chunk)
+        self._publish(now=True)
+        await asyncio.sleep(0)  # let them go first
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()
