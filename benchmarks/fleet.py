@@ -75,8 +75,8 @@ class Size:
 
 
 FULL = Size(
-    # All nodes together keep one machine's two cores busy with some 120 MB/s.
-    (Scale(6, 8_000_000, 1.3), Scale(16, 4_000_000, 1.3), Scale(48, 1_500_000, 1.6)),
+    # All nodes together keep one machine's two cores busy with 40 to 60 MB/s.
+    (Scale(6, 8_000_000, 1.3), Scale(16, 4_000_000, 1.3), Scale(48, 1_000_000, 1.6)),
     (Shape("one layer", 1, 96 * MIB), Shape("many layers", 12, 8 * MIB)),
     6,
 )
@@ -205,6 +205,8 @@ class World:
                 known["directory"] = f"redis://{store.address}:6379/0"
             if kind == "star":
                 known["star"] = f"http://{nets[0].address}:{PORT}"
+            others = [self.upstream.net, *([store] if store is not None else [])]
+            self.network.introduce([*nets, *others])
             found = stack.enter_context(nodes(nets, self.lines(count, **known), own))
             everybody = stack.enter_context(clients(found, self.upstream.want))
             if store is not None:

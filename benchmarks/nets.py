@@ -6,6 +6,10 @@ a network namespace (ip-netns(8)) with one end of a veth(4) pair; the other ends
 comes to it at the bridge's (the downlink). What a node's own clients pull goes over the namespace's
 loopback and is not shaped.
 
+Nets that will speak with one another are *introduced*: each has the others' hardware addresses for
+good. The kernel's table of those it finds out itself is one for all namespaces (arp(7)), and holds
+1,024: among 48 nodes that all speak with each other connections would time out.
+
 The bridge has an address in the namespace of whoever measures, unshaped, so that parts can be asked
 how they are. All names carry a random suffix: two networks of one machine do not meet. Needs root.
 """
@@ -25,6 +29,9 @@ from benchmarks.parts import KIB, PartFailed
 #: Milliseconds that a packet may wait in a shaped line before it is dropped: what a switch buffers,
 #: a few times over. In a longer queue answers of the directory wait behind bulk.
 LATENCY_MS = 50
+#: How TCP finds the rate of a line: as kernels do unless they are told otherwise. Machines that are
+#: told to use bbr send 6 % of all bytes twice through queues as short as these.
+CONGESTION = "cubic"
 #: Bytes that may leave at once: a segment as large as the kernel hands to a device.
 LEAST_BURST = 64 * KIB
 
@@ -35,6 +42,7 @@ class Net:
 
     name: str
     address: str
+    mac: str
 
     def inside(self, command: Sequence[str]) -> tuple[str, ...]:
         """The command that runs this one there."""
@@ -62,16 +70,33 @@ class Network:
         address = f"{self._prefix}.{1 + number // 250}.{1 + number % 250}"
         run("ip", "netns", "add", name)
         self._nets.append(name)
-        run("ip", "link", "add", outer, "type", "veth", "peer", "name", "line", "netns", name)
+        mac = f"02:70:70:00:{number // 256:02x}:{number % 256:02x}"
+        run(
+            *("ip", "link", "add", outer, "type", "veth"),
+            *("peer", "name", "line", "address", mac, "netns", name),
+        )
         run("ip", "link", "set", outer, "master", self._bridge, "up")
         inside = ("ip", "-n", name)
         run(*inside, "addr", "add", f"{address}/16", "dev", "line")
         run(*inside, "link", "set", "line", "up")
         run(*inside, "link", "set", "lo", "up")
+        route = (f"{self._prefix}.0.0/16", "dev", "line", "congctl", CONGESTION)
+        run(*inside, "route", "replace", *route)
         if rate is not None:
             run("tc", "qdisc", "add", "dev", outer, "root", *shape(rate))
             run("tc", "-n", name, "qdisc", "add", "dev", "line", "root", *shape(rate))
-        return Net(name, address)
+        return Net(name, address, mac)
+
+    @staticmethod
+    def introduce(nets: Sequence[Net]) -> None:
+        """Tells each where all the others are. Raises PartFailed."""
+        for net in nets:
+            known = "".join(
+                f"neigh replace {other.address} lladdr {other.mac} dev line nud permanent\n"
+                for other in nets
+                if other is not net
+            )
+            run("ip", "-n", net.name, "-batch", "-", said=known)
 
     def leave(self) -> None:
         """Takes every net away; what runs in one must have ended."""
@@ -103,8 +128,8 @@ def network() -> Iterator[Network]:
         made.leave()
 
 
-def run(*command: str) -> None:
-    """Raises PartFailed with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: str, said: str | None = None) -> None:
+    """`said` is its standard input. Raises PartFailed with what it answered."""
+    done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PartFailed(f"{' '.join(command)}: {done.stderr.strip()}")

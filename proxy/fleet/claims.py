@@ -209,8 +209,9 @@ class Claims(Protocol):
         Urgent ones come first, then those that fewest nodes have or receive. The giver is one of
         the own zone, if there is any, and of some that could be it the one that lends least and is
         nearest to a node that has all of the stripe; the filler only when nobody else can give it.
-        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing. Before
-        that the grants in `ended` are given back.
+        Nothing is granted of nodes to `avoid`; a stripe that only those have is missing. One that
+        is not published yet may be wished, but is neither granted nor missing. Before all that the
+        grants in `ended` are given back.
         """
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:

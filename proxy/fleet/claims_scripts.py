@@ -120,13 +120,17 @@ at = at + 1 + ARGV[at]
 
 local wishes, receives = {}, {}
 for n = 1, #own[TAKES], 4 do receives[own[TAKES][n]] = true end
+local published = redis.call('STRLEN', HASHES) / 32
 for n = at, #ARGV, 3 do
-  local few = -1  -- of the nodes that have or receive it; before all others if it is urgent
-  if ARGV[n + 2] ~= '1' then few = redis.call('ZCARD', P .. 'at:' .. ARGV[n] .. ':' .. ANY) end
-  wishes[#wishes + 1] = {
-    stripe = ARGV[n] + 0, limit = ARGV[n + 1] + 0, few = few, place = #wishes, busy = 0,
-    unread = {}
-  }
+  local stripe, few = ARGV[n] + 0, -1  -- what is urgent comes first
+  if stripe < published then
+    if ARGV[n + 2] ~= '1' then  -- as many have or receive it
+      few = redis.call('ZCARD', P .. 'at:' .. ARGV[n] .. ':' .. ANY)
+    end
+    wishes[#wishes + 1] = {
+      stripe = stripe, limit = ARGV[n + 1] + 0, few = few, place = #wishes, busy = 0, unread = {}
+    }
+  end
 end
 table.sort(wishes, function(one, other)
   if one.few ~= other.few then return one.few < other.few end

@@ -162,7 +162,7 @@ class LocalClaims:
         for wish in sorted(wishes, key=lambda wish: self._order(blob, wish)):
             if len(grants) == room:
                 break
-            if wish.stripe in mine.receiving:
+            if wish.stripe in mine.receiving or wish.stripe >= len(blob.hashes):
                 continue
             search = _Search(wish, avoid)
             found = self._chosen(blob, search)

@@ -28,58 +28,36 @@ some giver at its head has the bytes or fails. A filler that publishes nothing h
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from proxy.fleet.claims import ANY_RANK, WHOLE, Giver, Grant, Outcome, Taken, View
+from proxy.fleet.claims import ANY_RANK, Giver, Grant, Outcome, Taken, View, Wish
+from proxy.fleet.patience import FIRST_LOOK, LOOKERS, MOST_PATIENT, Patience
 from proxy.fleet.shunned import Shunned, Why
-from proxy.fleet.steps import LAST_LOOK, Ask, Fresh, Step
+from proxy.fleet.steps import Ask, Fresh, Step, alone
 from proxy.fleet.stripes import (
     PIECE,
     SPAN,
+    SPARE_WISHES,
     WIDTH,
     Span,
     Standing,
-    givers,
     lowest_zero,
+    source,
     stripe_count,
     stripe_size,
     to_fill,
     wishes,
 )
+from proxy.fleet.told import Proof, Told
 
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
-#: Seconds until a node that waits for news looks again, at first; doubled up to LAST_LOOK.
-FIRST_LOOK = 0.05
-#: So many nodes may look that often; of more each one looks less often.
-LOOKERS = 64
-#: In a crowd of so many an answer of the directory that takes longer than PROMPT seconds shows that
-#: it is busy: for so many times as long as that it is left in peace.
-PROMPT, PEACE = 0.02, 3.0
-#: No wait is longer: leases have to be renewed.
-LONGEST = 2.0
+#: A node that takes again and again looks after so many: only then it sees what others have.
+LOOK_EACH = 8
 #: No progress for so long: the giver has stalled.
 STALLED = 5.0
 #: A directory that is gone for less changes nothing.
 GRACE = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    """The hash that a stripe was verified against or found to have, and who published it."""
-
-    hash: bytes
-    by: str
-
-
-@dataclass(slots=True)
-class _Told:
-    """What the directory said in this generation: hashes and publishers; and what it was told."""
-
-    view: View = field(default_factory=View)
-    hashes: list[bytes] = field(default_factory=list)
-    publishers: list[str] = field(default_factory=list)
-    have: int = 0
 
 
 class Pursuit:
@@ -98,17 +76,17 @@ class Pursuit:
         self.filling: Span | None = None
         self.is_filler = False
         self.is_proven = False
-        self._told = _Told()
-        self._proofs: dict[int, _Proof] = {}
-        self._against: dict[int, _Proof] = {}
+        self._told = Told()
+        self._proofs: dict[int, Proof] = {}
+        self._against: dict[int, Proof] = {}
         self._is_refused = False
         self._gone_since: float | None = None
         self._limits: dict[int, int] = {}
         self._order: list[float] = []
         self._lost: frozenset[int] = frozenset()
-        self._past: dict[str, dict[int, _Proof]] = {}
-        self._patience = FIRST_LOOK
-        self._quiet_until = 0.0
+        self._past: dict[str, dict[int, Proof]] = {}
+        self._patience = Patience(rng)
+        self._takes = 0  # since the last look
         if size is not None:
             self.sized(size)
 
@@ -131,7 +109,7 @@ class Pursuit:
     @property
     def published(self) -> int:
         """How many stripes have a hash in the directory."""
-        return len(self._told.hashes)
+        return self._told.published
 
     @property
     def announced(self) -> int:
@@ -152,7 +130,8 @@ class Pursuit:
 
     def expected(self, stripe: int) -> bytes | None:
         """The stripe's hash, if it was published."""
-        return self._told.hashes[stripe] if stripe < self.published else None
+        proof = self._told.proof(stripe)
+        return proof.hash if proof else None
 
     def giver(self, node: str | None) -> Giver | None:
         """Where this node is, if the last view had it."""
@@ -160,9 +139,28 @@ class Pursuit:
         return next((giver for giver in givers if giver.node == node), None)
 
     def is_to_look(self, need: int, now: float) -> bool:
-        """After a wait: whether to look. In a crowd who has something to take does that at once: it
-        learns as much by it, but for what others have."""
-        return self._told.view.nodes < LOOKERS or not self.step(need, now).wishes
+        """After a wait: whether to look. Who has something to take does that: it learns as much by
+        it, but for what others have. Who has no room for more, or fills, hears of what concerns it
+        when that ends."""
+        if not self.generation or self._gone_since is not None or self.generation in self._past:
+            return True
+        if self._is_occupied:
+            return False
+        step = self.step(need, now)
+        return self.is_stale if step.wishes else not step.saves
+
+    @property
+    def is_stale(self) -> bool:
+        """Is it long ago that the directory said who has what?"""
+        return self._takes >= LOOK_EACH
+
+    @property
+    def _is_occupied(self) -> bool:
+        """Will something end here before it needs to know more?"""
+        coming, fills = len(self.receiving), self.is_filler and self.filling is not None
+        end = self.published if fills else self.count
+        lacking = (~self.have & (1 << end) - 1).bit_count()
+        return coming >= WIDTH or (lacking <= coming and (coming > 0 or fills))
 
     def is_alone(self, now: float) -> bool:
         gone = self._gone_since is not None and now - self._gone_since >= GRACE
@@ -177,7 +175,7 @@ class Pursuit:
             self.count = stripe_count(size)
             self._order = [self._rng.random() for _ in range(self.count)]
 
-    def saw(self, view: View) -> bool:
+    def saw(self, view: View, *, is_news: bool = False) -> bool:
         """A view has come. False: hashes before those in it are not known; look from 0 on."""
         self._gone_since = None
         if view.generation != self.generation:
@@ -186,26 +184,18 @@ class Pursuit:
             self._begin(view.generation)
         elif view.first > self.published:
             return False
-        told = self._told
         known = self.published
-        if view.generation not in self._past:
-            told.hashes += view.hashes[known - view.first :]
-            told.publishers += view.publishers[known - view.first :]
+        self._told.learn(view, is_wrong=view.generation in self._past)
         for stripe in range(known, self.published):
             proof = self._proofs.get(stripe)
-            if proof and proof.hash != told.hashes[stripe]:
+            if proof and proof.hash != self.expected(stripe):
                 self._forget(stripe)
         if view.size is not None:
             self.sized(view.size)
-        is_news = self.published > known
-        self._patience = FIRST_LOOK if is_news else min(LAST_LOOK, 2 * self._patience)
-        told.view = replace(
-            view,
-            first=0,
-            hashes=tuple(told.hashes),
-            publishers=(),
-            holdings=view.holdings or told.view.holdings,
-        )
+        is_news = is_news or self.published > known
+        self._patience.learned(is_news=is_news, receiving=len(self.receiving))
+        if view.holdings:
+            self._takes = 0
         self.is_filler = view.filler == self._giver.node
         if view.filler is not None:
             self._is_refused = False
@@ -213,7 +203,7 @@ class Pursuit:
 
     def _begin(self, generation: str) -> None:
         """Another generation. What is there stays until its hash is published, and differs."""
-        self._told = _Told(View(generation))
+        self._told = Told(View(generation))
         self._lost = frozenset()
         for stripe, received in self.receiving.items():
             if isinstance(received, Grant):
@@ -226,7 +216,8 @@ class Pursuit:
 
     def took(self, taken: Taken) -> bool:
         """Grants have come, and a view. False: as in `saw`."""
-        is_known = self.saw(taken.view)
+        is_known = self.saw(taken.view, is_news=bool(taken.grants))
+        self._takes += 1
         for grant in taken.grants:
             self._receive(grant)
         self._lost = taken.missing
@@ -236,9 +227,9 @@ class Pursuit:
         stripe = received.stripe
         self.receiving[stripe] = received
         self._limits[stripe] = min(received.rank, self._limits.get(stripe, ANY_RANK))
-        if stripe < self.published:
-            told = self._told
-            self._against[stripe] = _Proof(told.hashes[stripe], told.publishers[stripe])
+        proof = self._told.proof(stripe)
+        if proof is not None:
+            self._against[stripe] = proof
 
     def asked(self, ask: Ask) -> None:
         """One of a step's `asks` is under way."""
@@ -288,15 +279,12 @@ class Pursuit:
         Then a node that stood in for the upstream has lied (`fill_ended`), or, if the upstream
         itself brought it, the generation is wrong (`found_wrong`).
         """
-        expected = self.expected(stripe)
-        if expected is not None and expected != found:
+        published = self._told.proof(stripe)
+        if published is not None and published.hash != found:
             return False
-        source = self.filling.of if self.filling is not None else None
+        stood_in = self.filling.of if self.filling is not None else None
         # Who stood in for the upstream answers for what is published on its word.
-        publisher = source or self._giver.node
-        if expected is not None:
-            publisher = self._told.publishers[stripe]
-        self._proofs[stripe] = _Proof(found, publisher)
+        self._proofs[stripe] = published or Proof(found, stood_in or self._giver.node)
         self.have |= 1 << stripe
         self._lost -= {stripe}
         if self.filling is not None:
@@ -315,19 +303,12 @@ class Pursuit:
         if count is None:
             self.is_filler = False
             return
-        told = self._told
-        if count >= fresh.first + len(fresh.hashes):
-            told.hashes[fresh.first :] = fresh.hashes
-            told.publishers[fresh.first :] = fresh.by
-        else:  # the directory has lost them
-            del told.hashes[count:], told.publishers[count:]
-        told.have = self.announced
-        told.view = replace(told.view, hashes=tuple(told.hashes))
+        self._told.entered(fresh, count)
+        self._told.have = self.announced
 
     def answered(self, seconds: float, now: float) -> None:
-        """The directory took so long for a call. With few nodes that is not its own doing."""
-        if self._told.view.nodes >= LOOKERS:
-            self._quiet_until = now + min(LONGEST, PEACE * max(0.0, seconds - PROMPT))
+        """The directory took so long for a call."""
+        self._patience.answered(seconds, self._told.view.nodes, now)
 
     def directory_gone(self, now: float) -> None:
         """The directory does not answer; a view ends that."""
@@ -340,7 +321,7 @@ class Pursuit:
         self._proofs, self._against, self.have = {}, {}, 0
         self.filling = None
         self.is_filler = False
-        self._told = _Told(View(self.generation))
+        self._told = Told(View(self.generation))
 
     def found_right(self, now: float) -> frozenset[str]:
         """The digest is right. Shuns, and returns, those who published other hashes before."""
@@ -364,7 +345,8 @@ class Pursuit:
             return Step(drop, publish=self._fresh(), hold=self._is_untold)
         standing = self._standing(need, now)
         if self.is_alone(now):
-            return self._step_alone(standing, drop, now)
+            step = alone(standing, self._told.view, is_filling=self.filling is not None)
+            return replace(step, drop=drop, wait=self._wait(now))
         if drop is not None:
             return Step(drop, wait=0.0)
         if self._gone_since is not None:
@@ -372,13 +354,13 @@ class Pursuit:
         filler = self._told.view.filler
         fill = None
         if self.is_filler and self.filling is None:
-            fill = to_fill(standing, self.published, self._lost, self._source(standing))
+            fill = to_fill(standing, self.published, self._lost, source(standing, self._told.view))
         saves = self._is_saving(standing, now)
         return Step(
             lead=filler is None and self._is_to_fill,
             publish=self._fresh(),
             hold=self._is_untold,
-            wishes=wishes(standing, self._told.view) if self.count and not saves else (),
+            wishes=self._wishes(standing) if not saves else (),
             room=standing.room,
             avoid=self._shunned.distrusted(now),
             fill=Span(0, 1) if self.is_filler and not self.count and not self.filling else fill,
@@ -390,12 +372,16 @@ class Pursuit:
     def _is_saving(self, standing: Standing, now: float) -> bool:
         """Is the directory asked for nothing now? It would have no time for each stripe of a crowd
         by itself: then it is asked for several at once, while others are on their way."""
-        if now < self._quiet_until:
+        if not self._patience.is_over(now):
             return True
         if standing.need < self.published and standing.lacks(standing.need):
             return False  # readers wait for it
         batch = min(WIDTH // 2, 1 + self._told.view.nodes // LOOKERS)
         return bool(self.receiving) and standing.room < batch
+
+    def _wishes(self, standing: Standing) -> tuple[Wish, ...]:
+        ahead = 0 if self.is_filler else SPARE_WISHES
+        return wishes(standing, self._told.view, ahead) if self.count else ()
 
     @property
     def _is_to_fill(self) -> bool:
@@ -441,39 +427,14 @@ class Pursuit:
             avoid=self._shunned.avoided(now),
         )
 
-    def _source(self, standing: Standing) -> str | None:
-        """The best that has the whole blob."""
-        found = [
-            (h.giver.zone != standing.zone, h.lending, h.giver.node)
-            for h in self._told.view.holdings
-            if h.have == WHOLE and h.giver.node not in standing.avoid
-        ]
-        return min(found)[-1] if found else None
-
-    def _step_alone(self, standing: Standing, drop: str | None, now: float) -> Step:
-        """Known givers for what is published, and the upstream for what none of them has."""
-        holdings = {
-            holding.giver.node: holding
-            for holding in self._told.view.holdings
-            if holding.giver.node not in standing.avoid
-        }
-        asks: list[Ask] = []
-        orphans = []
-        for stripe in standing.missing(self.count):
-            limit = standing.limits.get(stripe, ANY_RANK)
-            known = givers(standing, tuple(holdings.values()), stripe, limit)
-            if not known or stripe >= self.published:
-                orphans.append(stripe)
-            elif len(asks) < standing.room:
-                best = holdings[known[0]]
-                asks.append(Ask(stripe, best.giver, (best.rank(stripe) or 0) + 1))
-        fill = None
-        if self.filling is None:
-            fill = to_fill(standing, self.count, orphans) if self.count else Span(0, 1)
-        return Step(drop, asks=tuple(asks), fill=fill, wait=self._wait(now))
-
     def _wait(self, now: float) -> float:
-        """Longer each time without news, the more there are that look, and the busier it is."""
-        crowd = FIRST_LOOK * self._told.view.nodes / LOOKERS
-        wait = max(self._patience, crowd) * self._rng.uniform(0.5, 1.0)
-        return min(LONGEST, max(wait, self._quiet_until - now))
+        """Seconds until it asks again, if nothing happens. If something has to, until it looks
+        whether leases have to be renewed. Bytes that another node may fill as well are on their way
+        while it does not know."""
+        nodes = self._told.view.nodes
+        is_doubled = self.filling is not None and not self.is_filler
+        if is_doubled and self._gone_since is None and not self.is_alone(now):
+            return min(MOST_PATIENT, FIRST_LOOK * max(1.0, nodes / LOOKERS))
+        if self._is_occupied and self._gone_since is None:
+            return MOST_PATIENT
+        return self._patience.wait(nodes, now)

@@ -1,14 +1,12 @@
-"""What a pursuit asks its owner to do."""
+"""What a pursuit asks its owner to do; and what that is when the directory is no help."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proxy.fleet.claims import Giver, Wish
-from proxy.fleet.stripes import Span
-
-#: Seconds until a node that waits for news looks again, at most.
-LAST_LOOK = 0.25
+from proxy.fleet.claims import ANY_RANK, Giver, View, Wish
+from proxy.fleet.patience import LAST_LOOK
+from proxy.fleet.stripes import Span, Standing, givers, to_fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +50,26 @@ class Step:
     stop: bool = False
     saves: bool = False
     wait: float = LAST_LOOK
+
+
+def alone(standing: Standing, view: View, *, is_filling: bool) -> Step:
+    """Known givers for what is published, and the upstream for what none of them has."""
+    holdings = {
+        holding.giver.node: holding
+        for holding in view.holdings
+        if holding.giver.node not in standing.avoid
+    }
+    asks: list[Ask] = []
+    orphans = []
+    for stripe in standing.missing(standing.count):
+        limit = standing.limits.get(stripe, ANY_RANK)
+        known = givers(standing, tuple(holdings.values()), stripe, limit)
+        if not known or stripe >= view.published:
+            orphans.append(stripe)
+        elif len(asks) < standing.room:
+            best = holdings[known[0]]
+            asks.append(Ask(stripe, best.giver, (best.rank(stripe) or 0) + 1))
+    fill = None
+    if not is_filling:
+        fill = to_fill(standing, standing.count, orphans) if standing.count else Span(0, 1)
+    return Step(asks=tuple(asks), fill=fill)

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from proxy.fleet.claims import ANY_RANK, Holding, View, Wish
+from proxy.fleet.claims import ANY_RANK, WHOLE, Holding, View, Wish
 
 MIB = 1024 * 1024
 PIECE = 256 * 1024
@@ -88,16 +88,19 @@ def lowest_zero(mask: int) -> int:
     return (~mask & (mask + 1)).bit_length() - 1
 
 
-def wishes(standing: Standing, view: View) -> tuple[Wish, ...]:
-    """Stripes to ask for, most wanted first; as many as to have alternatives."""
-    stripes = standing.missing(min(view.published, standing.count))
+def wishes(standing: Standing, view: View, ahead: int = 0) -> tuple[Wish, ...]:
+    """Stripes to ask for, most wanted first; as many as to have alternatives. Behind those that are
+    published so many of the next: they may be by the time that the directory is asked."""
+    stripes = standing.missing(min(view.published + ahead, standing.count))
     if standing.room <= 0 or not stripes:
         return ()
     masks = [holding.have for holding in view.holdings]
 
-    def urgency(stripe: int) -> tuple[bool, int, float]:
+    def urgency(stripe: int) -> tuple[bool, bool, float, float]:
+        if stripe >= view.published:
+            return True, True, stripe, 0.0
         rarity = sum([have >> stripe & 1 for have in masks])
-        return stripe != standing.need, rarity, standing.order[stripe]
+        return False, stripe != standing.need, rarity, standing.order[stripe]
 
     chosen = sorted(stripes, key=urgency)[: standing.room + SPARE_WISHES]
     limits = standing.limits
@@ -120,6 +123,16 @@ def givers(
     return tuple(node for _, _, node in sorted(found))
 
 
+def source(standing: Standing, view: View) -> str | None:
+    """The best that has the whole blob."""
+    found = [
+        (holding.giver.zone != standing.zone, holding.lending, holding.giver.node)
+        for holding in view.holdings
+        if holding.have == WHOLE and holding.giver.node not in standing.avoid
+    ]
+    return min(found)[-1] if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Stripes from `first` to before `last` that are to come in one go; `of` is a node id of one
@@ -131,11 +144,11 @@ class Span:
 
 
 def to_fill(
-    standing: Standing, published: int, lost: Collection[int], source: str | None = None
+    standing: Standing, published: int, lost: Collection[int], of: str | None = None
 ) -> Span | None:
     """What the filler brings next: published stripes that nobody has any more, then what follows.
 
-    A node that has the whole blob, `source`, stands in for the upstream as long as there is one.
+    A node that has the whole blob, `of`, stands in for the upstream as long as there is one.
     """
     wanted = sorted(stripe for stripe in lost if standing.lacks(stripe))
     if not wanted:
@@ -146,4 +159,4 @@ def to_fill(
     last = wanted[0] + 1
     while last in wanted and last - wanted[0] < standing.span:
         last += 1
-    return Span(wanted[0], last, source)
+    return Span(wanted[0], last, of)

@@ -25,10 +25,9 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
@@ -40,7 +39,7 @@ from proxy.pull.progress import Progress
 from proxy.pull.pump import pump
 from proxy.pull.reader import Crowd, Piece
 from proxy.pull.recall import Recall, Recalled
-from proxy.pull.segments import Segment
+from proxy.pull.segments import Segment, may_gather
 from proxy.pull.shared_fill import SharedFill
 from proxy.pull.sharing import Sharing
 from proxy.pull.sources import Key, Source, Sources, TurnBody, Verdict
@@ -53,10 +52,11 @@ from proxy.upstream.turns import Ticket, TurnClass, class_for_blob
 #: Bytes of a window (D14): half of it is one turn, the other half lets readers differ.
 WINDOW_BYTES = 16 << 20
 #: The least that a segment brings, and of which a request is worth its while (D9).
-SEGMENT_BYTES = 4 << 20
-#: What nobody waits for yet is written in batches of so many bytes, or what comes in a few whiles
-#: (of so many seconds): each write is a hop to a thread, and to be read again is one more.
-GATHER_BYTES = 1 << 20
+SEGMENT_BYTES = 2 << 20
+#: A turn that has so many still to bring is helped when all is taken: that costs its connection.
+LONG_SEGMENT = 8 << 20
+#: What nobody waits for yet is written in batches of so many bytes (``may_gather``), or what comes
+#: in a few whiles (of so many seconds): each write is a hop to a thread, and reading it again too.
 GATHER = 0.01
 WHILES = 3
 #: A reader this far ahead of the mark takes turns of its own.
@@ -82,6 +82,7 @@ class FlightSettings:
     segment_bytes: int = SEGMENT_BYTES
     gather: float = GATHER
     stopwatch: Callable[[], float] = time.monotonic
+    long_segment: int = LONG_SEGMENT
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""
@@ -100,11 +101,14 @@ class Fill:
         windows: WindowBudget,
         metrics: Metrics,
         log: Logger,
+        store: Store,
+        on_begun: Callable[[], None],
         on_full: Callable[[], None],
         image: Key | None = None,
         sharing: Sharing | None = None,
     ) -> None:
-        """``on_full`` is called when a window takes the place of the file. ``image`` is the
+        """``on_begun`` is called when it is known that there are bytes, or there is a place for
+        them in ``store``; ``on_full`` when a window takes the place of the file. ``image`` is the
         repository whose turns it takes. ``sharing``: its part in a fleet, if it has one."""
         self.digest = digest
         self.size: int | None = None  # as the upstream says, or found out at the end
@@ -124,6 +128,7 @@ class Fill:
             str(digest),
             intake=self.intake,
             least=settings.segment_bytes,
+            long=settings.long_segment,
             carry=self._carry_segment,
             publish=self._publish,
             pause_after=settings.pause_after,
@@ -136,8 +141,11 @@ class Fill:
         self._settings = settings
         self._metrics = metrics
         self._log = log
+        self._store = store
+        self._on_begun = on_begun
         self._on_full = on_full
         self._sharing = sharing
+        self._is_begun = False
         self._is_promise = False  # the size: a manifest says it, and no upstream yet
         self._recall = Recall(self.ticket)
         self._opening = asyncio.Lock()
@@ -147,26 +155,26 @@ class Fill:
         """Bytes taken in, whether or not readers may have them yet."""
         return self.intake.received
 
-    async def run(self, store: Store, on_begun: Callable[[], None]) -> None:
-        """Take turns until every byte is in. Calls ``on_begun`` once the place is settled.
+    async def run(self) -> None:
+        """Take turns until every byte is in.
 
         Raises ``PullError`` when no source is left that is worth another try.
         """
-        await self._take_over(store, on_begun)
-        async with self._shared(partial(self._opened, store, on_begun)):
+        await self._take_over()
+        async with self._shared():
             try:
                 while not self._is_complete:
                     source = self.sources.next()
                     segment = await self._spread.lead(source)
                     if segment is not None:
-                        await self._go_on(source, segment, store, on_begun)
+                        await self._go_on(source, segment)
             finally:
                 await self._spread.close()
         await self.intake.drain()
 
-    async def _take_over(self, store: Store, on_begun: Callable[[], None]) -> None:
+    async def _take_over(self) -> None:
         """Begin where the process before us was, if it has left something (DESIGN D15)."""
-        size = await self.intake.go_on(store)
+        size = await self.intake.go_on(self._store)
         if not self.intake.has_place:
             return
         if size is None and self.intake.verifier.matches():
@@ -180,17 +188,15 @@ class Fill:
             await self.intake.begin_anew()
             return
         self._log.info("fill_taken_over", digest=str(self.digest), at=self.received)
-        on_begun()
+        self._begin()
         self._publish(now=True)
         self.progress.tell()
 
-    async def _go_on(
-        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
-    ) -> None:
+    async def _go_on(self, source: Source, segment: Segment) -> None:
         """One turn for a segment. What it does not bring is not lost: a later one will."""
         try:
             try:
-                await self._turn(source, segment, store, on_begun)
+                await self._turn(source, segment)
             finally:
                 self._spread.ended(segment)
             if segment.at == segment.start and not self._is_complete:
@@ -230,7 +236,7 @@ class Fill:
     # -- what a fleet brings ---------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _shared(self, opened: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    async def _shared(self) -> AsyncIterator[None]:
         """Take part in the fleet while the block lasts."""
         sharing = self._sharing
         if sharing is None or not self._begin_shared(sharing.size):
@@ -244,7 +250,7 @@ class Fill:
             sharing.size,
             intake=self.intake,
             spread=self._spread,
-            opened=opened,
+            opened=self._opened,
             put=put,
             bound=self._recall,
         )
@@ -255,13 +261,22 @@ class Fill:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _opened(self, store: Store, on_begun: Callable[[], None]) -> None:
+    async def _opened(self) -> None:
         """Settle the place, with the first bytes."""
+        if self.intake.has_place:
+            return
         async with self._opening:
             if not self.intake.has_place:
-                await self.intake.open(store, self.size)
-                on_begun()
-                self.progress.tell()
+                await self.intake.open(self._store, self.size)
+                self._begin()
+
+    def _begin(self) -> None:
+        """Whoever reads may be answered: the place for the bytes can fail no more than a disk does
+        later."""
+        if not self._is_begun:
+            self._is_begun = True
+            self._on_begun()
+            self.progress.tell()
 
     def _begin_shared(self, size: int) -> bool:
         """May others bring parts of it? Then it has ``size`` bytes, until the upstream says
@@ -305,7 +320,7 @@ class Fill:
     @property
     def has_begun(self) -> bool:
         """May a client have its 200, though perhaps no byte?"""
-        return self.intake.has_place or self._crowd.has_answered
+        return self._is_begun or self._crowd.has_answered
 
     @property
     def _is_complete(self) -> bool:
@@ -343,9 +358,7 @@ class Fill:
 
     # -- one turn --------------------------------------------------------------------------
 
-    async def _turn(
-        self, source: Source, segment: Segment, store: Store, on_begun: Callable[[], None]
-    ) -> None:
+    async def _turn(self, source: Source, segment: Segment) -> None:
         length = await self.intake.room() or self._length(source, segment)
         async with self._recall.turn(), source.open(segment.at, length, self.ticket) as body:
             self._recall.answered()
@@ -354,9 +367,10 @@ class Fill:
                 self._settle_size(body.total)
                 self._is_promise = False
             self.sources.prove(source)
-            await self._opened(store, on_begun)
+            self._begin()
             await self._spread.begun(source, segment, body, length)
             whole = await self._carry(segment, body)
+            await self._opened()  # of an empty blob as well
             body.learn()
         if self.size is None and self._is_end(source, whole=whole):
             self._settle_size(self.received)
@@ -373,7 +387,8 @@ class Fill:
     async def _carry(self, segment: Segment, body: TurnBody, *, leads: bool = True) -> bool:
         """Take in the turn's bytes; true when its body came to its end."""
 
-        async def take(chunks: list[Chunk]) -> None:
+        async def take(came: list[Chunk]) -> None:
+            chunks = self._spread.trim(segment, came)
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
                 await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
@@ -381,7 +396,9 @@ class Fill:
                 await asyncio.sleep(WHILES * self._settings.gather)
 
         with self._pace.body() if leads else nullcontext():
-            return await pump(body, take, lambda: self.intake.is_stuck or body.is_overdue)
+            return await pump(
+                body, take, lambda: segment.is_cut or self.intake.is_stuck or body.is_overdue
+            )
 
     async def _put(
         self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
@@ -392,14 +409,25 @@ class Fill:
             raise SizeMismatch(self.size, total)
         if self.size is None:
             self._crowd.expect(total)
+        is_first = leads and segment.at == self.received == 0
+        if is_first and total != self.size:
+            await self._show(chunks[0])
+        await self._opened()
         if leads and segment.at == self.received:
             await self.intake.take(chunks, wait=not may_cut)
         else:
             await self.intake.put(segment.at, chunks)
         self._spread.wrote(segment, count)
         await self._spread.catch_up()
-        self._publish(now=False)
+        self._publish(now=is_first)
         self._moved()
+
+    async def _show(self, chunk: Chunk) -> None:
+        """Let readers have the first bytes before there is a place for them: the ways to threads,
+        which settle it, write and hash, are most of what a client would wait for here."""
+        self.intake.show(chunk)
+        self._publish(now=True)
+        await asyncio.sleep(0)  # let them go first
 
     def _count_segment(self, source: Source, outcome: str) -> None:
         self._metrics.upstream_segments.labels(source.key[0], outcome).inc()
@@ -439,11 +467,3 @@ class Fill:
 
     def __repr__(self) -> str:
         return f"<Fill {self.digest} {self.received}/{self.size}>"
-
-
-def may_gather(segment: Segment, received: int, count: int) -> bool:
-    """After a piece of ``count`` bytes: may more come together before the next one is taken? If it
-    was small, nobody waits for what follows it, and the turn would not end later for that."""
-    is_waited_for = segment.at <= received
-    is_near_its_end = segment.stop is not None and segment.stop - segment.at <= GATHER_BYTES
-    return count < GATHER_BYTES and not is_waited_for and not is_near_its_end

@@ -12,7 +12,7 @@ come from, ``intake.py`` where they go, ``reader.py`` how they reach a client.
 States, and who moves them (always the fill task, but for the last row):
 
 * WAITING   nothing has come yet: the ticket stands in a gate's queue
-* FILLING   the place (staging file or window) is settled; ``mark`` grows
+* FILLING   an upstream gives it, or another node, or there is something of it; ``mark`` grows
 * VERIFIED  every byte is there and the digest is right: readers may have the last bytes. Until then
             the bytes of the last batch are held back, or the last byte while the size is unknown
             (D10)
@@ -110,6 +110,8 @@ class Flight:
             windows=windows,
             metrics=metrics,
             log=log,
+            store=store,
+            on_begun=self._begun,
             on_full=self._disk_full,
             image=image,
             sharing=sharing,
@@ -183,8 +185,9 @@ class Flight:
         if size is not None:
             self._fill.doubt_size(size)
         reader.check_promise(self.size)
-        if self.size is None and size is not None and size < self.received:
-            reader.check_promise(self.received)
+        came = max(self.received, self.intake.end)  # readers may have more than was taken in
+        if self.size is None and size is not None and size < came:
+            reader.check_promise(came)
         self.readers.add(reader)
         self._is_backed_only = False
         for backer in self._backers:
@@ -297,7 +300,7 @@ class Flight:
 
     async def _run(self) -> None:
         try:
-            await self._fill.run(self._store, self._begun)
+            await self._fill.run()
             await self._verify()
             await self._land()
         except asyncio.CancelledError:

@@ -37,6 +37,10 @@ from proxy.store.blobs import FileLease, Staging, StoreFull
 from proxy.store.store import Store
 from proxy.store.work import finish
 
+#: Bytes that readers may have of a blob before any of it is in the file: as many as a client takes
+#: at once, and few, since a copy of them waits for each one that does not.
+FIRST_BYTES = 32 << 10
+
 
 class Intake:
     """One fill's place. Only the fill task calls what is async here; readers call ``piece``.
@@ -67,6 +71,7 @@ class Intake:
         self._staging: Staging | None = None
         self._lease: FileLease | None = None
         self._backlog: deque[memoryview] = deque()
+        self._first = b""  # what readers may have while it is on its way into the file
         self._moved = asyncio.Event()
         self._is_released = False
 
@@ -83,8 +88,9 @@ class Intake:
 
     @property
     def end(self) -> int:
-        """Bytes that are in the file or have been in the window."""
-        return self.window.end if self.window is not None else self._filed
+        """Bytes that are in the file or have been in the window; at first, those shown before."""
+        end = self.window.end if self.window is not None else self._filed
+        return max(end, len(self._first))
 
     @property
     def _filed(self) -> int:
@@ -97,7 +103,7 @@ class Intake:
             return FileSpan(self._lease, position, min(limit, filed))
         if self.window is not None and self.window.start <= position < self.window.end:
             return self.window.piece(position)[: limit - position]
-        return None
+        return self._first[position:limit] or None
 
     def piece_ahead(self, position: int, limit: int) -> Piece | None:
         """Bytes that were ``put`` at ``position``, up to ``limit``: not hashed, and to be read only
@@ -114,7 +120,8 @@ class Intake:
 
     def has_lost(self, position: int) -> bool:
         """Did the window give up the byte at ``position``?"""
-        return self.window is not None and self._filed <= position < self.window.start
+        kept = max(self._filed, len(self._first))
+        return self.window is not None and kept <= position < self.window.start
 
     def reader_moved(self) -> None:
         """A reader came, went on or left: a fill that waits for readers looks again."""
@@ -157,12 +164,18 @@ class Intake:
         self._on_full(error)
         self.window = Window(self.received, self._windows.take())
 
+    def show(self, chunk: Chunk) -> None:
+        """Let readers have the first of these bytes, which are ``take``n next or never. They stay
+        until they are in the file; where a window takes its place, to the end."""
+        self._first = bytes(chunk[:FIRST_BYTES])
+
     async def take(self, chunks: Sequence[Chunk], *, wait: bool) -> None:
         """Take in the next bytes. With ``wait`` the turn had better not be cut, and the readers are
         waited for here; else what they leave no room for is left over. Raises ``StoreFailed``."""
         if self.window is None and self._staging is not None:
             try:
                 await self._staging.append(chunks)
+                self._first = b""
                 return
             except StoreFull as error:
                 self._open_window(error)

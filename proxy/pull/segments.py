@@ -10,7 +10,8 @@ places: *done* (written), *taken* (some segment's, and still to come), or in a *
   are the smallest then, so all end at about the same time, and when a slot comes free in the middle
   there is something left for it. But a cut has ``least`` bytes, for each costs a request, and no
   more than its turn may have (D2).
-* What a broken or cut segment did not bring is a hole again.
+* What a broken or cut segment did not bring is a hole again. So is the end of a long one that is
+  *shortened*, because there are no other holes and somebody has nothing to do.
 * With ``bounds`` only what lies between them is cut from holes: the rest is others' to bring, who
   ``claim`` a range that they have chosen themselves.
 """
@@ -18,18 +19,47 @@ places: *done* (written), *taken* (some segment's, and still to come), or in a *
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from proxy.oci.digest import Chunk
+
+#: Bytes that are written at once of what nobody waits for yet.
+GATHER_BYTES = 1 << 20
 
 
 class Segment:
     """A turn's range; ``stop`` is ``None`` when nobody knows where the blob ends."""
 
-    __slots__ = ("at", "start", "stop")
+    __slots__ = ("asked", "at", "in_hand", "start", "stop")
 
     def __init__(self, start: int, stop: int | None) -> None:
         self.start = start
         self.at = start
+        self.in_hand = start  # the end of the piece that is being written
         self.stop = stop
+        self.asked = stop  # where what its turn has asked for ends
+
+    @property
+    def is_shortened(self) -> bool:
+        """Has its turn asked for more than it is to bring?"""
+        return self.stop is not None and self.stop != self.asked
+
+    @property
+    def is_cut(self) -> bool:
+        """Has it brought all that it is to bring, though its turn has asked for more?"""
+        return self.is_shortened and self.at >= _stop(self)
+
+    def first_of(self, chunks: list[Chunk]) -> list[Chunk]:
+        """What of the next bytes is to be written. Until that is done they are in hand: it cannot
+        be shortened to less."""
+        count = sum(map(len, chunks))
+        left = min(count, _stop(self) - self.at) if self.is_shortened else count
+        self.in_hand = self.at + left
+        kept = []
+        for chunk in chunks:
+            kept.append(chunk[:left])
+            left -= len(kept[-1])
+        return kept
 
     def __repr__(self) -> str:
         return f"<Segment {self.start}-{self.stop} at {self.at}>"
@@ -108,6 +138,26 @@ class Segments:
         self._taken.add(segment)
         return segment
 
+    def shorten(self, segments: Iterable[Segment], *, parts: int, long: int) -> bool:
+        """Leave the one of these ``segments`` that has most to come one of about ``parts`` equal
+        parts of that; the rest is a hole. False if none has ``long`` bytes to come, or there are
+        bounds: a fleet passes on what comes in order, and what is on its way when a turn is cut
+        comes twice (16 nodes: 1.07 times all bytes; the last was later by 0.2 times of one alone).
+        """
+        longest = max(segments, key=_to_come, default=None)
+        if self.bounds is not None or longest is None or (left := _to_come(longest)) < long:
+            return False
+        kept = max(self._least, left // parts)
+        if kept >= left:
+            return False
+        longest.stop = _stop(longest) - left + kept
+        return True
+
+    def stretch(self, segment: Segment, follower: Segment) -> None:
+        """What was to be brought by its ``follower`` is the shortened ``segment``'s again."""
+        self.give_back(follower)
+        segment.stop = min(_stop(follower), segment.asked or 0)
+
     def open_holes(self) -> Iterator[tuple[int, int]]:
         """The holes within the bounds."""
         first, last = self.bounds or (0, self.size)
@@ -130,7 +180,7 @@ class Segments:
 
     def adopt(self, segment: Segment, stop: int) -> None:
         """A turn that began before there was a plan brings what is before ``stop``."""
-        segment.stop = min(stop, self.size)
+        segment.stop = segment.asked = min(stop, self.size)
         self._taken.add(segment)
 
     def reach(self, position: int) -> None:
@@ -163,6 +213,19 @@ class Segments:
         return (
             f"<Segments {self.contiguous}/{self.size}, {len(self._taken)} taken, {self.left} left>"
         )
+
+
+def may_gather(segment: Segment, received: int, count: int) -> bool:
+    """After a piece of ``count`` bytes: may more come together before the next one is taken? If it
+    was small, nobody waits for what follows it, and the turn would not end later for that."""
+    is_waited_for = segment.at <= received
+    is_near_its_end = segment.stop is not None and segment.stop - segment.at <= GATHER_BYTES
+    return count < GATHER_BYTES and not is_waited_for and not is_near_its_end
+
+
+def _to_come(segment: Segment) -> int:
+    """Bytes that are neither written nor about to be."""
+    return _stop(segment) - max(segment.at, segment.in_hand)
 
 
 def _stop(segment: Segment) -> int:

@@ -5,7 +5,8 @@ Theory of operation
 A *sharing* belongs to one flight and lasts as long. What it decides is decided by its ``Pursuit``
 (fleet/pursuit.py); here that is done: one task, the *stepper*, asks it for the next step, speaks
 with the directory, one call at a time, and begins what the step says. What happens meanwhile is
-told to the pursuit at once, and wakes the stepper.
+told to the pursuit at once, and wakes the stepper. What it says to the directory, and that it says
+so often enough, is ``claiming.py``'s.
 
 Bytes reach the flight on two ways, never both for the same byte:
 
@@ -39,28 +40,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine
+from typing import Any
 
-from proxy.fleet.claims import WHOLE, Grant, Outcome, Taken, Wish
-from proxy.fleet.pursuit import FIRST_LOOK, GRACE, Pursuit
+from proxy.fleet.claims import Grant
+from proxy.fleet.patience import FIRST_LOOK
+from proxy.fleet.pursuit import GRACE, Pursuit
 from proxy.fleet.shunned import Why
-from proxy.fleet.steps import Ask, Fresh, Step
+from proxy.fleet.steps import Ask, Step
 from proxy.fleet.stripes import Span, lowest_zero
 from proxy.oci.digest import Digest
-from proxy.oci.errors import (
-    DirectoryDown,
-    NotFound,
-    PullError,
-    SizeMismatch,
-)
+from proxy.oci.errors import DirectoryDown, NotFound, PullError
+from proxy.pull.claiming import Claiming
 from proxy.pull.ground import Fellows, Ground
 from proxy.pull.lending import LentStripe
 from proxy.pull.progress import Bell
 from proxy.pull.receiving import Receiver
 from proxy.store.blobs import StoreFull
-
-T = TypeVar("T")
 
 #: Seconds without a byte of the upstream after which a filler lets another node try.
 PATIENCE = 5.0
@@ -82,22 +78,18 @@ class Sharing:
         self.digest = digest
         self.size = size
         self._fellows = fellows
-        self._claims = fellows.claims
         self._pursuit = Pursuit(fellows.giver, shunned=fellows.shunned, rng=fellows.rng, size=size)
+        self._claiming = Claiming(fellows, self._pursuit, digest, size)
         self._givings: Counter[int] = Counter()  # who receives which stripe of us
         self._ground: Ground | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
         self._bell = Bell()
         self._receiver = Receiver(fellows, digest, size, self._bell)
-        self._held_at = fellows.clock()  # when the directory was told what is here
-        self._granted: dict[int, float] = {}  # when a stripe was, or was renewed
-        self._ended: list[tuple[Grant, Outcome]] = []  # grants to give back with the next call
         self._failure: Exception | None = None  # ours, in a transfer
         self._is_over = False
-        self._is_to_settle = False  # the directory may take us for the filler
         self._has_failed = False  # the upstream, since it was looked at
-        self._moved_at = self._led_at = self._held_at
+        self._moved_at = fellows.clock()  # when a byte came
         self._rests_until = 0.0  # and lets others fill
 
     @property
@@ -124,80 +116,56 @@ class Sharing:
     async def _step_on(self) -> None:
         if not self._fellows.is_up():  # as it has been for a while: nothing to wait for
             self._pursuit.directory_gone(self._fellows.clock() - GRACE)
-        await self._told(self._look(0))
+        claiming = self._claiming
+        await claiming.told(claiming.look(0))
         while not self._pursuit.is_complete:
             if self._failure is not None:
                 raise self._failure
             self._news.clear()
             await self._hash_filled()
-            await self._told(self._let_others())
+            await claiming.told(self._let_others())
             step = self._step()
-            if await self._told(self._act(step)):
+            if await claiming.told(self._act(step)):
                 continue  # what was said leads to another step
-            await self._told(self._renew())
+            if await claiming.told(claiming.renew()):
+                continue
             try:
                 async with asyncio.timeout(step.wait or FIRST_LOOK):
                     await self._news.wait()
             except TimeoutError:
                 need, now = lowest_zero(self._pursuit.have), self._fellows.clock()
                 if self._pursuit.is_to_look(need, now):
-                    await self._told(self._look(self._pursuit.published))
-        await self._told(self._give_back())
+                    await claiming.told(claiming.look(self._pursuit.published))
+        await claiming.told(claiming.give_back())
 
     def _step(self) -> Step:
         return self._pursuit.step(lowest_zero(self._pursuit.have), self._fellows.clock())
 
-    async def _told(self, saying: Coroutine[Any, Any, bool]) -> bool:
-        """Say something to the directory; false if nothing came of it, or there is none."""
-        try:
-            return await saying
-        except DirectoryDown:
-            self._pursuit.directory_gone(self._fellows.clock())
-            return False
-
-    async def _timed(self, call: Coroutine[Any, Any, T]) -> T:
-        """What a call of the directory returns; how long it takes shows how busy that is."""
-        began = self._fellows.clock()
-        answer = await call
-        now = self._fellows.clock()
-        self._pursuit.answered(now - began, now)
-        return answer
-
-    async def _look(self, known: int) -> bool:
-        view = await self._timed(self._claims.look(self.digest, known))
-        if not self._pursuit.saw(view):
-            self._pursuit.saw(view := await self._claims.look(self.digest))
-        if view.published and view.size not in (None, self.size):
-            raise SizeMismatch(self.size, view.size or 0)  # who is right the upstream knows
-        return True
-
     async def _act(self, step: Step) -> bool:
         """Do it; whether another step may follow from that at once."""
         self._begin(step)
+        claiming = self._claiming
         if step.drop is not None:
-            return await self._drop(step.drop)
+            return await claiming.drop(step.drop)
         if step.lead and self._fellows.clock() >= self._rests_until:
-            await self._lead()
+            await claiming.lead()
+            self._moved_at, self._has_failed = self._fellows.clock(), False
             return self._pursuit.is_filler
-        if step.publish is not None:
-            await self._publish(step.publish)
+        if step.publish is not None and not await claiming.publish(step.publish):
+            return True
         if step.hold:
-            await self._hold(self._pursuit.announced)
+            await claiming.hold()
         if step.wishes and step.room:
-            await self._take(step)
+            grants, is_known = await claiming.take(step)
+            for grant in grants:
+                self._receive(grant)
+            if not is_known:
+                await claiming.look(0)
+            elif self._pursuit.is_stale:
+                await claiming.look(self._pursuit.published)
         elif not step.saves:
-            await self._give_back()
+            await claiming.give_back()
         return False
-
-    async def _drop(self, generation: str) -> bool:
-        await self._claims.drop(self.digest, generation)
-        return False
-
-    async def _lead(self) -> None:
-        self._is_to_settle = True  # even if this is cancelled in the middle
-        self._pursuit.led(await self._claims.fill(self.digest, self.size))
-        self._moved_at, self._has_failed = self._fellows.clock(), False
-        self._led_at = self._moved_at
 
     async def _let_others(self) -> bool:
         """A filler that brings nothing lets another one try, if anybody wants to."""
@@ -206,9 +174,7 @@ class Sharing:
         if not self._pursuit.is_filler or not (is_late or self._has_failed):
             return False
         self._has_failed, self._rests_until = False, now + REST
-        self._pursuit.gave_up()
-        await self._claims.settle(self.digest)
-        return True
+        return await self._claiming.let_others()
 
     def _begin(self, step: Step) -> None:
         """What needs no word with anybody."""
@@ -227,84 +193,25 @@ class Sharing:
             else:
                 self._spawn(self._fill_of_peer(step.fill), f"fill of {step.fill.of}")
 
-    async def _publish(self, fresh: Fresh) -> None:
-        count = await self._claims.publish(
-            self.digest, self.size, fresh.first, fresh.hashes, fresh.by
-        )
-        self._pursuit.was_published(fresh, count)
-        self._led_at = self._fellows.clock()
-
-    async def _hold(self, have: int) -> None:
-        grants = [one for one in self._pursuit.receiving.values() if isinstance(one, Grant)]
-        await self._claims.hold(self.digest, self._pursuit.generation, have, grants)
-        self._held_at = now = self._fellows.clock()
-        self._granted = dict.fromkeys(self._granted, now)
-        self._pursuit.held()
-
-    async def _take(self, step: Step) -> None:
-        pursuit = self._pursuit
-        taken = await self._timed(self._with_ended(step.wishes, step.room, step.avoid))
-        is_known = pursuit.took(taken)
-        for grant in taken.grants:
-            self._receive(grant)
-        if not is_known:
-            await self._look(0)
-
-    async def _give_back(self) -> bool:
-        """The grants that have ended, when there is nothing to take with them."""
-        if not self._ended:
-            return False
-        await self._with_ended((), 0, ())
-        return True
-
-    async def _with_ended(self, wishes: Sequence[Wish], room: int, avoid: Collection[str]) -> Taken:
-        """Take, and give back what has ended. Unless the directory answers that is told again with
-        the next call, if only by ``close``: what is given back twice does nothing."""
-        ended, self._ended = self._ended, []
-        try:
-            return await self._claims.take(
-                self.digest, wishes, room, self._pursuit.published, avoid, ended
-            )
-        except BaseException:  # it is down, or we are cancelled
-            self._ended = ended + self._ended
-            raise
-
-    async def _renew(self) -> bool:
-        """Say that we are still there, often enough."""
-        terms, now = self._fellows.terms, self._fellows.clock()
-        is_leading = self._pursuit.is_filler and now - self._led_at >= terms.filler / 4
-        if is_leading:
-            self._led_at = now
-            self._pursuit.led(await self._claims.fill(self.digest, self.size))
-        is_due = now - min(self._granted.values(), default=now) >= terms.grant / 3
-        is_due = is_due or now - self._held_at >= terms.part / 3
-        if is_due and (self._pursuit.receiving or self._pursuit.announced):
-            await self._hold(self._pursuit.announced)
-        return is_leading or is_due
-
     # -- bytes of other nodes --------------------------------------------------------------
 
     def _receive(self, received: Grant | Ask) -> None:
-        self._granted[received.stripe] = self._fellows.clock()
+        self._claiming.begun(received.stripe)
         self._spawn(self._received(received), f"stripe {received.stripe} of {self.digest}")
 
     async def _received(self, received: Grant | Ask) -> None:
         """One stripe's transfer, to its end. One that is cancelled tells nobody anything."""
-        stripe, grant = received.stripe, self._grant(received)
+        stripe = received.stripe
         try:
-            why = await self._transfer(grant, self._pursuit.expected(stripe))
+            why = await self._transfer(self._grant(received), self._pursuit.expected(stripe))
         except Exception as error:  # ours: neither the giver's fault nor the flight's end
             self._failure = error
             self._news.set()
             return
         outcome = self._pursuit.ended(stripe, why, self._fellows.clock())
-        self._granted.pop(stripe, None)
-        if isinstance(received, Grant) and outcome is Outcome.DONE:
-            self._ended.append((received, outcome))
         self._changed(stripe)
-        if isinstance(received, Grant) and outcome is not Outcome.DONE:
-            # At once: as long as the directory takes us for one who receives it, it sends others.
-            await self._given_back(received, outcome)
+        grant = received if isinstance(received, Grant) else None
+        await self._claiming.ended(stripe, grant, outcome)
 
     def _grant(self, received: Grant | Ask) -> Grant:
         """What is asked for; without a directory as if it had been granted."""
@@ -317,12 +224,6 @@ class Sharing:
 
     async def _transfer(self, grant: Grant, expected: bytes | None) -> Why | None:
         return await self._receiver.receive(self._required, grant, expected)
-
-    async def _given_back(self, grant: Grant, outcome: Outcome) -> None:
-        try:
-            await self._claims.give_back(grant, outcome)
-        except DirectoryDown:
-            self._ended.append((grant, outcome))
 
     async def _fill_of_peer(self, span: Span) -> None:
         """A node that has the whole blob gives what was never published, or is so no more."""
@@ -430,27 +331,18 @@ class Sharing:
             return
         for name in pursuit.found_right(self._fellows.clock()):
             self._fellows.log.warning("peer_shunned", peer=name, cause="it published other bytes")
-        await self._told(self._act(self._step()))
+        await self._claiming.told(self._act(self._step()))
 
     async def landed(self) -> None:
         """It is in the store, whole."""
-        await self._told(self._tell_whole())
-
-    async def _tell_whole(self) -> bool:
-        generation = self._pursuit.generation
-        if not generation:
-            return False
-        is_entered = await self._claims.hold(self.digest, generation, WHOLE)
-        if is_entered:
-            self._fellows.kept(self.digest, generation)
-        return is_entered
+        await self._claiming.told(self._claiming.hold_whole())
 
     async def was_wrong(self) -> None:
         """What the fleet gave was not the blob."""
         if self._is_over or self._ground is None:
             return  # it gave nothing, or too little to say that
         self._pursuit.found_wrong()
-        await self._told(self._drop(self._pursuit.generation))
+        await self._claiming.told(self._claiming.drop(self._pursuit.generation))
 
     async def close(self) -> None:
         """End every transfer; let another node fill, if this one did."""
@@ -461,11 +353,9 @@ class Sharing:
         self._is_over = True
         self._bell.ring()
         with contextlib.suppress(DirectoryDown):
-            await self._give_back()
-        if self._is_to_settle:
-            self._is_to_settle = False
-            with contextlib.suppress(DirectoryDown):
-                await self._claims.settle(self.digest)
+            await self._claiming.give_back()
+        with contextlib.suppress(DirectoryDown):
+            await self._claiming.settle()
 
     # -- tools -----------------------------------------------------------------------------
 

@@ -16,6 +16,11 @@ A further turn is a task, which ends with its turn:
 * *begun*    the head of its answer has come, and was right
 * *over*     what it did not bring is a hole again, for the lead or the next one to bring
 
+Where all is taken and a turn has much to come, it is *helped*: a further turn is to bring half of
+that. Else a flight whose turn comes late, for all that is left, would bring it over one connection
+beside idle ones. The connection is lost, as more was asked for; but only if the further turn has a
+slot before the first one comes to where it begins. If not, the first one goes on (``trim``).
+
 What goes wrong in one never fails the flight. After a failure there is a pause, and then one
 further turn until it has gone well. After ``TRIES`` failures in a row there are no more, nor when
 the disk is full: then the flight *goes alone*. Nor when its answers contradict the lead's: then
@@ -35,7 +40,9 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 
+from proxy.oci.digest import Chunk
 from proxy.oci.errors import PullError, SizeMismatch, UnexpectedAnswer, UpstreamUnavailable
+from proxy.pull.helpers import Helper, Helpers
 from proxy.pull.intake import Intake
 from proxy.pull.pace import Pace
 from proxy.pull.segments import Segment, Segments, cut
@@ -62,25 +69,6 @@ class _Contradiction(UnexpectedAnswer):
     reason = "range_contradicted"
 
 
-class _Helper:
-    """One further turn."""
-
-    __slots__ = ("has_begun", "segment", "task", "ticket")
-
-    def __init__(self, segment: Segment, ticket: Ticket, task: asyncio.Task[None]) -> None:
-        self.segment = segment
-        self.ticket = ticket
-        self.task = task
-        self.has_begun = False
-
-    @property
-    def is_waiting(self) -> bool:
-        """Has it nothing that would be lost with it, not even a slot?"""
-        if self.has_begun or self.task.cancelling():
-            return False
-        return self.ticket.is_queued or not self.ticket.grants
-
-
 class Spread:
     """The plan of one fill, and its turns but for the lead.
 
@@ -89,7 +77,8 @@ class Spread:
     ``moved`` when somebody ceased to bring something, for those who counted on that. ``delay``:
     seconds from the head of the first answer to further turns; what they need to begin (sockets, at
     first) would have the first reader wait for the first bytes. ``pace``: the lead's; there are no
-    further turns while its bytes come faster than they are taken in.
+    further turns while its bytes come faster than they are taken in. A turn with ``long`` bytes to
+    come is helped.
     """
 
     def __init__(
@@ -98,6 +87,7 @@ class Spread:
         *,
         intake: Intake,
         least: int,
+        long: int,
         carry: Carry,
         publish: Callable[[bool], None],
         pause_after: Callable[[int, PullError], float],
@@ -110,16 +100,18 @@ class Spread:
         self._name = name
         self._intake = intake
         self._least = least
+        self._long = long
         self._carry = carry
         self._publish = publish
         self._pause_after = pause_after
         self._count = count
         self._moved = moved
         self._delay = delay
+        self._leading: list[Segment] = []  # what the lead brings, once it is answered
         self._source: Source | None = None  # the lead's, which has shown to have the blob
         self._givers: set[Source] = set()  # whoever was asked for a part while there was a plan
         self._clients: dict[str, None] = {}
-        self._helpers: set[_Helper] = set()
+        self._helpers = Helpers()
         self._failures = 0  # in a row
         self._retry = ""
         self._is_alone = False  # there are no further turns any more
@@ -137,19 +129,15 @@ class Spread:
     def join(self, client: str) -> None:
         """``client`` waits for the blob."""
         self._clients[client] = None
-        for helper in self._helpers:
-            if helper.is_waiting:
-                helper.ticket.join(client)
+        self._helpers.join(client)
         self.widen()
 
     def leave(self, client: str) -> None:
         """It does not any more. What nobody waits for gets no further turns."""
         self._clients.pop(client, None)
-        for helper in self._helpers:
-            if helper.is_waiting:
-                helper.ticket.leave(client)
-                if not self._clients:
-                    helper.task.cancel()
+        self._helpers.leave(client)
+        if not self._clients:
+            self._helpers.cancel_waiting(0, 0)
 
     def drop(self, source: Source) -> None:
         """It is not asked any more."""
@@ -170,7 +158,7 @@ class Spread:
         if size is None:
             return min(most, 2 * self._least)
         left = max(0, size - position)
-        length = cut(left, left, parts=source.segments, least=self._least, most=most)
+        length = cut(left, left, parts=source.segments, least=2 * self._least, most=most)
         # If one turn brings all of it, ask as ever: the blob may be larger than promised.
         return length if length < left else most
 
@@ -224,10 +212,13 @@ class Spread:
         self._source = source
         if self.plan is not None:
             self._givers.add(source)
+            self._leading = [segment]
         self.widen()
 
     def ended(self, segment: Segment) -> None:
         """The lead's turn is over, or somebody else's who claimed a range."""
+        if segment in self._leading:
+            self._leading.clear()
         if self.plan is not None:
             self.plan.give_back(segment)
             self._changed.set()
@@ -248,9 +239,7 @@ class Spread:
         for those that still wait for a slot."""
         if self.plan is not None:
             self.plan.bounds = (start, stop)
-            for helper in self._helpers:
-                if helper.is_waiting and not start <= helper.segment.start < stop:
-                    helper.task.cancel()
+            self._helpers.cancel_waiting(start, stop)
             self._changed.set()
             self.widen()
 
@@ -263,6 +252,18 @@ class Spread:
         finally:
             self._puts -= 1
             self._changed.set()
+
+    def trim(self, segment: Segment, chunks: list[Chunk]) -> list[Chunk]:
+        """What ``segment`` is to bring of the next bytes of its turn. Where it was shortened for
+        somebody who has got no slot since, it goes on."""
+        reaches = segment.at + sum(map(len, chunks))
+        while self.plan is not None and segment.is_shortened and reaches >= (segment.stop or 0):
+            follower = self._helpers.waiting_at(segment.stop or 0)
+            if follower is None:
+                break
+            follower.task.cancel()
+            self.plan.stretch(segment, follower.segment)
+        return segment.first_of(chunks)
 
     def wrote(self, segment: Segment, count: int) -> None:
         """So many bytes more of ``segment`` are in the file."""
@@ -293,16 +294,26 @@ class Spread:
         if source is None or self.plan is None or self._pause is not None:
             return
         self.plan.reach(self._intake.received)
-        waiting = sum(not helper.has_begun for helper in self._helpers)
+        waiting = len(self._helpers) - len(self._helpers.begun)
         most = 1 if self._failures else max(1, source.spare)
         while self._may_spread(source) and waiting < most:
             if len(self._helpers) + 1 >= source.segments:
                 return
-            segment = self.plan.take(parts=source.segments, most=source.turn_bytes)
+            segment = self._next(source, self.plan, most - waiting)
             if segment is None:
                 return
             self._begin(source, segment)
             waiting += 1
+
+    def _next(self, source: Source, plan: Segments, idle: int) -> Segment | None:
+        """What a further turn brings, one of ``idle`` that could begin. When all is taken it helps
+        the turn that has most to come."""
+        segment = plan.take(parts=source.segments, most=source.turn_bytes)
+        if segment is None and not self._failures:
+            begun = [*self._helpers.begun, *self._leading]
+            if plan.shorten(begun, parts=idle + 1, long=self._long):
+                segment = plan.take(parts=idle, most=source.turn_bytes)
+        return segment
 
     def _may_spread(self, source: Source) -> bool:
         return (
@@ -315,14 +326,14 @@ class Spread:
 
     def _is_wide(self, source: Source) -> bool:
         """Does, or could, anybody bring something at the same time as the lead?"""
-        is_helped = any(helper.has_begun for helper in self._helpers)
-        return self._may_spread(source) and not self._is_behind and (is_helped or source.spare > 1)
+        is_helped = bool(self._helpers.begun) or source.spare > 1
+        return self._may_spread(source) and not self._is_behind and is_helped
 
     def _begin(self, source: Source, segment: Segment) -> None:
         ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)
         ticket.retry = self._retry
         task = asyncio.create_task(self._run(source, segment, ticket), name=f"segment {self._name}")
-        helper = _Helper(segment, ticket, task)
+        helper = Helper(segment, ticket, task)
         self._helpers.add(helper)
         task.add_done_callback(lambda _: self._over(source, helper))
 
@@ -341,12 +352,10 @@ class Spread:
             raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
 
     def _has_begun(self, segment: Segment) -> None:
-        for helper in self._helpers:
-            if helper.segment is segment:
-                helper.has_begun = True
+        self._helpers.begin(segment)
         self.widen()
 
-    def _over(self, source: Source, helper: _Helper) -> None:
+    def _over(self, source: Source, helper: Helper) -> None:
         """Its task has ended, perhaps before its first step."""
         self._helpers.discard(helper)
         if self.plan is not None:
@@ -401,10 +410,9 @@ class Spread:
 
     def _recall(self) -> None:
         """Take back the first range that still waits for a slot, if it is before any hole."""
-        waiting = [helper for helper in self._helpers if helper.is_waiting]
-        if not waiting or self.plan is None:
+        helper = self._helpers.first
+        if helper is None or self.plan is None:
             return
-        helper = min(waiting, key=lambda one: one.segment.start)
         hole, _ = next(self.plan.open_holes(), (self.plan.size, 0))
         if helper.segment.start < hole:
             self.plan.give_back(helper.segment)
@@ -418,8 +426,7 @@ class Spread:
     def _void(self) -> None:
         """No further turn begins, those under way end, and the lead will drop the plan."""
         self._is_alone = self.is_void = True
-        for helper in self._helpers:
-            helper.task.cancel()
+        self._helpers.cancel()
 
     async def _drop_plan(self) -> None:
         """Go on at the first byte that is not hashed."""
@@ -438,8 +445,7 @@ class Spread:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        tasks = [helper.task for helper in self._helpers]
-        if tasks:
+        if tasks := self._helpers.tasks:
             await finish(asyncio.ensure_future(asyncio.wait(tasks)))
 
     def __repr__(self) -> str:

@@ -203,4 +203,7 @@ Overload = Literal["wait", "spill"]
 class Section(BaseModel):
     """A table of the file: frozen, and without keys that nobody reads."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    # Deferred: each is read as a part of the whole, which would build its rules a second time.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True
+    )

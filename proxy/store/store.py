@@ -30,6 +30,7 @@ from proxy.store.blobs import FileLease, NoRoom, Staging, StoreFull
 from proxy.store.durability import Durability, boot_id
 from proxy.store.eviction import Ledger
 from proxy.store.files import Disk, Layout, open_blob, read_blob
+from proxy.store.hints import LinkHints
 from proxy.store.lock import CacheDirBusy, CacheDirError, CacheDirUnusable
 from proxy.store.marks import Mark, Marks
 from proxy.store.shelf import Shelf
@@ -98,6 +99,7 @@ class Store:
         self._links: LRUCache[LinkKey, Link] = LRUCache(_LINKS_IN_MEMORY)
         self._unlinks = 0
         self._linked: Marks[LinkKey] = Marks()
+        self._hints = LinkHints()
         self._on_unlinked: Callable[[LinkKey], None] = lambda _: None
         self._used: dict[Digest, int] = {}
         self._writing_back: asyncio.TimerHandle | None = None
@@ -148,6 +150,7 @@ class Store:
                 )
                 found = await restore(shelf, taken)
                 store = cls(shelf, Recovery(shelf, taken, found, pause), undo.pop_all())
+                _ = shelf.spawn(store._hints.learn(taken.index, lambda: shelf.is_closing))
         report(taken, ledger, len(shelf.unverified), durability, metrics, log)
         return store
 
@@ -348,6 +351,7 @@ class Store:
             if size is not None or known is None:
                 self._links[key] = Link(size)
             rows.append((str(digest), size))
+            self._hints.add(digest.hex)
         seen = self._shelf.now() / 1_000_000
         await self._shelf.record(self._index.link(upstream, repository, rows, seen))
 
@@ -355,7 +359,7 @@ class Store:
         """Whether this repository is known to have it; None says nothing about the contrary."""
         key = (upstream, repository, digest)
         known = self._links.get(key)
-        if known is not None:
+        if known is not None or self._hints.exclude(digest):
             return known
         before = self._unlinks
         row = await self._shelf.record(self._index.linked(upstream, repository, str(digest)))

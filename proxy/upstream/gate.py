@@ -37,8 +37,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prometheus_client import Histogram
 
@@ -62,8 +61,7 @@ _METADATA_ONLY = frozenset({TurnClass.METADATA})
 _SPARE = (TurnClass.SEGMENT, TurnClass.ABANDONED)
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A granted slot: which lane it opens, for what, and since when (monotonic seconds)."""
 
     number: int
@@ -168,11 +166,10 @@ class Gate:
         free = min(self.limit, leases.most + leases.free) - len(self._granted)
         if turn_class is TurnClass.METADATA:
             return free
-        return min(free, self._bulk_room(leases.free_bulk) - self._bulk)
+        return min(free, self._bulk_room(self.limit, leases.free_bulk) - self._bulk)
 
-    def _bulk_room(self, more: int = 0) -> int:
+    def _bulk_room(self, limit: int, more: int = 0) -> int:
         """Slots that may be used for anything but metadata."""
-        limit = self.limit
         return min(limit - (limit >= RESERVE_FROM), self._leases.bulk + more)
 
     # -- for leases ------------------------------------------------------------------------
@@ -258,7 +255,7 @@ class Gate:
         except BaseException:
             self.release(slot, was_used=False)
             raise
-        return replace(slot, since=self._clock())
+        return slot._replace(since=self._clock())
 
     async def _slot(self, ticket: Ticket) -> Slot:
         self._queue.add(ticket)
@@ -319,23 +316,26 @@ class Gate:
     def _grant(self) -> None:
         if self._paused:
             self._look_again()
-        while len(self._granted) < min(self.limit, self._leases.most) and len(self._queue):
-            allowed = self._allowed()
-            if allowed is _METADATA_ONLY and not self._queue.depth(TurnClass.METADATA):
+        queue, granted, limit = self._queue, self._granted, self.limit
+        # Nothing here changes these two while slots are granted.
+        most, room = min(limit, self._leases.most), self._bulk_room(limit)
+        while len(granted) < most and len(queue):
+            allowed = self._allowed(room)
+            if allowed is _METADATA_ONLY and not queue.depth(TurnClass.METADATA):
                 break  # so most turns of blobs end
-            ticket = self._queue.take(allowed)
+            ticket = queue.take(allowed)
             if ticket is None:
                 break
             future, since = self._waiters.pop(ticket)
             if future.done():  # cancelled, but its task has not run yet
                 continue
             now = self._clock()
-            slot = Slot(self._next_free(), ticket.turn_class, now)
-            self._granted[slot.number] = slot.turn_class
-            self._bulk += slot.turn_class is not TurnClass.METADATA
+            number, turn_class = self._next_free(), ticket.turn_class
+            granted[number] = turn_class
+            self._bulk += turn_class is not TurnClass.METADATA
             ticket.waited += now - since
-            self._waited(slot.turn_class).observe(now - since)
-            future.set_result(slot)
+            self._waited(turn_class).observe(now - since)
+            future.set_result(Slot(number, turn_class, now))
         self._leases.changed()
 
     def _waited(self, turn_class: TurnClass) -> Histogram:
@@ -352,8 +352,9 @@ class Gate:
                 return self._free.pop(place)
         return self._free.pop()
 
-    def _allowed(self) -> frozenset[TurnClass]:
-        is_kept = self._bulk >= self._bulk_room()
+    def _allowed(self, room: int) -> frozenset[TurnClass]:
+        """The classes that may be granted a slot, with ``room`` for all but metadata."""
+        is_kept = self._bulk >= room
         allowed = _METADATA_ONLY if is_kept else _ALL
         return allowed.difference(self._paused_now()) if self._paused else allowed
 

@@ -155,18 +155,10 @@ class Unshared:
     is_shared = False
 
     def __init__(self, capacity: int, rate: RateLimit | None = None) -> None:
-        self._capacity = capacity
-        self._rate = rate
-
-    @property
-    def total(self) -> int:
-        return self._capacity
-
-    most = bulk = free = free_bulk = allowed = total
-
-    @property
-    def rate(self) -> RateLimit | None:
-        return self._rate
+        # No properties: the gate looks at them several times in each turn.
+        self.total = self.most = self.bulk = capacity
+        self.free = self.free_bulk = self.allowed = capacity
+        self.rate = rate
 
     def bind(self, borrower: Borrower) -> None:
         """Nothing is asked of it."""

@@ -18,28 +18,14 @@ from pathlib import Path
 from publicsuffixlist import PSLFILE, PublicSuffixList
 from yarl import URL
 
-_RULE = re.compile(r"^(?!//)\S+", re.MULTILINE)
-
-
-def read_suffixes() -> PublicSuffixList:
-    """The list that comes with the library, which would write all ten thousand rules a second time
-    in ASCII; here it gets the few that are not. That is half of the work of reading it.
-
-    Suffixes that the list does not know make no domain: by its default rule `cluster.local` would
-    be one, and every tenant's service in a Kubernetes cluster of the registry's own family.
-    """
-    rules: list[str] = _RULE.findall(Path(PSLFILE).read_text("utf-8"))
-    foreign = [rule for rule in rules if not rule.isascii()]
-    encoded = [rule[: rule[0] == "!"] + _in_ascii(rule.lstrip("!")) for rule in foreign]
-    return PublicSuffixList([*rules, *encoded], accept_unknown=False, accept_encoded_idn=False)
-
-
-def _in_ascii(name: str) -> str:
-    return name.encode("idna").decode("ascii")
-
-
-# Read while modules load, so that nothing reads a file under the event loop; constant.
-_SUFFIXES = read_suffixes()
+# The lines of the list that comes with the library: its rules, and comments, which no name is. Read
+# while modules load, so that nothing reads a file under the event loop; constant. A name needs the
+# rules for its own ends only; to make the library's set of all of them takes ten times as long.
+RULES = frozenset(Path(PSLFILE).read_text("utf-8").split("\n"))
+#: Characters of a host name, at most (RFC 1035, section 2.3.4).
+MAX_HOST = 253
+#: Labels of any rule of the list, at most.
+MOST_LABELS = 8
 
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 
@@ -109,10 +95,37 @@ def endpoint(url: str) -> Endpoint | None:
 
 def registrable_domain(host: str) -> str | None:
     """`example.co.uk` for `auth.example.co.uk`; None for addresses, bare suffixes, unknown ones."""
-    if _is_address(host):
+    if _is_address(host) or len(host) > MAX_HOST:
         return None
-    domain = _SUFFIXES.privatesuffix(host)
+    # Suffixes that the list does not know make no domain: by its default rule `cluster.local` would
+    # be one, and every tenant's service in a Kubernetes cluster of the registry's own family.
+    known = PublicSuffixList(_rules_for(host), accept_unknown=False, accept_encoded_idn=False)
+    domain = known.privatesuffix(host)
     return domain if isinstance(domain, str) else None
+
+
+def _rules_for(host: str) -> list[str]:
+    """The rules of the list that speak of an end of this name, as it is spelled here."""
+    labels = host.split(".")
+    # Decoding takes the longer the more labels there are, and others choose the name.
+    first = max(0, len(labels) - MOST_LABELS)
+    ends = [".".join(labels[at:]) for at in range(first, len(labels))]
+    return [
+        sign + end
+        for end, spelled in [(end, _in_unicode(end)) for end in ends]
+        for sign in ("", "*.", "!")
+        if not RULES.isdisjoint((sign + end, sign + spelled))
+    ]
+
+
+def _in_unicode(name: str) -> str:
+    """As the list spells a name with A-labels; any other as it is."""
+    if "xn--" not in name:
+        return name
+    try:
+        return name.encode("ascii").decode("idna")
+    except UnicodeError:
+        return name
 
 
 def _lists(entry: str, asked: Endpoint) -> bool:

@@ -100,7 +100,8 @@ class TurnTimes:
 
     def ended(self, turn_class: TurnClass, seconds: float) -> None:
         """One more turn has ended."""
-        self._lasted[turn_class] += (max(seconds, SHORTEST) - self._lasted[turn_class]) / 4
+        lasted = self._lasted[turn_class]
+        self._lasted[turn_class] = lasted + (max(seconds, SHORTEST) - lasted) / 4
 
     def of(self, turn_class: TurnClass) -> float:
         """What one turn of ``turn_class`` takes."""
@@ -337,7 +338,8 @@ class TurnQueue:
         ring = self._rings[ticket.turn_class]
         ring.count -= 1
         self._length -= 1
-        ring.urgent.pop(ticket, None)
+        if ring.urgent:
+            ring.urgent.pop(ticket, None)
         for client in ticket.clients:
             ring.drop(ticket, client)
 
@@ -357,6 +359,9 @@ class TurnQueue:
         if not candidates:
             return None
         chosen = candidates.pop()
+        if len(waiting) == 1:  # as mostly
+            self._count(chosen, is_contested=False)
+            return chosen
         while candidates:
             # `chosen` goes if this class does not.
             turn_class = candidates.pop()

@@ -77,7 +77,7 @@ from proxy.web.forwarded import Network, client_address
 from proxy.web.plain import Head, has_secret, is_plain_line, parse_head, settled
 from proxy.web.prepared import Entry, Prepared, Table
 from proxy.web.registry import content_headers, contract_headers
-from proxy.web.rows import Row, Rows
+from proxy.web.rows import Row, Rows, Shape
 
 #: Seconds after which a hit is looked for anew, at least; and how many may be, each second.
 RENEW = 1.0
@@ -332,13 +332,32 @@ class HotPath:
 
     def row(self, prepared: Prepared, head: Head, peer: str, user: str | None) -> Row:
         """The log line of this answer to this client."""
-        if self._trusted:
-            peer = client_address(peer, head.forwarded, self._trusted)
+        client = self._client(peer, head)
+        return self.rows.row(self._shape(prepared, user), client, head.agent, user)
+
+    def note_once(
+        self,
+        prepared: Prepared,
+        head: Head,
+        peer: str,
+        user: str | None,
+        request_id: str,
+        seconds: float,
+    ) -> None:
+        """Note a request whose answer mostly is not the next one, too."""
+        client = self._client(peer, head)
+        shape = self._shape(prepared, user)
+        self.rows.note_once(shape, client, head.agent, user, request_id, seconds, self.stamp)
+
+    def _client(self, peer: str, head: Head) -> str:
+        return client_address(peer, head.forwarded, self._trusted) if self._trusted else peer
+
+    def _shape(self, prepared: Prepared, user: str | None) -> Shape:
         named = user is not None
         shape = prepared.shapes.get(named)
         if shape is None:
             shape = prepared.shapes[named] = self.rows.shape(prepared.fields, named=named)
-        return self.rows.row(shape, peer, head.agent, user)
+        return shape
 
 
 def renew_after(answers: int) -> float:

@@ -6,9 +6,10 @@ that grows, and nothing that holds a secret.
 
 **The same again.** Whoever asks often mostly asks the same again, in the same bytes or with another
 id in them. Then nothing is read: while an ``Again`` is there its answer is given as soon as its
-entry is seen to be good. It is only there while the slow path owes nothing, and goes when anything
-is given to it. This is what most hits cost, so it is written for that: a call of Python takes as
-long as three lines here.
+entry is seen to be good. It is there once an answer was given twice in a row, only while the slow
+path owes nothing, and goes when anything is given to it. This is what most hits cost, so it is
+written for that: a call of Python takes as long as three lines here. Whoever asks for one thing
+after the other, as a node that pulls an image does, has none made in vain.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class _HotClient(ClientProtocol):
         "_has_given",
         "_held",
         "_hot",
+        "_last",
         "_last_unlike",
         "_peer_and_user",
         "_stencil",
@@ -87,8 +89,9 @@ class _HotClient(ClientProtocol):
         self._has_given = False  # anything to aiohttp
         self._held: list[bytes] = []  # received, and neither answered nor given
         self._peer_and_user: tuple[str, str | None] | None = None
-        # What was answered last: most ask the same again. None unless the slow path owes nothing.
+        # What was answered last, and twice in a row. None unless the slow path owes nothing.
         self._again: Again | None = None
+        self._last: Prepared | None = None  # what was answered last by what was read
         # The last head that was not known as it stands, and what others like it have in common.
         self._last_unlike: tuple[bytes, Head] | None = None
         self._stencil: tuple[Stencil, Head] | None = None
@@ -119,7 +122,7 @@ class _HotClient(ClientProtocol):
             and not (self._paused or self._close or self._force_close)
             and (hot.is_in_turn or hot.may_begin_turn())
         ):
-            self._say(hot, again.prepared, again.row, began)
+            self._say(hot, again.prepared, began, again.row)
         else:
             self._receive(data)
 
@@ -168,17 +171,20 @@ class _HotClient(ClientProtocol):
             if head is not None:
                 prepared = hot.find(line, head, began)
                 if prepared is not None:
+                    is_again, self._last = prepared is self._last, prepared
+                    if not is_again or not is_open or len(data) > MAX_STENCIL:
+                        self._say(hot, prepared, began, head=head)
+                        return
                     row = self._row(hot, prepared, head)
-                    self._say(hot, prepared, row, began)
-                    if is_open and len(data) <= MAX_STENCIL:
-                        again = self._again = Again(data, hot.table.entries[line], prepared, row)
-                        self._widen(again, line, head)
+                    self._say(hot, prepared, began, row)
+                    again = self._again = Again(data, hot.table.entries[line], prepared, row)
+                    self._widen(again, line, head)
                     return
             elif data.find(END) + 4 != len(data) and hot.are_plain(data):
                 # Else none: aiohttp answers nothing that came together with what is malformed.
                 found, done = hot.find_all(data, began)
                 for prepared, head in found:
-                    self._say(hot, prepared, self._row(hot, prepared, head), began)
+                    self._say(hot, prepared, began, head=head)
         if done < len(data):
             self._give(hot, data[done:])
 
@@ -220,18 +226,24 @@ class _HotClient(ClientProtocol):
             if stencil.fits(again.data[len(line) :]):
                 again.allow(line, stencil)
 
-    def _say(self, hot: HotPath, prepared: Prepared, row: Row | None, began: float) -> None:
-        """Send this answer, count it, note it for the log."""
+    def _say(
+        self,
+        hot: HotPath,
+        prepared: Prepared,
+        began: float,
+        row: Row | None = None,
+        head: Head | None = None,
+    ) -> None:
+        """Send this answer, count it, note it for the log: by its row, or as one to this head."""
         transport = self.transport
         if transport is None:
             return
-        if prepared.date is not hot.date:
-            prepared.end_with(hot.date)
         body, ids = prepared.body, hot.ids
         ids.low = low = (ids.low + 1) % IDS
         if not low:
             ids.count()
-        parts = prepared.first, ids.high_bytes, ids.low_bytes[low], prepared.rest, body
+        second = prepared.second
+        parts = prepared.first, ids.high_bytes, ids.low_bytes[low], second, hot.date, body
         transport.write(b"".join(parts))
         self._next_keepalive_close_time = hot.loop_time + self._keepalive_timeout
         seconds = hot.clock() - began
@@ -244,6 +256,9 @@ class _HotClient(ClientProtocol):
             hot.metrics.count_hot(prepared.tally, seconds, len(body))
         if row is not None:
             hot.rows.note(row, ids.high + ids.lows[low], seconds, hot.stamp)
+        elif head is not None and hot.rows.is_on:
+            request_id = ids.high + ids.lows[low]
+            hot.note_once(prepared, head, *self._whom(), request_id, seconds)
 
     def _row(self, hot: HotPath, prepared: Prepared, head: Head) -> Row | None:
         return hot.row(prepared, head, *self._whom()) if hot.rows.is_on else None

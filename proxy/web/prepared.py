@@ -1,8 +1,8 @@
 """Prepared answers: a hit in bytes, with gaps for what differs from one request to the next.
 
 An answer's head is the same bytes each time, but for the request's id and the date; so it is kept
-in the two pieces around the id. The second ends with the date and is made anew each second in which
-it is asked for. The body is the one that the pull layer keeps in memory, not a copy.
+in the two pieces around the id, and ends with the date, which all answers of a second share. The
+body is the one that the pull layer keeps in memory, not a copy.
 
 ``Table`` holds them by request line. It is bounded in number and in bytes; what was put in or
 renewed longest ago goes first, and nothing breaks when something goes: the next request is answered
@@ -24,9 +24,9 @@ OVERHEAD = 2048
 
 
 class Prepared:
-    """One answer: ``first``, the id, ``rest`` up to the empty line, ``body``."""
+    """One answer: ``first``, the id, ``second``, the date with the empty line, ``body``."""
 
-    __slots__ = ("_second", "body", "date", "fields", "first", "rest", "shapes", "size", "tally")
+    __slots__ = ("body", "fields", "first", "second", "shapes", "size", "tally")
 
     def __init__(
         self,
@@ -42,17 +42,12 @@ class Prepared:
         lines = [f"{name}: {_checked(value)}\r\n" for name, value in headers.items()]
         at = list(headers).index("X-Request-Id")
         self.first = f"HTTP/1.1 {status}\r\n{''.join(lines[:at])}X-Request-Id: ".encode()
-        self._second = f"\r\n{''.join(lines[at + 1 :])}".encode()
-        self.rest = self.date = b""  # the date that ``rest`` ends with
+        self.second = f"\r\n{''.join(lines[at + 1 :])}".encode()
         self.body = body
-        self.size = len(self.first) + len(self._second) + len(body)
+        self.size = len(self.first) + len(self.second) + len(body)
         self.tally = tally
         self.shapes: dict[bool, Shape] = {}  # of its log line, by whether its client has a name
         self.fields = {**fields, "status": int(status[:3]), "bytes": len(body)}
-
-    def end_with(self, date: bytes) -> None:
-        """From now on this is the last header, with the empty line."""
-        self.rest, self.date = self._second + date, date
 
 
 def _checked(value: str) -> str:

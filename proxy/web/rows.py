@@ -2,10 +2,11 @@
 
 A line is what the log would have written (``Lines``) with the few values filled in that differ from
 one request to the next. The log is asked once for an answer's *shape*, and once for each client and
-agent; a *row* is a shape with these two, and a line a row with its id and its times. Lines are
-written at the end of the loop's turn, with all others of that turn: one write instead of one each.
-So nobody waits for a line longer than for the next turn, and what is noted is lost only when the
-process is ended without one.
+agent; a *row* is a shape with these two, and a line a row with its id and its times. A row is for
+those who get the same answer again: to make one costs more than a line does. Lines are written at
+the end of the loop's turn, with all others of that turn: one write instead of one each. So nobody
+waits for a line longer than for the next turn, and what is noted is lost only when the process is
+ended without one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from proxy.observe.logs import Lines, Logger
 MAX_LINES, MAX_TEXTS = 256, 4096
 #: The pieces of an answer's line around what its clients differ in, and what belongs in between.
 Shape = tuple[tuple[str, ...], tuple[str, ...]]
+#: What mostly belongs there, in this order.
+_USUAL = ("request_id", "client", "ms", "agent", "first_byte_ms", "timestamp")
 #: Seconds below which a duration is written as 0.0 ms, as that of most is.
 _NOTHING = 0.00005
 
@@ -55,7 +58,9 @@ class Rows:
         self._lines = lines
         self.is_on = log.is_enabled_for(INFO)
         self._made: list[str] = []
-        self._texts: dict[tuple[str, str], str] = {}
+        self._clients: dict[str, str] = {}  # as they stand in a line
+        self._agents: dict[str, str] = {}
+        self._users: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<Rows {len(self._made)} to be written>"
@@ -68,13 +73,14 @@ class Rows:
             if named and name == "agent":
                 known["user"] = ""
         values = ("client", "ms", "agent", "first_byte_ms", *(("user",) if named else ()))
-        return self._lines.around("request", known, texts=("request_id",), values=values)
+        pieces, order = self._lines.around("request", known, texts=("request_id",), values=values)
+        return pieces, _USUAL if order == _USUAL else order
 
     def row(self, shape: Shape, client: str, agent: str, user: str | None) -> Row:
         """The line of an answer to this client."""
-        given = {"client": self._text("client", client), "agent": self._text("agent", agent)}
+        given = {"client": self._client(client), "agent": self._agent(agent)}
         if user is not None:
-            given["user"] = self._text("user", user)
+            given["user"] = self._known(self._users, "user", user)
         pieces, order = [shape[0][0]], []
         for name, piece in zip(shape[1], shape[0][1:], strict=True):
             if name in given:
@@ -84,12 +90,18 @@ class Rows:
                 order.append(name)
         return Row(tuple(pieces), tuple(order))
 
-    def _text(self, name: str, value: str) -> str:
-        text = self._texts.get((name, value))
+    def _client(self, client: str) -> str:
+        return self._clients.get(client) or self._known(self._clients, "client", client)
+
+    def _agent(self, agent: str) -> str:
+        return self._agents.get(agent) or self._known(self._agents, "agent", agent)
+
+    def _known(self, texts: dict[str, str], name: str, value: str) -> str:
+        text = texts.get(value)
         if text is None:
-            if len(self._texts) >= MAX_TEXTS:
-                self._texts.clear()
-            text = self._texts[name, value] = self._lines.value(name, value)
+            if len(texts) >= MAX_TEXTS:
+                texts.clear()
+            text = texts[value] = self._lines.value(name, value)
         return text
 
     def note(self, row: Row, request_id: str, seconds: float, time: str) -> None:
@@ -101,6 +113,27 @@ class Rows:
         else:
             made.append(row.line(request_id, seconds, time))
         if len(made) >= MAX_LINES:
+            self.flush()
+
+    def note_once(
+        self,
+        shape: Shape,
+        client: str,
+        agent: str,
+        user: str | None,
+        request_id: str,
+        seconds: float,
+        time: str,
+    ) -> None:
+        """As ``note``, of a request whose answer mostly is not the next one, too."""
+        pieces, order = shape
+        if order is not _USUAL or seconds >= _NOTHING:
+            self.note(self.row(shape, client, agent, user), request_id, seconds, time)
+            return
+        start, b, c, d, e, f, end = pieces
+        client, agent = self._client(client), self._agent(agent)
+        self._made.append(f"{start}{request_id}{b}{client}{c}0.0{d}{agent}{e}0.0{f}{time}{end}")
+        if len(self._made) >= MAX_LINES:
             self.flush()
 
     def flush(self) -> None:

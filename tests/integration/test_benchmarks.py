@@ -173,7 +173,7 @@ def test_connections_are_held_and_a_blob_larger_than_the_cache_is_served(
 
 def test_little_and_much_are_measured_alike(runs: Mapping[str, Future[Run]]) -> None:
     (values,) = found(runs, "scale").scenario("scale")["figures"]["pullpool"]
-    for measure in ("images", "arrival", "stall", "start", "turn"):
+    for measure in ("images", "arrival", "stall", "start", "first", "turn"):
         assert min(values[f"{measure}_little"], values[f"{measure}_much"]) > 0
     assert values.keys() >= {"readers_little", "readers_much"}
 

@@ -396,11 +396,25 @@ class ClaimsConformance(ABC):
 
     async def test_no_more_are_granted_than_there_is_room_for(self, nodes: Fleet) -> None:
         await nodes.published(3)
-        wishes = [Wish(stripe) for stripe in (5, 0, 2, 1)]
+        wishes = [Wish(stripe) for stripe in (0, 2, 1)]
         taken = await nodes(2).take(DIGEST, wishes, 2)
         assert [grant.stripe for grant in taken.grants] == [0, 2]
-        assert taken.missing == {5}
         assert taken.view.published == 3
+
+    async def test_what_is_not_published_yet_may_be_wished_and_is_not_missing(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(2)
+        generation = (await nodes(2).look(DIGEST)).generation
+        assert await nodes(2).hold(DIGEST, generation, WHOLE)
+        wishes = [Wish(2, is_urgent=True), Wish(1), Wish(3)]
+        taken = await nodes(3).take(DIGEST, wishes, 3)
+        assert [grant.stripe for grant in taken.grants] == [1]
+        assert not taken.missing
+        assert await nodes(1).publish(DIGEST, SIZE, 2, [hash_of(2)]) == 3
+        taken = await nodes(3).take(DIGEST, wishes, 3)
+        assert [grant.stripe for grant in taken.grants] == [2]
+        assert not taken.missing
 
     async def test_a_stripe_is_missing_when_nobody_has_it_any_more(self, nodes: Fleet) -> None:
         await nodes.published(2)

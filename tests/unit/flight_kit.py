@@ -283,6 +283,7 @@ async def flying(
     gather: float = 0.0,
     clock: Pauses | None = None,
     fellows: Fellows | None = None,
+    long_segment: int = 1 << 30,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
     metrics, clock = Metrics(), clock or Pauses()
@@ -297,6 +298,7 @@ async def flying(
             segment_bytes,
             gather,
             clock,
+            long_segment,
         )
         flights = Flights(
             store=store, settings=settings, metrics=metrics, log=silent(), fellows=fellows

@@ -109,6 +109,8 @@ class DirectTaker:
         try:
             if wanted.stripe_hash not in (None, stripe.pieces.stripe_hash):
                 raise PeerLied("the pieces do not make up the stripe's hash")
+            if stripe.pieces.length != wanted.length:
+                raise PeerLied("it has another number of bytes to send")
             self._wire.taken.append((giver, self._name, grant.stripe))
             incoming = Incoming(self._wire, giver, stripe, wanted)
             try:

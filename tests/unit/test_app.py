@@ -323,7 +323,7 @@ async def test_a_fill_that_a_kill_has_cut_is_no_blob_and_goes_on_at_its_byte(
             fake.script(Fault(Stall(after=100_000), kind="blob"))
             async with RawClient.connected(HostPort.parse(started["listen"])) as client:
                 await client.ask(blob_path())
-                await client.rest(1)
+                await client.rest(64 << 10)  # the first of them are shown before they are in a file
                 pullpool.process.kill()
                 await pullpool.process.wait()
         async with pulling(tmp_path) as (pool, other):

@@ -68,6 +68,7 @@ class World:
     patience: float
     on_abandon: str
     segment_bytes: int
+    long_segment: int
     is_right: bool  # the bytes are those that were asked for
     closes: int | None  # shutdown, in loop turns
 
@@ -123,6 +124,7 @@ WORLDS = st.builds(
     patience=st.sampled_from([0.0, PATIENT]),
     on_abandon=st.sampled_from(["finish", "cancel"]),
     segment_bytes=st.sampled_from([1, 100, 700]),
+    long_segment=st.sampled_from([1, 300, ENDLESS]),
     is_right=st.sampled_from([True, True, True, False]),
     closes=st.one_of(st.none(), st.none(), st.integers(0, 100)),
 )
@@ -202,6 +204,7 @@ async def play(world: World, directory: Path) -> list[str]:
         patience=world.patience,
         on_abandon=world.on_abandon,
         segment_bytes=world.segment_bytes,
+        long_segment=world.long_segment,
     ) as rig:
         sources = build(world, digest)
         lives = [live(rig, sources, client, is_right=world.is_right) for client in world.clients]
@@ -259,6 +262,7 @@ def test_everybody_gets_exact_bytes_or_an_error_and_nothing_is_left(world: World
         patience=st.sampled_from([0.0, PATIENT]),
         on_abandon=st.sampled_from(["finish", "cancel"]),
         segment_bytes=st.sampled_from([1, 100, 700]),
+        long_segment=st.sampled_from([1, 300, ENDLESS]),
         is_right=st.just(True),
         closes=st.none(),
     )

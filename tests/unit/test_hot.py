@@ -295,6 +295,8 @@ async def test_an_answer_that_is_not_true_any_more_when_it_leaves_is_not_prepare
 async def test_the_same_bytes_are_not_read_again(hot: Hot) -> None:
     await hot.warm(TAG)
     protocol: Any = hot.connection.protocol
+    assert protocol._again is None  # it may have been the only one
+    assert await hot.is_hot(TAG)
     again = protocol._again
     assert await hot.is_hot(TAG)
     assert protocol._again is again is not None
@@ -305,6 +307,19 @@ async def test_the_same_bytes_are_not_read_again(hot: Hot) -> None:
     assert await hot.is_hot(TAG)
     agents = [line["agent"] for line in hot.side.lines()]
     assert agents[-4:] == ["-", "another", "another", "-"]
+
+
+async def test_nothing_is_remembered_for_who_asks_for_one_thing_after_the_other(hot: Hot) -> None:
+    await hot.warm(TAG, MANIFEST)
+    protocol: Any = hot.connection.protocol
+    hot.side.lines()
+    for _ in range(2):
+        assert await hot.is_hot(TAG)
+        assert await hot.is_hot(MANIFEST, User_Agent="another")
+        assert await hot.is_hot(MANIFEST, User_Agent="another", If_None_Match="*")
+    assert protocol._again is None
+    told = [(line["path"], line["agent"], line["status"]) for line in hot.side.lines()]
+    assert told == [(TAG, "-", 200), (MANIFEST, "another", 200), (MANIFEST, "another", 304)] * 2
 
 
 async def test_another_id_in_the_same_place_is_not_read_either(hot: Hot) -> None:
@@ -379,6 +394,7 @@ async def test_the_same_again_is_hot_for_as_long_as_anything_is(
     hot: Hot, event: Any, stays: bool
 ) -> None:
     await hot.warm(TAG)
+    assert await hot.is_hot(TAG)
     protocol: Any = hot.connection.protocol
     assert protocol._again is not None
     await event(hot)
@@ -400,6 +416,7 @@ async def test_nothing_is_said_again_while_the_handler_owes_an_answer(hot: Hot) 
 
 async def test_a_head_with_a_secret_is_not_remembered_for_the_next_time(hot: Hot) -> None:
     await hot.warm(MANIFEST)
+    assert await hot.is_hot(MANIFEST)
     protocol: Any = hot.connection.protocol
     for number in range(4):
         assert await hot.is_hot(MANIFEST, Authorization="Basic c2VjcmV0", X_Id=f"{number}")

@@ -21,9 +21,9 @@ every_loop = pytest.mark.parametrize("loop", LOOPS)
 class Lost(Unshared):
     """Leases that were lost right after a turn had been granted."""
 
-    @property
-    def allowed(self) -> int:
-        return 0
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.allowed = 0
 
 
 class Source:

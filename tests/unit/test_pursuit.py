@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
-from proxy.fleet.claims import Grant, Wish
+from proxy.fleet.claims import Grant, Holding, Taken, View, Wish
 from proxy.fleet.local_claims import LocalClaims
-from proxy.fleet.pursuit import LONGEST, LOOKERS, PEACE, PROMPT, Pursuit
+from proxy.fleet.patience import LONGEST, LOOKERS, MOST_PATIENT, PEACE, PROMPT
+from proxy.fleet.pursuit import LOOK_EACH, Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask
 from proxy.fleet.stripes import MIB, WIDTH, Span
@@ -123,13 +124,75 @@ def test_with_few_nodes_it_is_the_line_that_is_slow() -> None:
     assert pursuit.step(0, 10.0).wishes
 
 
-def test_in_a_crowd_who_has_something_to_take_does_not_look_first() -> None:
-    few, many = crowd_of(LOOKERS - 1).pursuit, crowd_of(LOOKERS).pursuit
-    assert few.is_to_look(0, 0.0)
-    assert not many.is_to_look(0, 0.0)
-    for stripe in range(2):  # all there is is on its way
-        many.asked(Ask(stripe, giver(1), 1))
-    assert many.is_to_look(0, 0.0)
+def test_who_has_something_to_take_does_not_look_first_but_now_and_then() -> None:
+    pursuit = crowd_of(6).pursuit
+    nothing = Taken((), frozenset(), View(pursuit.generation, first=pursuit.published, nodes=6))
+    for _ in range(LOOK_EACH):
+        assert not pursuit.is_to_look(0, 0.0)
+        assert pursuit.took(nothing)
+    assert pursuit.is_to_look(0, 0.0)
+    seen = Holding(giver(3), 0b11)
+    assert pursuit.saw(replace(nothing.view, holdings=(seen,)))
+    assert not pursuit.is_to_look(0, 0.0)
+
+
+def test_who_gets_all_that_is_left_does_not_look_meanwhile() -> None:
+    pursuit = crowd_of(6).pursuit
+    for stripe in range(2):
+        assert pursuit.step(0, 0.0).wait < MOST_PATIENT
+        pursuit.asked(Ask(stripe, giver(1), 1))
+    assert not pursuit.is_to_look(0, 0.0)
+    assert pursuit.step(0, 0.0).wait == MOST_PATIENT
+    pursuit.ended(1, Why.DIED, 0.0)
+    assert pursuit.step(0, 0.0).wishes
+
+
+def test_a_filler_that_gets_all_from_the_upstream_does_not_look_meanwhile() -> None:
+    one = One(Board(clock=FakeClock(), rng=random.Random(1)), 2)
+    pursuit = one.pursuit
+    pursuit.led(at_once(one.claims.fill(DIGEST, SIZE)))
+    pursuit.begun(Span(0, 2))
+    assert not pursuit.is_to_look(0, 0.0)
+    assert pursuit.step(0, 0.0).wait == MOST_PATIENT
+    pursuit.gave_up()  # then another one may fill
+    assert pursuit.is_to_look(0, 0.0)
+    assert pursuit.step(0, 0.0).wait < MOST_PATIENT
+
+
+def test_whom_the_directory_is_gone_for_looks_for_it_whatever_else_it_does() -> None:
+    pursuit = crowd_of(6).pursuit
+    for stripe in range(2):
+        pursuit.asked(Ask(stripe, giver(1), 1))
+    pursuit.directory_gone(0.0)
+    assert pursuit.is_to_look(0, 0.0)
+    assert pursuit.step(0, 0.0).wait < MOST_PATIENT
+
+
+def test_what_comes_next_is_wished_before_it_is_published() -> None:
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    filler = LocalClaims(board, giver(1))
+    at_once(filler.fill(DIGEST, SIZE))
+    one = One(board, 2)
+    assert [wish.stripe for wish in one.pursuit.step(0, 0.0).wishes] == [0, 1]
+    assert one.take() is None
+    at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32]))
+    grant = one.take()
+    assert grant
+    assert one.pursuit.expected(grant.stripe) == b"\1" * 32
+
+
+def test_a_filler_that_lacks_what_others_have_asks_for_it_meanwhile() -> None:
+    one = crowd_of(6)
+    one.pursuit.led(giver(2).node)
+    one.pursuit.begun(Span(0, 1))
+    assert [wish.stripe for wish in one.pursuit.step(0, 0.0).wishes] == [1]
+    assert one.pursuit.step(0, 0.0).wait < MOST_PATIENT
+
+
+def test_the_filler_wishes_nothing_that_it_has_to_publish_itself() -> None:
+    one = One(Board(clock=FakeClock(), rng=random.Random(1)), 2)
+    one.pursuit.led(at_once(one.claims.fill(DIGEST, SIZE)))
+    assert one.pursuit.step(0, 0.0).wishes == ()
 
 
 def test_in_a_crowd_what_readers_wait_for_is_asked_for_though_there_is_little_room() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from publicsuffixlist import PSLFILE, PublicSuffixList
 
-from proxy.upstream.realm import read_suffixes, realm_allowed, registrable_domain
+from proxy.upstream.realm import MOST_LABELS, RULES, realm_allowed, registrable_domain
 
 HARBOR = "https://harbor.example.com"
 
@@ -130,8 +130,17 @@ def test_names_under_one_registrable_domain_trust_each_other(labels: list[str], 
     assert not realm_allowed(f"https://{host}/token", "https://registry.example.org", ())
 
 
-def test_the_suffixes_are_those_that_the_library_reads() -> None:
-    ours, theirs = read_suffixes(), PublicSuffixList(accept_unknown=False)
+def test_a_name_that_is_longer_than_names_are_has_no_domain() -> None:
+    assert registrable_domain("a." * 121 + "example.com") == "example.com"  # 253 characters
+    assert registrable_domain("a." * 122 + "example.com") is None
+
+
+def test_no_rule_has_more_labels_than_are_looked_at() -> None:
+    assert max(rule.count(".") + 1 for rule in RULES if not rule.startswith("//")) <= MOST_LABELS
+
+
+def test_domains_are_those_of_the_library_with_the_whole_list() -> None:
+    theirs = PublicSuffixList(accept_unknown=False)
     lines = Path(PSLFILE).read_text("utf-8").splitlines()
     rules = [line.split()[0] for line in lines if line and not line.startswith("//")]
     assert len(rules) > 9000
@@ -139,4 +148,9 @@ def test_the_suffixes_are_those_that_the_library_reads() -> None:
         name = rule.lstrip("!").removeprefix("*.")
         for spelled in (name, name.encode("idna").decode()):
             for host in (spelled, f"one.{spelled}", f"two.one.{spelled}"):
-                assert ours.privatesuffix(host) == theirs.privatesuffix(host), host
+                assert registrable_domain(host) == theirs.privatesuffix(host), host
+
+
+@pytest.mark.parametrize("host", ["xn--", "a.xn--zzzzzz", "xn--a.com", "a." * 120 + "com", "com"])
+def test_names_that_are_strange_have_the_librarys_domain(host: str) -> None:
+    assert registrable_domain(host) == PublicSuffixList(accept_unknown=False).privatesuffix(host)

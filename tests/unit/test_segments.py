@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.pull.fill import GATHER_BYTES, may_gather
-from proxy.pull.segments import Segment, Segments, cut
+from proxy.pull.segments import GATHER_BYTES, Segment, Segments, cut, may_gather
 
 MIB = 1 << 20
 
@@ -87,6 +86,52 @@ def test_what_will_reach_a_position_is_the_segment_that_holds_it_or_else_the_mar
     assert plan.front(90) == 5
 
 
+def test_the_segment_with_most_to_come_is_shortened_and_the_rest_is_a_hole() -> None:
+    plan = Segments(100, least=5)
+    first, second = plan.take(parts=1, most=20), plan.take(parts=1, most=80)
+    assert first is not None
+    assert second is not None
+    plan.wrote(second, 10)
+    assert second.first_of([bytes(6), bytes(4)]) == [bytes(6), bytes(4)]
+    assert not plan.shorten([first, second], parts=3, long=61)
+    assert plan.shorten([first, second], parts=3, long=60)  # but for what is in hand
+    assert list(plan.holes()) == [(60, 100)]
+    plan.wrote(second, 10)
+    plan.wrote(second, 15)
+    assert second.is_shortened
+    assert not second.is_cut
+    assert second.first_of([bytes(3), bytes(3)]) == [bytes(3), bytes(2)]
+    plan.wrote(second, 5)
+    assert second.is_cut
+
+
+def test_a_shortened_segment_whose_rest_nobody_brings_can_go_on() -> None:
+    plan = Segments(100, least=5)
+    segment = plan.take(parts=1, most=100)
+    assert segment is not None
+    assert plan.shorten([segment], parts=2, long=10)
+    rest = plan.take(parts=1, most=100)
+    assert rest is not None
+    assert (rest.start, rest.stop) == (50, 100)
+    plan.stretch(segment, rest)
+    assert segment.stop == 100
+    assert not segment.is_shortened
+    assert plan.left == 0
+
+
+def test_what_is_shortened_leaves_two_parts_and_is_no_fleets() -> None:
+    plan = Segments(100, least=30)
+    segment = plan.take(parts=1, most=100)
+    assert segment is not None
+    assert not plan.shorten([], parts=2, long=1)
+    plan.bounds = (0, 100)
+    assert not plan.shorten([segment], parts=2, long=1)
+    plan.bounds = None
+    plan.wrote(segment, 70)
+    assert not plan.shorten([segment], parts=2, long=1)  # there would be no other part
+    assert Segments(100, least=5).shorten([Segment(0, 100)], parts=2, long=1)
+
+
 def test_a_segment_without_an_end_has_no_place_in_a_plan() -> None:
     plan = Segments(100, least=10)
     plan._taken.add(Segment(0, None))
@@ -119,6 +164,7 @@ class Blob(RuleBasedStateMachine):
         super().__init__()
         self.plan = Segments(self.SIZE, least=10)
         self.turns: list[Segment] = []
+        self.in_hand: dict[Segment, int] = {}
         self.written = [0] * self.SIZE
 
     @rule(parts=st.integers(1, 9), most=st.integers(1, 80))
@@ -133,17 +179,42 @@ class Blob(RuleBasedStateMachine):
             self.turns.append(segment)
 
     @precondition(lambda self: self.turns)
-    @rule(place=st.integers(0, 99), share=st.floats(0, 1), ends=st.booleans())
-    def come(self, place: int, share: float, ends: bool) -> None:
+    @rule(place=st.integers(0, 99), share=st.floats(0, 1))
+    def arrive(self, place: int, share: float) -> None:
+        """A piece, perhaps of what the turn has asked for and is not to bring any more."""
         segment = self.turns[place % len(self.turns)]
-        assert segment.stop is not None
-        count = round((segment.stop - segment.at) * share)
+        if segment not in self.in_hand:
+            assert segment.asked is not None
+            count = round((segment.asked - segment.at) * share)
+            kept = segment.first_of([bytes(count // 2), bytes(count - count // 2)])
+            self.in_hand[segment] = sum(map(len, kept))
+
+    @precondition(lambda self: self.turns)
+    @rule(place=st.integers(0, 99), ends=st.booleans())
+    def come(self, place: int, ends: bool) -> None:
+        segment = self.turns[place % len(self.turns)]
+        count = self.in_hand.pop(segment, 0)
         for byte in range(segment.at, segment.at + count):
             self.written[byte] += 1
         self.plan.wrote(segment, count)
         if ends:
             self.turns.remove(segment)
             self.plan.give_back(segment)
+
+    @rule(parts=st.integers(2, 9), long=st.integers(1, 80))
+    def shorten(self, parts: int, long: int) -> None:
+        before = self.plan.left
+        assert self.plan.shorten(self.turns, parts=parts, long=long) is (self.plan.left > before)
+
+    @rule()
+    def stretch(self) -> None:
+        for segment in self.turns:
+            for follower in self.turns:
+                has_come = follower.at > follower.start or follower in self.in_hand
+                if segment.is_shortened and segment.stop == follower.start and not has_come:
+                    self.plan.stretch(segment, follower)
+                    self.turns.remove(follower)
+                    return
 
     @rule(share=st.floats(0, 1))
     def reach(self, share: float) -> None:

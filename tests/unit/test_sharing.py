@@ -322,6 +322,23 @@ async def test_the_upstream_is_believed_rather_than_the_one_manifest_that_says_a
         assert await drink(reader) == DATA
 
 
+async def test_nobody_is_shunned_for_the_wrong_size_that_a_manifest_says(tmp_path: Path) -> None:
+    """The first hash and the first grant come with the same answer."""
+    async with sailing(tmp_path, 2) as fleet:
+        first, second = source(), source()
+        first.valve.limit = MIB // 2
+        one = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.sent == MIB // 2)
+        assert fleet.nodes[1].rig.flights.begin(second, SIZE + 5) is not None
+        reader = fleet.nodes[1].rig.join(second, "bob", size=None)
+        other = asyncio.create_task(drink(reader))
+        await until(lambda: len(fleet.board.blob(DIGEST).nodes) == 1)  # it has asked in vain
+        first.valve.open()
+        assert await one == await other == DATA
+        fellows = fleet.nodes[1].fellows
+        assert not fellows.shunned.distrusted(fellows.clock())
+
+
 async def test_a_directory_that_was_down_before_is_not_waited_for(tmp_path: Path) -> None:
     board = Board(clock=lambda: 0.0, rng=random.Random(0))
     stopped = sailing(

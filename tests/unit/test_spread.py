@@ -22,6 +22,7 @@ from tests.unit.flight_kit import (
     ScriptedBody,
     ScriptedSource,
     Sipper,
+    Turn,
     Valve,
     a_while,
     drink,
@@ -30,7 +31,7 @@ from tests.unit.flight_kit import (
     until,
 )
 from tests.unit.proxy_kit import Pauses
-from tests.unit.store_kit import FullDisk, blob, count, roomy
+from tests.unit.store_kit import FullDisk, blob, count, roomy, staging_files
 
 DATA = blob(3, 200 * KIB)
 #: What the first of several turns is asked for: an equal cut would be less.
@@ -161,10 +162,13 @@ async def test_a_flight_does_not_wait_for_a_part_that_waits_for_a_slot(tmp_path:
         assert of_class(source, TurnClass.SEGMENT) == []
 
 
-async def test_with_no_slot_to_spare_only_the_first_turn_is_short(tmp_path: Path) -> None:
+@pytest.mark.parametrize("long", [1 << 30, 10 * KIB])
+async def test_with_no_slot_to_spare_only_the_first_turn_is_short(
+    tmp_path: Path, long: int
+) -> None:
     source = Busy(DATA, segments=4, turn_bytes=90 * KIB)
     source.spare = 0
-    async with flying(tmp_path) as rig:
+    async with flying(tmp_path, long_segment=long) as rig:
         assert await rig.pull(source) == DATA
         assert [turn.length for turn in source.turns] == [40 * KIB, 90 * KIB, 70 * KIB]
 
@@ -179,11 +183,63 @@ async def test_the_first_turn_is_cut_by_what_a_manifest_says(
         assert source.turns[0].length == first
 
 
-async def test_a_blob_that_one_turn_brings_is_asked_for_as_ever(tmp_path: Path) -> None:
-    source = source_of(DATA[: LEAST // 2])
+@pytest.mark.parametrize("size", [LEAST // 2, 3 * LEAST])
+async def test_a_blob_that_one_turn_brings_is_asked_for_as_ever(tmp_path: Path, size: int) -> None:
+    source = source_of(DATA[:size])
     async with flying(tmp_path) as rig:
-        assert await drink(rig.join(source, size=LEAST // 2)) == DATA[: LEAST // 2]
+        assert await drink(rig.join(source, size=size)) == DATA[:size]
         assert [turn.length for turn in source.turns] == [source.turn_bytes]
+
+
+@asynccontextmanager
+async def one_long_turn(directory: Path, source: ScriptedSource) -> AsyncIterator[Rig]:
+    """A flight with one slot, and at 44 KiB of a turn that is to bring all from 40 KiB on."""
+    source.slots, source.spare = asyncio.Semaphore(1), 0
+    source.valve.open(44 * KIB)
+    async with flying(directory, long_segment=40 * KIB) as rig:
+        rig.join(source)
+        await until(lambda: len(source.turns) == 2 and source.turns[1].sent > 0)
+        assert source.turns[1].length == 160 * KIB
+        yield rig
+
+
+@pytest.mark.parametrize("chunk", [4 * KIB, 7 * KIB])
+async def test_a_long_turn_is_helped_as_soon_as_there_is_a_slot(tmp_path: Path, chunk: int) -> None:
+    source = source_of(chunk=chunk)
+    async with one_long_turn(tmp_path, source) as rig:
+        source.spare = 2
+        for _ in range(3):
+            source.slots.release()
+        await until(lambda: source.active == 4)
+        source.valve.open()
+        assert await drink(rig.readers[0]) == DATA
+        _first, long, *others = source.turns
+        assert not long.at_end
+        assert {turn.turn_class for turn in others} == {TurnClass.SEGMENT}
+        spilt = source.sent - len(DATA)
+        assert 0 <= spilt < chunk * sum(not turn.at_end for turn in source.turns)
+        await ended(rig.readers[0].flight)
+        assert await rig.kept(source.digest) == DATA
+
+
+async def test_a_long_turn_goes_on_where_its_helper_breaks(tmp_path: Path) -> None:
+    source = source_of(acts=[Act(), Act(), Act(breaks=0), Act(breaks=8 * KIB)])
+    async with one_long_turn(tmp_path, source) as rig:
+        source.slots.release()
+        source.valve.open()
+        assert await drink(rig.readers[0]) == DATA
+        assert source.sent == len(DATA)
+
+
+async def test_a_long_turn_that_nobody_could_help_brings_all_it_asked_for(tmp_path: Path) -> None:
+    source = source_of()
+    async with one_long_turn(tmp_path, source) as rig:
+        assert source.waiting == 1
+        source.valve.open()
+        assert await drink(rig.readers[0]) == DATA
+        assert source.turns[1].at_end
+        assert source.sent == len(DATA)
+        assert len(source.turns) == 2
 
 
 async def test_a_source_may_be_meant_to_be_read_by_one_turn_after_the_other(tmp_path: Path) -> None:
@@ -326,8 +382,11 @@ async def test_a_disk_that_does_not_give_back_what_it_took_fails_the_flight(tmp_
         source.valve.open(0)
         reader = rig.join(source)
         await until(lambda: source.active == 4)
-        [file] = (tmp_path / "staging").iterdir()
-        source.is_overdue = lambda turn: bool(turn.start and file.write_bytes(b""))
+
+        def cut(turn: Turn) -> bool:  # not before the file is there: nothing has come yet
+            return turn.start > 0 and any(file.write_bytes(b"") for file in staging_files(tmp_path))
+
+        source.is_overdue = cut
         allowed = source.valve.allowed
         source.valve.allowed = lambda position, length: (  # type: ignore[method-assign]
             length if position >= 60 * KIB else allowed(position, length)
