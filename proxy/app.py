@@ -31,13 +31,12 @@ from proxy.pull.tags import TagBook
 from proxy.pulling import make_deadlines, make_puller, make_tasks
 from proxy.seat import Seat
 from proxy.status import status_of
-from proxy.store.durability import Durability
 from proxy.store.lock import CacheDirError
-from proxy.store.store import Store
 from proxy.surroundings import Surroundings as Surroundings
 from proxy.team.front import Front
 from proxy.team.leader import Leader
 from proxy.team.tasks import TeamBoard
+from proxy.upstream.learned import CapBook
 from proxy.upstream.origins import Origins
 from proxy.upstream.routing import Routes
 from proxy.web.access import AccessLog
@@ -66,6 +65,7 @@ from proxy.wiring import (
     make_roles,
     make_throttles,
     make_upstreams,
+    open_store,
     upstream_sockets,
     urls_in_use,
 )
@@ -74,8 +74,6 @@ from proxy.wiring import (
 KEEPALIVE = 75.0
 #: Lines of a request's head longer than this are refused, in bytes.
 MAX_HEAD = 16 << 10
-#: Seconds after which a cache directory is looked at that need not be looked at before it serves.
-LOOK_PAUSE = 1.0
 #: Seconds that handlers get to end once they are cancelled; `finish` has waited for them before.
 CANCEL_PATIENCE = 0.2
 
@@ -174,52 +172,18 @@ class Proxy:
 
     async def _lead(self, routes: Routes, stack: contextlib.AsyncExitStack) -> Leader:
         """Open what one process of a cache directory has. Raises ``CacheDirBusy`` if not this."""
-        settings, clock = self.settings, self._around.clock
-        self.store = await self._open_store(stack)
-        caps = await make_cap_book(self.store, clock)
+        self.store = await open_store(self.settings, self.metrics, self.log, self._around.wall)
+        stack.push_async_callback(self.store.close)
+        caps = await make_cap_book(self.store, self._around.clock)
         stack.push_async_callback(caps.close)
-        fleet = self.fleet = await join(stack, settings, self.metrics, self.log, self._around)
-        self.origins = Origins(
-            metrics=self.metrics,
-            clock=clock,
-            log=self.log,
-            caps=caps,
-            budget=self._around.budget,
-            leases=None if fleet is None else fleet.leases,
-        )
-        stack.push_async_callback(self.origins.close)
-        clients = self.clients = await make_clients(
-            settings, self.origins, self.metrics, self.log, clock, self._around.environ
-        )
-        self._tags = TagBook(self.store, clock=clock, wall=self._around.wall)
-        self.puller = make_puller(
-            settings,
-            self.store,
-            self._tags,
-            clients,
-            self.metrics,
-            self.log,
-            self._around,
-            fleet,
-        )
-        stack.push_async_callback(self.puller.close)
-        if fleet is not None:
-            await give(
-                stack,
-                fleet,
-                settings,
-                self.puller,
-                self.store,
-                self.metrics,
-                self.log,
-                self._around,
-                lambda: self.is_draining,
-            )
+        fleet = await join(stack, self.settings, self.metrics, self.log, self._around)
+        self.fleet = fleet
+        await self._open_pulling(stack, caps, fleet)
         self.tasks = await make_tasks(
             stack,
             self.puller,
             self.store,
-            clients,
+            self.clients,
             routes,
             self.metrics,
             self.log,
@@ -230,10 +194,59 @@ class Proxy:
             self.puller.drain()
             self.tasks.drain()
         self._observe()
-        self.leader = Leader(
+        self.leader = self._make_leader(routes)
+        self._tags.on_doubt = self.leader.doubt
+        self.store.tell(gone=self._gone, unlinked=self.leader.unlinked)
+        return self.leader
+
+    async def _open_pulling(
+        self, stack: contextlib.AsyncExitStack, caps: CapBook, fleet: Fleet | None
+    ) -> None:
+        """What asks the upstreams and the other nodes, and what gives to these."""
+        settings, clock = self.settings, self._around.clock
+        self.origins = Origins(
+            metrics=self.metrics,
+            clock=clock,
+            log=self.log,
+            caps=caps,
+            budget=self._around.budget,
+            leases=None if fleet is None else fleet.leases,
+        )
+        stack.push_async_callback(self.origins.close)
+        self.clients = await make_clients(
+            settings, self.origins, self.metrics, self.log, clock, self._around.environ
+        )
+        self._tags = TagBook(self.store, clock=clock, wall=self._around.wall)
+        self.puller = make_puller(
+            settings,
+            self.store,
+            self._tags,
+            self.clients,
+            self.metrics,
+            self.log,
+            self._around,
+            fleet,
+        )
+        stack.push_async_callback(self.puller.close)
+        if fleet is None:
+            return
+        await give(
+            stack,
+            fleet,
+            settings,
+            self.puller,
+            self.store,
+            self.metrics,
+            self.log,
+            self._around,
+            lambda: self.is_draining,
+        )
+
+    def _make_leader(self, routes: Routes) -> Leader:
+        return Leader(
             self.puller,
             upstreams=routes.upstreams,
-            settings=common_settings(settings),
+            settings=common_settings(self.settings),
             touch=self.store.touch,
             status=self._leader_status,
             hand_over=self.store.hand_over,
@@ -241,9 +254,6 @@ class Proxy:
             log=self.log,
             beat=self._around.beat,
         )
-        self._tags.on_doubt = self.leader.doubt
-        self.store.tell(gone=self._gone, unlinked=self.leader.unlinked)
-        return self.leader
 
     def _gone(self, digests: Sequence[Digest]) -> None:
         """The store has these no more: whoever relies on them hears it."""
@@ -258,24 +268,6 @@ class Proxy:
         self.metrics.observe_store(self.store.state)
         self.metrics.observe_flights(lambda: len(self.puller.flights))
         self.metrics.tasks.observe(self.tasks.counts)
-
-    async def _open_store(self, stack: contextlib.AsyncExitStack) -> Store:
-        cache = self.settings.cache
-        store = await Store.open(
-            cache.dir,
-            max_size=cache.max_size,
-            min_free=cache.min_free,
-            high_water=cache.high_water,
-            low_water=cache.low_water,
-            durability=Durability(cache.durability),
-            metrics=self.metrics,
-            log=self.log,
-            wall=self._around.wall,
-            resume=True,
-            pause=LOOK_PAUSE,
-        )
-        stack.push_async_callback(store.close)
-        return store
 
     async def _serve_admin(
         self, stack: contextlib.AsyncExitStack, watch: LoopWatch, routes: Routes

@@ -16,6 +16,7 @@ from proxy.observe.logs import Lines, Logger
 from proxy.observe.metrics import Metrics
 from proxy.pull.at_hand import Finder
 from proxy.seat import Seat, is_sibling
+from proxy.store.durability import Durability
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.team.front import Front
@@ -60,10 +61,14 @@ __all__ = [
     "make_roles",
     "make_throttles",
     "make_upstreams",
+    "open_store",
     "upstream_sockets",
     "url_states",
     "urls_in_use",
 ]
+
+#: Seconds after which a cache directory is looked at that need not be looked at before it serves.
+LOOK_PAUSE = 1.0
 
 
 async def make_clients(
@@ -190,6 +195,26 @@ def make_proxies(settings: Settings, log: Logger) -> Proxies | None:
         log.warning("connection_refused", client=client, error=reason)
 
     return Proxies(settings.trusted_proxies, refused)
+
+
+async def open_store(
+    settings: Settings, metrics: Metrics, log: Logger, wall: Callable[[], float]
+) -> Store:
+    """The cache directory as the settings want it. Raises ``CacheDirError``."""
+    cache = settings.cache
+    return await Store.open(
+        cache.dir,
+        max_size=cache.max_size,
+        min_free=cache.min_free,
+        high_water=cache.high_water,
+        low_water=cache.low_water,
+        durability=Durability(cache.durability),
+        metrics=metrics,
+        log=log,
+        wall=wall,
+        resume=True,
+        pause=LOOK_PAUSE,
+    )
 
 
 async def make_cap_book(store: Store, clock: Callable[[], float]) -> CapBook:
