@@ -143,8 +143,9 @@ def varnish(place: Place) -> Iterator[Front]:
 
 
 @contextlib.contextmanager
-def pullpool(place: Place) -> Iterator[Front]:
-    """The product, told the cap, where to log what, and otherwise as it comes."""
+def pullpool(place: Place, *, turns: Path | None = None) -> Iterator[Front]:
+    """The product, told the cap, where to log what, and otherwise as it comes; or with a watch on
+    its loop, which writes long ``turns`` there (`watched.py`)."""
     port, admin = free_port(), free_port()
     directory, files = place.directory, place.certificate
     tls = f'[tls]\ncert_file = "{files.cert}"\nkey_file = "{files.key}"\n' if files else ""
@@ -162,7 +163,9 @@ def pullpool(place: Place) -> Iterator[Front]:
     )
     config = directory / "pullpool.toml"
     config.write_text(text)
-    command = (sys.executable, "-m", "proxy", "serve", "--config", str(config))
+    serve = ("proxy", "serve", "--config")
+    program = serve if turns is None else ("benchmarks.watched", str(turns))
+    command = (sys.executable, "-m", *program, str(config))
     # An installed package has its bytecode; one that may not keep it compiles at each start.
     compiled = {"PYTHONDONTWRITEBYTECODE": ""}
     with running("pullpool", command, directory, environment=compiled) as part:

@@ -155,6 +155,8 @@ class _HotClient(ClientProtocol):
 
     def _is_free(self) -> bool:
         """Does the slow path owe nothing?"""
+        if self._late:
+            return False
         waiter = self._waiter
         if waiter is None or waiter.done():
             return not self._has_given

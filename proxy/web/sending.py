@@ -8,7 +8,8 @@ without a word where the file does):
 * no sendfile reaches past what the flight has published: spans come clamped from the reader;
 * a body without a length is chunked, which sendfile knows nothing of: it is copied.
 
-What is copied comes from the kernel's memory without a thread, as long as it is there.
+What is copied comes from the kernel's memory without a thread, as long as it is there: into one
+buffer of the server's, where the transport encrypts it, or copies it, in the same step.
 
 Where clients have a byte rate, a piece goes in parts, each when the client's throttle lets it. To
 the flight such a client is a slow one: what it was given counts as sent when all of it is.
@@ -124,10 +125,10 @@ class Sender:
             raise
 
     async def _copy_span(self, span: FileSpan) -> None:
-        position = span.start
+        position, scratch = span.start, scratch_for(self._request, span.length)
         while position < span.stop:
             length = min(chunk_for(self._request), span.stop - position)
-            data = await read_at(span.lease.fileno(), length, position)
+            data = await read_at(span.lease.fileno(), length, position, scratch)
             if not data:
                 raise StoreFailed("a cached file has become shorter than it was")
             await self._response.write(data)
@@ -142,13 +143,26 @@ def chunk_for(request: web.BaseRequest) -> int:
     return CHUNK if others < FEW else SMALL_CHUNK
 
 
-async def read_at(fd: int, length: int, position: int) -> Chunk:
+def scratch_for(request: web.BaseRequest, length: int) -> bytearray | None:
+    """Where the chunks of so many bytes may be read to: memory that is anybody's in the next step
+    of the loop. None where the transport holds on to what it is given."""
+    client, transport = request.protocol, request.transport
+    if not isinstance(client, ClientProtocol) or transport is None:
+        return None
+    # Only aiofastnet's TLS knows the name. What the socket does not take it keeps as a copy.
+    if transport.get_extra_info("ssl_outgoing_use_membio") is None:
+        return None
+    return client.scratch(min(length, CHUNK))
+
+
+async def read_at(fd: int, length: int, position: int, scratch: bytearray | None = None) -> Chunk:
     """Up to ``length`` bytes, ``b""`` at the end of the file; from memory without a thread, whose
-    way there and back costs as much as encrypting them. Raises ``StoreFailed``."""
-    data = read_cached(fd, length, position)
+    way there and back costs as much as encrypting them. What is in ``scratch`` is to be used before
+    anything else is awaited. Raises ``StoreFailed``."""
+    # A client that takes all at once never makes its sender wait: others need the loop too.
+    await asyncio.sleep(0)
+    data = read_cached(fd, length, position, scratch)
     if data is not None:
-        # A client that takes all at once never makes its sender wait: others need the loop too.
-        await asyncio.sleep(0)
         return data
     loop = asyncio.get_running_loop()
     try:
@@ -157,14 +171,17 @@ async def read_at(fd: int, length: int, position: int) -> Chunk:
         raise StoreFailed(f"a cached file cannot be read: {error.strerror}") from error
 
 
-def read_cached(fd: int, length: int, position: int) -> memoryview | None:
-    """What the kernel has in memory, in a buffer of its own; None if a disk has to be asked."""
-    data = bytearray(length)
+def read_cached(
+    fd: int, length: int, position: int, scratch: bytearray | None = None
+) -> memoryview | None:
+    """What the kernel has in memory, in ``scratch`` or a buffer of its own; None if a disk has to
+    be asked."""
+    data = memoryview(bytearray(length) if scratch is None else scratch)[:length]
     try:
         count = os.preadv(fd, [data], position, os.RWF_NOWAIT)
     except OSError:  # not in memory, or a file system that cannot say: a thread finds out
         return None
-    return memoryview(data)[:count]
+    return data[:count]
 
 
 def parts(piece: Piece, most: int) -> Iterator[Piece]:

@@ -4,6 +4,10 @@ A request line or header that is not HTTP is answered by aiohttp itself, as plai
 trace in its own log. Here it becomes what every other refusal of the listener is: JSON, one line in
 our log. Errors that reach this point from a handler mean that its connection is of no use any more.
 
+A crowd that comes at once asks at once as well: libuv tells of all that can be read before anything
+else runs, and all those requests begin in one turn of the loop. Measured, with 5,000 clients: 0.16
+to 0.55 s. So ``BEGUN`` are handed to their parsers in a turn, and the others wait in line, unread.
+
 A client that stops reading would hold its descriptors, and maybe a window, for ever: the kernel
 ends a connection whose bytes it could not deliver for ``STUCK_SECONDS`` (tcp(7): also when the
 peer's window stays closed).
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +27,8 @@ from aiohttp import web
 from proxy.web.forwarded import Network, is_trusted, parse_address
 from proxy.web.proxyline import NotProxied, parse_header
 
+#: Requests, or parts of them, that are handed on in one turn of the loop.
+BEGUN = 32
 #: Seconds that a client may take no byte; CRI gives a whole pull up after as many.
 STUCK_SECONDS = 300
 
@@ -39,6 +46,36 @@ class Proxies:
 
     trusted: tuple[Network, ...]
     refused: Callable[[str, str], None]
+
+
+class Line:
+    """Who may hand on what has come in this turn of the loop, and who waits for one of the next."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._left = BEGUN
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Line {len(self._waiting)} waiting, {self._left} may go>"
+
+    def passes(self, go_on: Callable[[], None]) -> bool:
+        """Go now; else ``go_on`` is called when it is time to."""
+        if not self._left:
+            self._waiting.append(go_on)
+            return False
+        if self._left == BEGUN:
+            self._loop.call_soon(self._turn)
+        self._left -= 1
+        return True
+
+    def _turn(self) -> None:
+        going = [self._waiting.popleft() for _ in range(min(BEGUN, len(self._waiting)))]
+        self._left = BEGUN - len(going)
+        if going:
+            self._loop.call_soon(self._turn)
+        for go_on in going:  # each by itself: none is lost by another's defect
+            self._loop.call_soon(go_on)
 
 
 #: What only the server takes, and not the protocol of a connection.
@@ -61,6 +98,8 @@ class RegistryServer(web.Server):
         self._proxies = proxies
         self._options = options
         self.on_connection_lost: Callable[[], None] | None = None  # told each time
+        self.scratch = bytearray()
+        self.line = Line(self._loop)
 
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
@@ -107,12 +146,14 @@ class AdminRunner(web.AppRunner):
 class ClientProtocol(web.RequestHandler):
     """One connection of a client."""
 
-    __slots__ = ("_client", "_header", "_malformed", "_proxies")
+    __slots__ = ("_client", "_header", "_late", "_line", "_malformed", "_proxies")
 
     def __init__(
-        self, manager: web.Server, malformed: Malformed, proxies: Proxies | None, **options: Any
+        self, manager: RegistryServer, malformed: Malformed, proxies: Proxies | None, **options: Any
     ) -> None:
         super().__init__(manager, **options)
+        self._line = manager.line
+        self._late: list[bytes] = []  # received, and to be handed on when it is time
         self._malformed = malformed
         self._proxies = proxies
         self._client: str | None = None
@@ -133,6 +174,16 @@ class ClientProtocol(web.RequestHandler):
         # As its `connections` they are a list, made anew for whoever asks.
         return 0 if server is None else max(0, len(server._connections) - 1)
 
+    def scratch(self, size: int) -> bytearray | None:
+        """So many bytes or more that all connections of the server share: whoever fills them is
+        done with them before it awaits anything."""
+        server = self._manager
+        if not isinstance(server, RegistryServer):
+            return None
+        if len(server.scratch) < size:
+            server.scratch = bytearray(size)
+        return server.scratch
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         limit_delivery(transport.get_extra_info("socket"))
@@ -147,7 +198,7 @@ class ClientProtocol(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         if self._header is None or self._proxies is None:
-            super().data_received(data)
+            self._hand_on(data)
             return
         self._header += data
         try:
@@ -161,6 +212,22 @@ class ClientProtocol(web.RequestHandler):
             self._client = header.address
             if rest:
                 self.data_received(rest)
+
+    def _hand_on(self, data: bytes) -> None:
+        """Give this to aiohttp's parser, now or in one of the next turns of the loop."""
+        # Without data it is aiohttp's own call, to parse what it holds.
+        if not data or (not self._late and self._line.passes(self._catch_up)):
+            super().data_received(data)
+            return
+        self._late.append(bytes(data))
+        self._pause_transport_reading()
+
+    def _catch_up(self) -> None:
+        late, self._late = self._late, []
+        for data in late:
+            super().data_received(data)
+        if not (self._reading_paused or self._buffer_paused):
+            self._resume_transport_reading()
 
     def _peer(self) -> str:
         peer = self.peername

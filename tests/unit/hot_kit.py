@@ -122,7 +122,7 @@ class Connection:
         """Does its handler wait for a request?"""
         protocol: Any = self.protocol
         waiter = protocol._waiter
-        is_held = bool(getattr(protocol, "_held", ()))
+        is_held = bool(getattr(protocol, "_held", ()) or protocol._late)
         return waiter is not None and not waiter.done() and not protocol._messages and not is_held
 
     @property

@@ -21,6 +21,7 @@ from proxy.testing import FakeClock, make_image
 from proxy.testing.registry import FakeRegistry
 from proxy.upstream.routing import Route
 from proxy.web.hot import IDS, MAX_HEADS, MOST, RENEW, RENEWALS, HotPath, renew_after
+from proxy.web.server import BEGUN
 from tests.unit.hot_kit import Connection, MemoryTransport, Side, make_side, request, two_sides
 from tests.unit.proxy_kit import (
     IMAGE,
@@ -150,6 +151,22 @@ async def test_answers_keep_the_order_of_their_requests(hot: Hot) -> None:
     await hot.connection.settle()
     lengths = re.findall(rb"Content-Length: (\d+)", hot.connection.transport.written)
     assert lengths == [b"2", str(len(IMAGE.manifest)).encode()]
+
+
+async def test_nothing_is_hot_while_a_request_waits_in_line_for_the_handler(hot: Hot) -> None:
+    await hot.warm(MANIFEST)
+    connection, before = hot.connection, hot.side.hot_hits
+    connection.transport.written.clear()
+    for _ in range(BEGUN):  # as many others as may go in a turn
+        hot.side.server.line.passes(lambda: None)
+    connection.protocol.data_received(request("/v2/"))
+    for _ in range(2):
+        connection.protocol.data_received(request(MANIFEST))
+    await connection.settle()
+    lengths = re.findall(rb"Content-Length: (\d+)", connection.transport.written)
+    assert lengths == [b"2", *2 * [str(len(IMAGE.manifest)).encode()]]
+    assert hot.side.hot_hits == before
+    assert await hot.is_hot(MANIFEST)
 
 
 @pytest.mark.parametrize(

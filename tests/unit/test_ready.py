@@ -89,7 +89,7 @@ async def test_the_last_callback_counts_and_runs_in_the_context_of_its_waiting()
 async def test_a_crowd_is_run_in_slices_and_everybody_comes_before_anybody_comes_again() -> None:
     clock = FakeClock()
     async with writers(clock) as waiting:
-        with pairs(5 * LOT) as made:
+        with pairs(10 * LOT) as made:
             calls: list[int] = []
             turns: list[int] = []  # how many had been called at each turn of the loop
 

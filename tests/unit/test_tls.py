@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 from proxy.config import HostPort
+from proxy.testing import make_image
 from proxy.web.reload import Unusable
 from proxy.web.tls import MAX_NAME, TlsFiles, certificate_name, server_context
 from tests.unit.proxy_kit import (
@@ -111,6 +112,38 @@ async def test_pulls_over_tls_are_whole(
             await pool.stored()
         await until(lambda: len(pool.access_log) == 3)  # a client may be done before its handler
         assert [line["cache"] for line in pool.access_log] == ["miss", "miss", "hit"]
+
+
+async def test_clients_that_read_slowly_side_by_side_get_their_own_bytes(
+    tmp_path: Path, pki: Pki, session: aiohttp.ClientSession
+) -> None:
+    """They share the memory that files are read to, and their sockets take a part of it."""
+    images = [
+        make_image(f"team/{n}", "v1", layers=[12 << 20], seed=n, tarred=False) for n in range(3)
+    ]
+    async with pulling(tmp_path / "cache", **pki.settings()) as (pool, fake):
+        address, readers, writers = pool.address, [], []
+        for image in images:
+            fake.push(image)
+            path = blob_path(image.layers[0].digest, image.name)
+            await get(session, pool, path, pki.trust())
+            await pool.stored()
+            reader, writer = await asyncio.open_connection(
+                address.host, address.port, ssl=pki.trust(), limit=32 << 10
+            )
+            readers.append(reader)
+            writers.append(writer)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: pullpool\r\n\r\n".encode())
+        for reader in readers:
+            await reader.readuntil(b"\r\n\r\n")
+        bodies = [bytearray() for _ in images]
+        while not all(len(body) == 12 << 20 for body in bodies):
+            for body, reader in zip(bodies, readers, strict=True):
+                if len(body) < 12 << 20:
+                    body += await reader.read(64 << 10)
+        for body, image, writer in zip(bodies, images, writers, strict=True):
+            assert body == image.layers[0].data
+            writer.transport.abort()
 
 
 async def test_new_connections_get_the_new_certificate_and_running_ones_go_on(
