@@ -33,6 +33,7 @@ from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Chunk, Digest
 from proxy.oci.errors import PullError, SizeMismatch, UpstreamError, UpstreamUnavailable
+from proxy.pull.haul import Haul
 from proxy.pull.intake import Intake
 from proxy.pull.pace import Pace
 from proxy.pull.progress import Progress
@@ -244,7 +245,7 @@ class Fill:
             return
 
         async def put(segment: Segment, chunks: list[Chunk]) -> None:
-            await self._put(segment, chunks, sum(map(len, chunks)), leads=False, may_cut=True)
+            await self._put(segment, chunks, sum(map(len, chunks)))
 
         ground = SharedFill(
             sharing.size,
@@ -391,7 +392,7 @@ class Fill:
             chunks = self._spread.trim(segment, came)
             count = sum(map(len, chunks))
             with self._pace.taking(count) if leads else nullcontext():
-                await self._put(segment, chunks, count, leads=leads, may_cut=body.is_part)
+                await self._put(segment, chunks, count, body if leads else None)
             if may_gather(segment, self.received, count):
                 await asyncio.sleep(WHILES * self._settings.gather)
 
@@ -401,26 +402,49 @@ class Fill:
             )
 
     async def _put(
-        self, segment: Segment, chunks: list[Chunk], count: int, *, leads: bool, may_cut: bool
+        self, segment: Segment, chunks: list[Chunk], count: int, lead: TurnBody | None = None
     ) -> None:
-        """Put ``count`` bytes where the segment is; let readers have what is complete with them."""
+        """Put ``count`` bytes where the segment is; let readers have what is complete with them.
+        If they are next, and of the ``lead``'s body, what has come since follows them."""
         total = segment.at + count
         if self.size is not None and total > self.size:
             raise SizeMismatch(self.size, total)
         if self.size is None:
             self._crowd.expect(total)
-        is_first = leads and segment.at == self.received == 0
+        is_first = lead is not None and segment.at == self.received == 0
         if is_first and total != self.size:
             await self._show(chunks[0])
         await self._opened()
-        if leads and segment.at == self.received:
-            await self.intake.take(chunks, wait=not may_cut)
+        if lead is not None and segment.at == self.received:
+            await self._take(segment, chunks, lead, total)
         else:
             await self.intake.put(segment.at, chunks)
-        self._spread.wrote(segment, count)
-        await self._spread.catch_up()
+            self._spread.wrote(segment, count)
+        self._spread.close_up()
         self._publish(now=is_first)
         self._moved()
+
+    async def _take(
+        self, segment: Segment, chunks: list[Chunk], body: TurnBody, total: int
+    ) -> None:
+        def went_on(count: int) -> bool:
+            self._pace.more(count)
+            self._spread.wrote(segment, self.received - segment.at)
+            self._publish(now=False)
+            self._moved()
+            return not self._spread.is_helped and not body.is_overdue
+
+        more, stop = None, self.size if segment.stop is None else segment.stop
+        if stop is not None and not self._spread.is_helped:
+            segment.in_hand = stop  # the haul may get there before it hears of a shorter one
+            more = Haul(body, stop - total, went_on).more
+        try:
+            await self.intake.take(chunks, wait=not body.is_part, more=more)
+        finally:
+            body.settle()
+            self._spread.wrote(segment, self.received - segment.at)
+            segment.in_hand = segment.at
+        _ = self._spread.trim(segment, [])  # a haul may have ended where another should have begun
 
     async def _show(self, chunk: Chunk) -> None:
         """Let readers have the first bytes before there is a place for them: the ways to threads,

@@ -82,6 +82,11 @@ class Intake:
         return self._staging is not None or self.window is not None
 
     @property
+    def has_file(self) -> bool:
+        """Is there a file, which takes all that comes?"""
+        return self._staging is not None and self.window is None
+
+    @property
     def received(self) -> int:
         """Bytes taken in and hashed."""
         return self.verifier.count
@@ -169,16 +174,21 @@ class Intake:
         until they are in the file; where a window takes its place, to the end."""
         self._first = bytes(chunk[:FIRST_BYTES])
 
-    async def take(self, chunks: Sequence[Chunk], *, wait: bool) -> None:
+    async def take(
+        self, chunks: Sequence[Chunk], *, wait: bool, more: Callable[[], Chunk] | None = None
+    ) -> None:
         """Take in the next bytes. With ``wait`` the turn had better not be cut, and the readers are
-        waited for here; else what they leave no room for is left over. Raises ``StoreFailed``."""
+        waited for here; else what they leave no room for is left over. Of a blob of known size the
+        file also takes what ``more`` gives in its thread. Raises ``StoreFailed``."""
         if self.window is None and self._staging is not None:
+            left = list(chunks)
             try:
-                await self._staging.append(chunks)
+                await self._staging.haul(left, more or _nothing)
                 self._first = b""
                 return
             except StoreFull as error:
                 self._open_window(error)
+                chunks = left
         # The chunks are borrowed: the thread is done with them when this ends, and none is kept.
         await finish(asyncio.get_running_loop().run_in_executor(None, self._hash, chunks))
         self._backlog.extend(memoryview(bytes(chunk)) for chunk in chunks)
@@ -290,3 +300,7 @@ class Intake:
     def __repr__(self) -> str:
         place = self.window or self._staging or "no place yet"
         return f"<Intake {self.received} bytes, {place!r}>"
+
+
+def _nothing() -> Chunk:
+    return b""

@@ -84,6 +84,10 @@ class Pace:
             self._go_on()
             self._is_taking = False
 
+    def more(self, size: int) -> None:
+        """So many bytes had come while the piece was taken in, and are taken in as part of it."""
+        self._bytes += size
+
     def is_outrun(self) -> bool | None:
         """Does the body bring more than is taken in, or as much as one has to? None: there are not
         the pieces yet by whose size it could be told."""

@@ -70,6 +70,7 @@ class TurnBody(Protocol):
     ``is_part``: it is the range that was asked for, not a whole body that was skipped into.
     ``is_overdue``: somebody waits for the slot, and the next turn can go on where this one is cut.
     What is borrowed is good until the next call, or the end of the turn; what is read, for ever.
+    ``more`` and ``settle``: see ``haul.py``.
     """
 
     @property
@@ -82,6 +83,10 @@ class TurnBody(Protocol):
     def is_overdue(self) -> bool: ...
 
     async def borrow(self) -> Chunk: ...
+
+    def more(self, most: int) -> Chunk: ...
+
+    def settle(self) -> None: ...
 
     async def read(self) -> bytes: ...
 

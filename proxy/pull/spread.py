@@ -42,6 +42,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from proxy.oci.digest import Chunk
 from proxy.oci.errors import PullError, SizeMismatch, UnexpectedAnswer, UpstreamUnavailable
+from proxy.pull.closing_up import ClosingUp
 from proxy.pull.helpers import Helper, Helpers
 from proxy.pull.intake import Intake
 from proxy.pull.pace import Pace
@@ -56,8 +57,6 @@ TRIES = 6
 #: Seconds after which a lead that waits for others looks whether one of them waits for a slot, too,
 #: as it does where its first one has led it to another origin.
 LOOK_AGAIN = 1.0
-#: Bytes that are hashed at once when the gap before them has closed.
-CATCH_UP = 8 << 20
 
 #: Moves a turn's body to its segment's place; whether it came to its end.
 Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
@@ -123,6 +122,9 @@ class Spread:
         self._is_behind = bool(delay)
         self._defect: Exception | None = None
         self._changed = asyncio.Event()
+        self._closing_up = ClosingUp(
+            name, intake=intake, hashed=self._hashed, idle=self._changed.set
+        )
 
     # -- whose turns they are --------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Spread:
                 await self._drop_plan()
             if self.plan is None:
                 return Segment(self._intake.received, None)
-            await self.catch_up()
+            self.close_up()
             self.plan.reach(self._intake.received)
             self._recall()
             parts = source.segments if self._is_wide(source) else 1
@@ -243,6 +245,11 @@ class Spread:
             self._changed.set()
             self.widen()
 
+    @property
+    def is_helped(self) -> bool:
+        """Does anybody else put bytes into the file?"""
+        return self._puts > 0 or bool(self._helpers.begun)
+
     @contextlib.contextmanager
     def putting(self) -> Iterator[None]:
         """Another's bytes go into the file meanwhile: the plan stays until they are there."""
@@ -272,14 +279,14 @@ class Spread:
         else:
             self.plan.wrote(segment, count)
 
-    async def catch_up(self) -> None:
-        """Hash what has closed up with the bytes received. Raises ``StoreFailed``."""
-        while self.plan is not None and self._intake.window is None:
-            received, upto = self._intake.received, self.plan.contiguous
-            if received >= upto:
-                return
-            await self._intake.advance(min(upto, received + CATCH_UP))
-            self._publish(False)
+    def close_up(self) -> None:
+        """Have what has closed up with the bytes received hashed. Raises what has failed there."""
+        if self.plan is not None:
+            self._closing_up.begin(self.plan)
+
+    def _hashed(self) -> None:
+        self._publish(False)
+        self._moved()
 
     def distrust(self) -> None:
         """The parts did not make up the blob, if it was fetched in parts: one giver was wrong."""
@@ -434,7 +441,8 @@ class Spread:
         while self._puts:  # what is appended in two places at once would be in the wrong one
             self._changed.clear()
             await self._changed.wait()
-        await self.catch_up()
+        if self.plan is not None:
+            await self._closing_up.run(self.plan)
         self.plan = None
         self._intake.forget_ahead()
         self._moved()
@@ -445,7 +453,7 @@ class Spread:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        if tasks := self._helpers.tasks:
+        if tasks := [*self._closing_up.end(), *self._helpers.tasks]:
             await finish(asyncio.ensure_future(asyncio.wait(tasks)))
 
     def __repr__(self) -> str:

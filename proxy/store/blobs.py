@@ -8,7 +8,7 @@ Theory of operation. A fill writes into a staging file of its own, which is neve
 
 * append: pwrite at the mark, then hash, then move the mark, in one hop to a thread. A write that
   fails leaves mark and hash where they were; what it wrote beyond the mark is overwritten by the
-  next one, so nothing is hashed twice.
+  next one, so nothing is hashed twice. A haul does so with piece after piece in the same hop.
 * put: pwrite beyond the mark, where another part of the blob came first (D9). It counts for nothing
   until `advance` has read it back, hashed it and moved the mark over it. Between mark and put the
   file has holes, which read as zeros: that is why nobody may read beyond the mark who was not told
@@ -21,9 +21,9 @@ Theory of operation. A fill writes into a staging file of its own, which is neve
 * discard: unlink. A process that dies before it leaves its staging files to the next start,
   which removes them, or goes on with them (recovery.py).
 
-Append, put, advance, commit and discard of one fill exclude one another. Cancelled, each one first
-ends the step that a thread is doing, so that the mark always says what is written and hashed, and a
-commit that has begun goes to its end.
+Append, haul, put, advance, commit and discard of one fill exclude one another. Cancelled, each one
+first ends the step that a thread is doing, so that the mark always says what is written and hashed,
+and a commit that has begun goes to its end. A haul ends as soon as its `more` gives nothing.
 
 Readers lease: an open descriptor with a pin against eviction. It stays readable whatever happens to
 the name.
@@ -117,6 +117,10 @@ class Shelf(Protocol):
     async def reclaim(self, count: int) -> bool:
         """The disk is full: evict about `count` bytes; whether anything went."""
 
+    @property
+    def is_crowded(self) -> bool:
+        """Are all threads taken? Then others wait for this one. May be asked in a thread."""
+
     async def off_loop(self, call: Callable[[], T]) -> T:
         """Run `call` in a thread; a cancellation is raised after it has ended."""
 
@@ -175,11 +179,20 @@ class Staging:
         Raises StoreFull when they cannot be written; then none of them counts and the mark is
         where it was. Cancelled, either all of them count or none: the mark tells.
         """
+        await self.haul(list(chunks), lambda: b"")
+
+    async def haul(self, chunks: list[Chunk], more: Callable[[], Chunk]) -> None:
+        """The same, and in the same hop to a thread whatever `more` gives there, piece by piece,
+        until it gives nothing or the threads are all taken. Nothing more for a fill of unknown
+        size, which has room for these chunks alone.
+
+        What counts is taken out of `chunks`; a piece that cannot be written is left there.
+        """
         async with self._turn:
             self._require(_State.FILLING)
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, self.mark + count)
-            await self._written(lambda: self._write(chunks, count), count)
+            await self._written(lambda: self._write_all(chunks, more), count)
 
     async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
         """Write bytes beyond the mark; they count when `advance` gets there.
@@ -233,12 +246,22 @@ class Staging:
             self._shelf.failed("write", error)
             raise StoreFull(f"cannot write: {error.strerror}") from error
 
-    def _write(self, chunks: Sequence[Chunk], count: int) -> None:
+    def _write_all(self, chunks: list[Chunk], more: Callable[[], Chunk]) -> None:
+        # In a thread.
+        while chunks:
+            self._write(chunks)
+            chunks.clear()
+            if self.size is None or self._shelf.is_crowded:
+                return
+            if data := more():
+                chunks.append(data)
+
+    def _write(self, chunks: Sequence[Chunk]) -> None:
         # In a thread. The hash and the mark move only when every byte is in the file.
         write_at(self._disk.write, self.file.writer, chunks, self.mark)
         for chunk in chunks:
             self.verifier.update(chunk)
-        self.mark += count
+        self.mark += sum(map(len, chunks))
         self._note_mark()
 
     def _put(self, position: int, chunks: Sequence[Chunk]) -> None:

@@ -289,6 +289,11 @@ class Shelf:
         except OSError as error:  # the next start removes it
             self.failed("unlink", error)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Are all threads for short calls taken?"""
+        return self.threads.is_crowded
+
     async def off_loop(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Run a short call in a thread; a cancellation is raised after it has ended."""
         return await self.threads.quick(call, undo)

@@ -64,10 +64,22 @@ class Threads:
         self._quick = ThreadPoolExecutor(_QUICK, thread_name_prefix="pullpool-disk")
         self._slow = ThreadPoolExecutor(_SLOW, thread_name_prefix="pullpool-sync")
         self.running: set[asyncio.Future[Any]] = set()  # whatever a thread still works on
+        self._quick_calls = 0  # under way, or waiting for a thread
 
     async def quick(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Run a call that rarely waits for the disk; see `finish` for cancellation."""
-        return await finish(self._submit(self._quick, call), undo)
+        self._quick_calls += 1  # first: a new thread begins before `_submit` returns
+        work = self._submit(self._quick, call)
+        work.add_done_callback(self._ended)
+        return await finish(work, undo)
+
+    def _ended(self, _work: "asyncio.Future[Any]") -> None:
+        self._quick_calls -= 1
+
+    @property
+    def is_crowded(self) -> bool:
+        """Are all threads for quick calls taken? May be asked in one of them."""
+        return self._quick_calls >= _QUICK
 
     async def slow(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """Run a call that waits for the disk; see `finish` for cancellation."""

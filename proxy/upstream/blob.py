@@ -49,9 +49,12 @@ class Body:
         self.total = total  # the whole blob's size, if the upstream said it
         self._reply = reply
         self._skip = skip
-        self._left = length
+        self._length = length
         self._began = reply.origin.clock()
         self._received = 0
+        self._taken = 0  # of what is asked for, by ``borrow``
+        self._more = 0  # and by ``more``
+        self._settled = 0  # of these, that were counted
 
     async def borrow(self) -> Chunk:
         """The next bytes as they come; ``b""`` at the end of the turn's range. They are good until
@@ -71,12 +74,30 @@ class Body:
         """The same, to keep."""
         return bytes(await self.borrow())
 
+    def more(self, most: int) -> Chunk:
+        """For the thread that takes in what was borrowed: what has come since, at most ``most``, in
+        place of it; ``b""`` if that is not worth a piece, or nobody knows."""
+        if self._skip:
+            return b""
+        if self._length is not None:
+            most = min(most, self._length - self._taken - self._more)
+        data = self._reply.more(most) if most > 0 else b""
+        self._more += len(data)
+        return data
+
+    def settle(self) -> None:
+        """Count what was taken by ``more``, and let as much come in its place."""
+        count = self._more - self._settled
+        if count:
+            self._settled += count
+            self._received += count
+            self._reply.settle(count)
+
     def _counted(self, data: Chunk) -> Chunk:
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                label = self._reply.origin.key.label
-                raise UpstreamUnavailable(f"{label}: more bytes came than its Content-Range says")
+        self._taken += len(data)
+        if self._length is not None and self._taken + self._more > self._length:
+            label = self._reply.origin.key.label
+            raise UpstreamUnavailable(f"{label}: more bytes came than its Content-Range says")
         return data
 
     @property

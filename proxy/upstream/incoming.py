@@ -69,6 +69,19 @@ class Incoming:
             self._detach(self._rings, most)
         return data
 
+    def more(self, most: int) -> Chunk:
+        """In a thread: what has come since the last bytes were borrowed, at most ``most``, in place
+        of them; ``b""`` when that is not worth a piece. Who takes it says so (``settle``)."""
+        if self._receiver is None:
+            return b""
+        return self._receiver.more(min(most, PIECE))
+
+    def settle(self, count: int) -> None:
+        """So many bytes were taken by ``more``."""
+        self._consumed += count
+        if self._receiver is not None:
+            self._receiver.resume()
+
     async def _next(self, most: int) -> Chunk:
         if self._receiver is not None:
             return await self._receiver.borrow(min(most, PIECE) if most >= 0 else PIECE)

@@ -139,6 +139,16 @@ class Turn:
         self._received += len(data)
         return data
 
+    def more(self, most: int) -> Chunk:
+        """In a thread: see ``Incoming``."""
+        return b"" if self._incoming is None else self._incoming.more(most)
+
+    def settle(self, count: int) -> None:
+        """So many bytes were taken by ``more``."""
+        self._received += count
+        if self._incoming is not None:
+            self._incoming.settle(count)
+
     async def read(self, most: int = -1) -> bytes:
         """The same, to keep."""
         return bytes(await self.borrow(most))

@@ -29,6 +29,11 @@ after it began to wait, or at the first byte of all. Every piece costs a way to 
 which for pieces as small as a socket gives them is more than all the rest. Readers are told about
 progress in such steps anyway (``pull/progress.py``).
 
+What was borrowed is taken in by a thread, which may go on with what has come meanwhile (``more``).
+Loop and thread each move their own count of the ring then, and see of the other's at worst an older
+value, by which there is less to read, or less room, than there is. Whoever calls ``more`` lets the
+loop know, which then lets more come (``resume``).
+
 Back-pressure: at ``ahead`` bytes that the consumer has not taken, reading is paused. aiofastnet's
 TLS must not be paused while its own buffer holds a part of what came (see ``proxy/loop.py``), which
 is so when it has filled all the room it was offered. Then it is offered ``SLACK`` more, which is
@@ -118,6 +123,8 @@ class BodyReceiver(asyncio.BufferedProtocol):
         Raises ``aiohttp.ClientPayloadError`` when the connection ends before the body does.
         """
         self.ring.free()
+        if not self.ring.used:  # a slow body needs no more memory than what comes at once
+            self.ring.clear()
         self._resume()
         if not self._has_enough or self._is_unsettled_end:
             await self._wait()
@@ -128,6 +135,19 @@ class BodyReceiver(asyncio.BufferedProtocol):
         if self._error is not None:
             raise self._error
         return b""
+
+    def more(self, most: int) -> memoryview | bytes:
+        """What has come since bytes were lent, in place of them, at most ``most``; ``b""`` if that
+        is little and more is to come. For the thread that takes in what was borrowed, until the
+        next ``borrow``; of all here it alone may be called in another thread than the loop's."""
+        is_complete = self.is_complete  # first: then all of it is there
+        if self.ring.unread < self._gather and not is_complete:
+            return b""
+        return self.ring.lend(most)
+
+    def resume(self) -> None:
+        """``more`` has made room."""
+        self._resume()
 
     @property
     def _is_unsettled_end(self) -> bool:

@@ -52,6 +52,15 @@ class Reply:
             await self.stream.take(len(data))
         return data
 
+    def more(self, most: int) -> Chunk:
+        """In a thread: what has come since; see ``Incoming``. Nothing where bytes are rationed."""
+        return self.turn.more(most) if self.stream is None else b""
+
+    def settle(self, count: int) -> None:
+        """So many bytes were taken by ``more``."""
+        self.origin.count_bytes(count)
+        self.turn.settle(count)
+
     async def read(self) -> bytes:
         """The same, to keep."""
         return bytes(await self.borrow())

@@ -5,17 +5,19 @@ as receiving it. So a body is received into a ring, is written and hashed from t
 body gets the same ring.
 
 Pure bookkeeping over three counts that only grow: bytes *received*, bytes *lent* to the consumer,
-bytes *freed*, which may be overwritten. ``lend`` frees what it lent before.
+bytes *freed*, which may be overwritten. ``lend`` frees what it lent before. Who receives and who
+is lent to may be two threads: each count is moved by one of them, when it is done with the bytes.
 """
 
 from __future__ import annotations
 
 import mmap
 
-#: Bytes of a ring: one piece on its way to the disk, as much again coming in, and ``SLACK``.
-RING_BYTES = 4 << 20
+#: Bytes of a ring: a piece on its way to the disk, the next one, which the same thread takes, and
+#: as much again coming in.
+RING_BYTES = 8 << 20
 #: Rings without a body that are kept for the next ones.
-SPARE = 4
+SPARE = 2
 
 
 class Ring:

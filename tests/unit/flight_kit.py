@@ -124,6 +124,20 @@ class ScriptedBody:
     async def borrow(self) -> bytes:
         return await self.read()
 
+    def more(self, most: int) -> bytes:
+        """In a thread: what the valve lets through, if the source has more at once."""
+        if not self._source.hauls or self._act.breaks is not None:
+            return b""
+        length = min(self._source.chunk, self._stop - self._at, most)
+        length = max(0, self._source.valve.allowed(self._at, length))
+        at, self._at = self._at, self._at + length
+        self._turn.sent += length
+        self._source.hauled += length
+        return self._source.data[at : self._at]
+
+    def settle(self) -> None:
+        pass
+
     async def _receive(self) -> bytes:
         breaks = self._act.breaks
         left = self._stop - self._at if breaks is None else breaks - self._turn.sent
@@ -172,6 +186,8 @@ class ScriptedSource:
         self.segments = segments
         self.spare = segments
         self.is_distrusted = False
+        self.hauls = False  # whether a thread finds more of its bodies there
+        self.hauled = 0  # bytes that one has found
         self.serves_ranges = serves_ranges
         self.says_size = says_size
         self.acts = deque(acts or [])

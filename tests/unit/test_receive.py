@@ -454,9 +454,10 @@ class Wire(asyncio.Transport):
     secure=st.booleans(),
     comes=st.lists(st.integers(64, INCOMING_BUFFER), min_size=1, max_size=40),
     asked=st.lists(st.integers(64, MIB), min_size=1, max_size=10),
+    hauls=st.booleans(),
 )
 def test_whatever_comes_and_is_asked_for_the_bytes_are_right_and_bounded(
-    secure: bool, comes: list[int], asked: list[int]
+    secure: bool, comes: list[int], asked: list[int], hauls: bool
 ) -> None:
     body = BODY[: 3 * LEAST]
 
@@ -483,6 +484,9 @@ def test_whatever_comes_and_is_asked_for_the_bytes_are_right_and_bounded(
             if len(received) == len(body):
                 break
             received += await receiver.borrow(asked[turn % len(asked)])
+            while hauls and (data := await asyncio.to_thread(receiver.more, MIB)):
+                received += data
+                receiver.resume()
         await feeding
         assert received == body
         assert await receiver.borrow(GATHER) == b""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -231,8 +232,13 @@ async def test_a_long_turn_goes_on_where_its_helper_breaks(tmp_path: Path) -> No
         assert source.sent == len(DATA)
 
 
-async def test_a_long_turn_that_nobody_could_help_brings_all_it_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hauls", [False, True])
+async def test_a_long_turn_that_nobody_could_help_brings_all_it_asked_for(
+    tmp_path: Path, hauls: bool
+) -> None:
+    """A thread that finds more of it stops at the end that the turn was given, and asks."""
     source = source_of()
+    source.hauls = hauls
     async with one_long_turn(tmp_path, source) as rig:
         assert source.waiting == 1
         source.valve.open()
@@ -240,6 +246,40 @@ async def test_a_long_turn_that_nobody_could_help_brings_all_it_asked_for(tmp_pa
         assert source.turns[1].at_end
         assert source.sent == len(DATA)
         assert len(source.turns) == 2
+        assert bool(source.hauled) is hauls
+
+
+async def test_a_turn_is_not_shortened_while_a_thread_may_take_all_of_it(tmp_path: Path) -> None:
+    source, writes, go = source_of(), asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def write(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset >= 44 * KIB:
+            loop.call_soon_threadsafe(writes.set)
+            go.wait()
+        return os.pwritev(fd, buffers, offset)
+
+    source.valve.open(40 * KIB)
+    source.slots, source.spare = asyncio.Semaphore(1), 0
+    async with flying(tmp_path, long_segment=40 * KIB, disk=replace(roomy(), write=write)) as rig:
+        reader = rig.join(source)
+        await until(lambda: source.waiting == 1)
+        source.segments = 1  # nobody helps the second turn, until the thread is on its way
+        source.valve.open(44 * KIB)
+        await until(lambda: len(source.turns) == 2 and source.turns[1].sent > 0)
+        source.hauls = True
+        source.valve.open()
+        try:
+            await writes.wait()
+            source.segments = 4
+            rig.join(source, "bob")
+            await a_while()
+            assert source.waiting == 0
+        finally:
+            go.set()
+        assert await drink(reader) == DATA
+        assert source.hauled
+        assert source.sent == len(DATA)
 
 
 async def test_a_source_may_be_meant_to_be_read_by_one_turn_after_the_other(tmp_path: Path) -> None:
