@@ -9,7 +9,7 @@ places: *done* (written), *taken* (some segment's, and still to come), or in a *
 * It is an equal cut of what is left in holes, as many as there may be segments. The last to begin
   are the smallest then, so all end at about the same time, and when a slot comes free in the middle
   there is something left for it. But a cut has ``least`` bytes, for each costs a request, and no
-  more than its turn may have (D2).
+  more than its turn may have (D2), or where there are several a quarter of that.
 * What a broken or cut segment did not bring is a hole again. So is the end of a long one that is
   *shortened*, because there are no other holes and somebody has nothing to do.
 * With ``bounds`` only what lies between them is cut from holes: the rest is others' to bring, who
@@ -23,6 +23,9 @@ from collections.abc import Iterable, Iterator
 
 from proxy.oci.digest import Chunk
 
+#: A segment beside others is no longer than this part of a turn, which is 0.5 s: what comes behind
+#: it waits for it before it is hashed and read. Shorter ones lose more by the way of each request.
+TURN_PARTS = 4
 #: Bytes that are written at once of what nobody waits for yet.
 GATHER_BYTES = 1 << 20
 
@@ -73,6 +76,16 @@ def cut(hole: int, left: int, *, parts: int, least: int, most: int) -> int:
     wanted = min(most, max(least, -(-left // parts)))
     crumb = min(least, most) // 2
     return hole if hole <= wanted + crumb else wanted
+
+
+def first_cut(left: int | None, *, parts: int, least: int, most: int) -> int:
+    """How much the first turn asks for of a blob of which ``left`` bytes are to come, if anybody
+    knows."""
+    if left is None:
+        return min(most, least)
+    length = cut(left, left, parts=parts, least=least, most=most)
+    # If one turn brings all of it, ask as ever: the blob may be larger than promised.
+    return length if length < left else most
 
 
 class Segments:
@@ -132,7 +145,10 @@ class Segments:
         if hole is None:
             return None
         start, stop = hole
-        left = sum(b - a for a, b in self.open_holes()) if parts > 1 else stop - start
+        left = stop - start
+        if parts > 1:
+            left = sum(b - a for a, b in self.open_holes())
+            most = min(most, max(self._least, most // TURN_PARTS))
         length = cut(stop - start, left, parts=parts, least=self._least, most=most)
         segment = Segment(start, start + length)
         self._taken.add(segment)

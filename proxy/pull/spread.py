@@ -46,7 +46,8 @@ from proxy.pull.closing_up import ClosingUp
 from proxy.pull.helpers import Helper, Helpers
 from proxy.pull.intake import Intake
 from proxy.pull.pace import Pace
-from proxy.pull.segments import Segment, Segments, cut
+from proxy.pull.parts import Contradiction, expect_part
+from proxy.pull.segments import Segment, Segments, first_cut
 from proxy.pull.sources import Source, TurnBody
 from proxy.store.blobs import StoreFull
 from proxy.store.work import finish
@@ -60,12 +61,6 @@ LOOK_AGAIN = 1.0
 
 #: Moves a turn's body to its segment's place; whether it came to its end.
 Carry = Callable[[Segment, TurnBody], Awaitable[bool]]
-
-
-class _Contradiction(UnexpectedAnswer):
-    """A range was asked for, and what came is none; it says nothing of how well the upstream is."""
-
-    reason = "range_contradicted"
 
 
 class Spread:
@@ -157,12 +152,8 @@ class Spread:
         most = source.turn_bytes
         if not self._may_spread(source):
             return most
-        if size is None:
-            return min(most, 2 * self._least)
-        left = max(0, size - position)
-        length = cut(left, left, parts=source.segments, least=2 * self._least, most=most)
-        # If one turn brings all of it, ask as ever: the blob may be larger than promised.
-        return length if length < left else most
+        left = None if size is None else max(0, size - position)
+        return first_cut(left, parts=source.segments, least=2 * self._least, most=most)
 
     async def lead(self, source: Source) -> Segment | None:
         """What the lead brings next, through ``source``; ``None``: all is there. Waits while others
@@ -348,19 +339,13 @@ class Spread:
         if segment.stop is None:
             raise ValueError(f"{segment!r} has no end")
         async with source.open(segment.at, segment.stop - segment.at, ticket) as body:
-            if not body.is_part:
-                raise _Contradiction(f"{source.key[0]}: a range was answered by a whole body")
-            if self.plan is not None and body.total not in (None, self.plan.size):
-                raise SizeMismatch(self.plan.size, body.total or 0)
-            self._has_begun(segment)
+            expect_part(body, None if self.plan is None else self.plan.size, source)
+            self._helpers.begin(segment)
+            self.widen()
             await self._carry(segment, body)
             body.learn()
         if segment.at == segment.start:
             raise UpstreamUnavailable(f"{source.key[0]}: an answer without a byte")
-
-    def _has_begun(self, segment: Segment) -> None:
-        self._helpers.begin(segment)
-        self.widen()
 
     def _over(self, source: Source, helper: Helper) -> None:
         """Its task has ended, perhaps before its first step."""
@@ -378,7 +363,7 @@ class Spread:
             self._failures, self._retry = 0, ""
         if error is None:
             self._count(source, "done")
-        elif isinstance(error, (_Contradiction, SizeMismatch)):
+        elif isinstance(error, (Contradiction, SizeMismatch)):
             self._count(source, "distrusted")
             source.distrust()
             self._void()

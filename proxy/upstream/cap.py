@@ -7,8 +7,10 @@ one after a run of successes, so that it hovers below the level that broke.
 
 A success is the head of an answer, and a round is as many as fill the cap, which are all but the
 slot that is kept for metadata: of a large blob in segments (D9) three heads double a cap of four,
-not the end of a first segment. No less, though: an upstream whose bodies all stall keeps their
-slots, so the round at the next cap is never full, and it is asked for no more than twice.
+that of the lead among them, which was answered before anything filled the cap: what came at this
+cap and still comes when it is full counts then (``counts_late``). Each counts once, and no less
+than a round does: an upstream whose bodies all stall keeps their slots, so the round at the next
+cap is never full, and it is asked for no more than twice.
 
 Four refinements, each against a way in which the plain law fails:
 
@@ -18,8 +20,8 @@ Four refinements, each against a way in which the plain law fails:
   may still be at work on what broke it: the cap is halved on, but the ceiling stays where the first
   of such a row put it, and it is soon back below that. Otherwise an upstream that takes two seconds
   to recover would be held to one request at a time, whatever it stands.
-* *Growth only when it is used.* A success counts when the cap was full as it was sent; otherwise a
-  quiet night would raise a cap that nobody has tried.
+* *Growth only when it is used.* A success counts when the cap was full as it was sent, or is while
+  its body comes; otherwise a quiet night would raise a cap that nobody has tried.
 * *A remembered ceiling.* The run is short below the level that broke last and long at it, so that
   the cap returns quickly to what worked and tries the wall rarely. A wall that has moved is found
   by passing it: then the ceiling is forgotten and the cap doubles again.
@@ -126,6 +128,11 @@ class Cap:
         if self.run + 1 < self.needed_run:
             return replace(self, run=self.run + 1)
         return self._raised(now)
+
+    def counts_late(self, sent_at: float) -> bool:
+        """Does an answer to what was sent then, before the cap was full, count now that it is, and
+        its body still comes? Not if the cap was another one: others were on their way then."""
+        return sent_at > self.changed_at
 
     def _raised(self, now: float) -> Cap:
         step = self.limit if self.ceiling is None else 1

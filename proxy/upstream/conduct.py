@@ -106,6 +106,7 @@ class Conduct:
         self._paused: TLRUCache[str, float, float] = TLRUCache(
             _MAX_PAUSED, ttu=lambda _name, until, _now: until, timer=clock
         )
+        self._early: dict[int, float] = {}  # by slot: answered when others could still begin
         self._overloaded_at = float("-inf")
         self._distrusted_until = float("-inf")
         self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
@@ -247,8 +248,25 @@ class Conduct:
         if repository in self._charged:
             self._charged.clear()  # with fewer at once it is answered: they were too many
 
-    def went_well(self, sent_at: float, *, full: bool) -> None:
-        """A request got what it asked for; ``full``: the cap was the limit when it was sent."""
+    def went_well(self, slot: Slot, sent_at: float, *, full: bool) -> None:
+        """A request got what it asked for; ``full``: the cap was the limit when it was sent.
+
+        If it was not, the answer counts when another one comes that was, if its body still comes.
+        """
+        self._succeeded(sent_at, full=full)
+        if not full:
+            self._early[slot.number] = sent_at
+            return
+        early, self._early = self._early, {}
+        for began in early.values():
+            self._succeeded(began, full=self.cap.counts_late(began))
+
+    def leave(self, slot: Slot) -> None:
+        """The slot's turn is over, and with it what came for it."""
+        self._early.pop(slot.number, None)
+        self.health.leave(slot.number)
+
+    def _succeeded(self, sent_at: float, *, full: bool) -> None:
         cap = self.cap.succeeded(self._clock(), sent_at=sent_at, full=full)
         if self._leases.is_shared:
             # The successes of all nodes count together, and so it is not for this one to grow.

@@ -101,10 +101,12 @@ class Witnesses:
         asks again after a pause, which is the second chance of a denial. Then, in this order:
         another token; credentials that do not even get a token without a scope are wrong; and if
         others that worked fail as well, it is not about this one. Several of them are asked, for
-        one may have been revoked itself. Where nothing else has worked there is only what this one
-        did. While the upstream ``is_stressed`` (showed an overload in other ways a moment ago), and
-        for what worked lately, bad luck looks like a denial for a while longer. ``is_quiet``:
-        nothing else is asked of the upstream now. Raises as ``ask`` does.
+        one may have been revoked itself. If one is granted this one is asked for once more: only
+        what is refused before and after that has no rights, and has not just come too early. Where
+        nothing else has worked there is only what this one did. While the upstream ``is_stressed``
+        (showed an overload in other ways a moment ago), and for what worked lately, bad luck looks
+        like a denial for a while longer. ``is_quiet``: nothing else is asked of the upstream now.
+        Raises as ``ask`` does.
         """
         has_worked = repository in self._worked
         doubted = self._clock() - self._doubted.setdefault(repository, self._clock())
@@ -121,6 +123,9 @@ class Witnesses:
         may_be_luck = is_stressed() or has_worked or not others
         if may_be_luck and doubted < DOUBT:
             return Evidence.NONE
+        # There may be time for the others' tokens because transfers have ended since its own.
+        if others and await ask(repository):
+            return Evidence.OVERLOAD
         self._forget(repository)
         return Evidence.DENIAL
 

@@ -179,7 +179,7 @@ class Turn:
         self.was_of_use = True
         self.origin.conduct.answered(self.repository, self._sent_at)
         if well:
-            self.origin.conduct.went_well(self._sent_at, full=self._was_full)
+            self.origin.conduct.went_well(self.slot, self._sent_at, full=self._was_full)
 
     def was_too_much(self, reason: str) -> None:
         """The upstream broke under this turn's request: fewer at once from now on (D6)."""
@@ -301,7 +301,7 @@ class Origin:
             raise
         finally:
             turn.finish()
-            self.conduct.health.leave(slot.number)
+            self.conduct.leave(slot)
             self.slots.release(slot)
             if turn.was_of_use:
                 retries.give_back(place)

@@ -58,7 +58,16 @@ async def test_the_second_look_is_a_denial_when_others_still_get_what_they_may()
     case = await Case.challenged_once(OTHER)
     await case.weigh()
     case.later(SECOND_LOOK)
-    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+    assert await case.weigh(empty(), empty(), full(OTHER), empty()) is Evidence.DENIAL
+
+
+async def test_but_not_if_it_gets_it_too_after_them() -> None:
+    """Transfers may have ended between its refusal and the others' grant."""
+    case = await Case.challenged_once(OTHER)
+    await case.weigh()
+    case.later(DOUBT)
+    found = await case.weigh(empty(), empty(), full(OTHER), full(APP))
+    assert found is Evidence.OVERLOAD
 
 
 async def test_it_is_an_overload_when_what_worked_fails_as_well() -> None:
@@ -127,45 +136,50 @@ async def test_what_worked_lately_is_denied_if_others_are_granted_for_long_enoug
     for _ in range(2):
         assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.NONE
         case.later(DOUBT / 2)
-    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+    assert await case.weigh(empty(), empty(), full(OTHER), empty()) is Evidence.DENIAL
     # It is no evidence against others any more.
-    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL
+    assert await case.weigh(empty(), empty(), full(OTHER), empty()) is Evidence.DENIAL
 
 
 async def test_one_that_was_revoked_is_no_evidence_while_others_are_granted() -> None:
     case = await Case.challenged_once(OTHER, "team/gone")
     await case.weigh()
     case.later(SECOND_LOOK)
-    assert await case.weigh(empty(), empty(), empty(), full(OTHER)) is Evidence.DENIAL
-    assert await case.weigh(empty(), empty(), full(OTHER)) is Evidence.DENIAL  # it is forgotten
+    assert await case.weigh(empty(), empty(), empty(), full(OTHER), empty()) is Evidence.DENIAL
+    # It is forgotten.
+    assert await case.weigh(empty(), empty(), full(OTHER), empty()) is Evidence.DENIAL
 
 
 async def test_a_few_others_are_asked_and_the_latest_first() -> None:
     case = await Case.challenged_once(*(f"team/w{number}" for number in range(9)))
     await case.weigh()
     case.later(SECOND_LOOK)
-    assert await case.weigh(empty(), empty(), full("team/w8")) is Evidence.DENIAL
+    assert await case.weigh(empty(), empty(), full("team/w8"), empty()) is Evidence.DENIAL
     failed = (empty() for _ in range(OTHERS))
     assert await case.weigh(empty(), empty(), *failed) is Evidence.OVERLOAD
 
 
 @pytest.mark.parametrize(
-    ("worked", "is_stressed", "answers"),
+    ("worked", "is_stressed", "answers", "once_more"),
     [
-        ((), False, lambda: (empty(), empty())),
-        ((OTHER,), True, lambda: (empty(), empty(), full(OTHER))),
+        ((), False, lambda: (empty(), empty()), ()),
+        ((OTHER,), True, lambda: (empty(), empty(), full(OTHER)), (empty(),)),
     ],
     ids=["nothing has worked yet", "overloaded a moment ago"],
 )
 async def test_what_may_be_bad_luck_is_doubted_for_longer_but_not_for_ever(
-    worked: tuple[str, ...], is_stressed: bool, answers: Callable[[], tuple[tuple[int, bytes], ...]]
+    worked: tuple[str, ...],
+    is_stressed: bool,
+    answers: Callable[[], tuple[tuple[int, bytes], ...]],
+    once_more: tuple[tuple[int, bytes], ...],
 ) -> None:
     case = await Case.challenged_once(*worked)
     await case.weigh(is_stressed=is_stressed)
     case.later(SECOND_LOOK)
     assert await case.weigh(*answers(), is_stressed=is_stressed) is Evidence.NONE
     case.later(DOUBT)
-    assert await case.weigh(*answers(), is_stressed=is_stressed) is Evidence.DENIAL
+    found = await case.weigh(*answers(), *once_more, is_stressed=is_stressed)
+    assert found is Evidence.DENIAL
 
 
 async def test_what_is_granted_after_a_refusal_was_refused_for_want_of_time() -> None:

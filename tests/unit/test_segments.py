@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.pull.segments import GATHER_BYTES, Segment, Segments, cut, may_gather
+from proxy.pull.segments import (
+    GATHER_BYTES,
+    TURN_PARTS,
+    Segment,
+    Segments,
+    cut,
+    first_cut,
+    may_gather,
+)
 
 MIB = 1 << 20
 
@@ -33,6 +41,24 @@ def test_no_segment_is_longer_than_its_turn_may_be_by_more_than_a_crumb() -> Non
     lengths = [(stop or 0) - start for start, stop in spans(plan, parts=8, most=2 * MIB)]
     assert max(lengths) <= 3 * MIB
     assert min(lengths) >= 2 * MIB
+
+
+def test_beside_others_it_is_no_longer_than_a_part_of_a_turn() -> None:
+    """What is behind it cannot be hashed before it has come."""
+    plan = Segments(512 * MIB, least=2 * MIB)
+    lengths = [(stop or 0) - start for start, stop in spans(plan, parts=8, most=64 * MIB)]
+    assert max(lengths) <= 64 * MIB // TURN_PARTS + MIB
+    assert min(lengths[:16]) == 64 * MIB // TURN_PARTS
+    # A slow connection's turn may have less than that is worth a request.
+    slow = Segments(512 * MIB, least=2 * MIB).take(parts=8, most=3 * MIB)
+    assert slow is not None
+    assert slow.stop == 2 * MIB
+
+
+def test_the_first_turn_asks_for_little_unless_one_turn_brings_all() -> None:
+    assert first_cut(None, parts=8, least=4 * MIB, most=64 * MIB) == 4 * MIB
+    assert first_cut(96 * MIB, parts=8, least=4 * MIB, most=64 * MIB) == 12 * MIB
+    assert first_cut(5 * MIB, parts=8, least=4 * MIB, most=64 * MIB) == 64 * MIB
 
 
 def test_alone_a_turn_gets_as_much_as_it_may_have() -> None:
