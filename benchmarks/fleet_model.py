@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from benchmarks.fleet_time import LATENCY, Directory, Time
 from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms, View
+from proxy.fleet.crowd import FEW, before_first
 from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned
@@ -133,7 +134,7 @@ class Node(Sender):
         if self._todo:
             layer = self._todo.popleft()
             pull = self.pulls[layer.digest] = Pull(self, layer)
-            self._time.after(self.fleet.rng.uniform(0, self.fleet.spread), pull.act)
+            self._time.after(self.fleet.first_pause(), pull.act)
         elif self.done is None and all(pull.is_done for pull in self.pulls.values()):
             self.done = self._time.now
             self.fleet.finished(self)
@@ -370,6 +371,13 @@ class Fleet:
     @property
     def piece_time(self) -> float:
         return PIECE / self.rate
+
+    def first_pause(self) -> float:
+        """Seconds until a node of the crowd has come, and asks."""
+        pause = self.rng.uniform(0, self.spread)
+        if self.count > FEW:
+            pause += before_first(self.count, self.rng.random())
+        return pause
 
     def play(self, layers: Sequence[Layer], waves: int = 1) -> Result:
         """All nodes pull these layers; in waves, each when the one before has finished."""

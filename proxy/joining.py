@@ -11,26 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from proxy import __version__
 from proxy.config import Fleet as FleetSettings
 from proxy.config import Settings
-from proxy.fleet.claims import Claims, Giver, Grant
+from proxy.fleet.announcer import Announcer
+from proxy.fleet.claims import WHOLE, Claims, Giver, Grant
+from proxy.fleet.crowd import before_first
 from proxy.fleet.keeper import Keeper
 from proxy.fleet.orders import OrderBook
 from proxy.fleet.peers import Peers, Wanted
-from proxy.fleet.seal import Sealer
+from proxy.fleet.seal import LEAST_SECRET, Sealer
+from proxy.fleet.secret import Secret
 from proxy.fleet.stripes import stripe_count, stripe_length
 from proxy.fleet.tags import SharedTags, Told, Where
 from proxy.observe.logs import Logger
 from proxy.observe.metrics import Metrics
 from proxy.observe.peers import PeerMetrics
-from proxy.oci.errors import PeerFailed
+from proxy.oci.digest import Digest
+from proxy.oci.errors import DirectoryDown, PeerFailed
 from proxy.oci.manifest import MAX_MANIFEST
 from proxy.pull.giving import SharingRule
 from proxy.pull.ground import Fellows
@@ -44,6 +49,7 @@ from proxy.upstream.leases import LeaseSource
 from proxy.web.descriptors import Descriptors
 from proxy.web.listener import Listener
 from proxy.web.peer import PeerContexts, PeerDoor, giving
+from proxy.web.reload import Reloader, Unusable
 from proxy.web.transfers import Transfers
 
 if TYPE_CHECKING:  # it needs the extra
@@ -53,6 +59,8 @@ if TYPE_CHECKING:  # it needs the extra
 
 #: Stripes that are given at the same time, at most: each has an equal part of the uplink.
 TRANSFERS = 64
+#: Nodes that are asked for a manifest when who told of it has it no more.
+OTHERS = 2
 
 
 @dataclass(slots=True)
@@ -96,7 +104,7 @@ async def join(
     name = wanted.name or socket.gethostname()
     giver = Giver(secrets.token_hex(8), name, wanted.zone or "", wanted.advertise)
     directory = await _open_directory(stack, wanted, giver.node, metrics, log, around)
-    secret = await asyncio.to_thread(_secret, wanted, around.environ)
+    secret = await _learn_secret(stack, wanted, log, around)
     sealer = None if secret is None else Sealer(secret, giver.node, wall=around.wall)
     contexts = None if wanted.files is None else await PeerContexts.read(wanted.files)
     peer_metrics = PeerMetrics(metrics)
@@ -109,31 +117,12 @@ async def join(
     stack.push_async_callback(peers.close)
     claims = _claims(directory, giver)
     keeper = await stack.enter_async_context(Keeper(claims, log=log))
-    shared = shareable(settings)
-    fellows = Fellows(
-        giver=giver,
-        claims=claims,
-        taker=peers,
-        clock=around.clock,
-        log=log,
-        may_share=shared.__contains__,
-        kept=keeper.keep,
-        is_up=lambda: directory.is_up,
-    )
-    hearsay = None
-    if secret is not None:
-        hearsay = Hearsay(
-            SharedTags(directory, node=giver.node, secret=secret, wall=around.wall),
-            here=Where(giver.node, giver.url),
-            fetch=Fetch(peers, giver),
-            is_shared=shared.__contains__,
-        )
     fleet = Fleet(
         giver,
         directory,
-        fellows,
+        _fellows(giver, directory, claims, keeper, peers, settings, log, around),
         keeper,
-        hearsay,
+        None,
         peer_metrics,
         sealer,
         contexts,
@@ -141,8 +130,49 @@ async def join(
     )
     fleet.leases = _leases(fleet, metrics, log, around)
     if secret is not None:
+        fleet.hearsay = _hearsay(fleet, secret, claims, peers, settings, around)
         fleet.orders = OrderBook(directory, secret=secret, wall=around.wall)
     return fleet
+
+
+def _fellows(
+    giver: Giver,
+    directory: Directory,
+    claims: Claims,
+    keeper: Keeper,
+    peers: Peers,
+    settings: Settings,
+    log: Logger,
+    around: Surroundings,
+) -> Fellows:
+    return Fellows(
+        giver=giver,
+        claims=claims,
+        taker=peers,
+        clock=around.clock,
+        log=log,
+        may_share=shareable(settings).__contains__,
+        kept=keeper.keep,
+        is_up=lambda: directory.is_up,
+        before_first=lambda: before_first(directory.nodes, random.random()),
+    )
+
+
+def _hearsay(
+    fleet: Fleet,
+    secret: Secret,
+    claims: Claims,
+    peers: Peers,
+    settings: Settings,
+    around: Surroundings,
+) -> Hearsay:
+    giver = fleet.giver
+    return Hearsay(
+        SharedTags(fleet.directory, node=giver.node, secret=secret, wall=around.wall),
+        here=Where(giver.node, giver.url),
+        fetch=Fetch(peers, giver, claims),
+        is_shared=shareable(settings).__contains__,
+    )
 
 
 async def give(
@@ -185,7 +215,10 @@ async def give(
     fleet.listener = await stack.enter_async_context(serving)
     # Last: from now on others may come.
     flights = puller.flights
-    fleet.members = await _enter(stack, fleet, lambda: len(flights), metrics, around.clock)
+    members = await _enter(stack, fleet, lambda: len(flights), metrics, around.clock)
+    fleet.members = members
+    stored = StoredBlobs(store, shareable(settings))
+    await stack.enter_async_context(Announcer(fleet.keeper, stored, members, log=log))
 
 
 async def _open_directory(
@@ -295,7 +328,27 @@ def _claims(directory: Directory, giver: Giver) -> Claims:
     return RedisClaims(directory, giver)
 
 
-def _secret(fleet: FleetSettings, environ: Mapping[str, str]) -> bytes | None:
+async def _learn_secret(
+    stack: contextlib.AsyncExitStack, fleet: FleetSettings, log: Logger, around: Surroundings
+) -> Secret | None:
+    """The secret, learned anew when its file changes. Raises OSError."""
+    text = await asyncio.to_thread(_read_secret, fleet, around.environ)
+    if text is None:
+        return None
+    secret, file = Secret(text, around.clock), fleet.secret_file
+
+    async def reload() -> None:
+        text = await asyncio.to_thread(_read_secret, fleet, around.environ) or b""
+        if len(text) < LEAST_SECRET:
+            raise Unusable(f"{file}: a secret has at least {LEAST_SECRET} bytes")
+        secret.replace(text)
+
+    if file is not None:
+        await stack.enter_async_context(Reloader([file], reload, log=log))
+    return secret
+
+
+def _read_secret(fleet: FleetSettings, environ: Mapping[str, str]) -> bytes | None:
     """Reads a file; raises OSError."""
     if fleet.secret is not None:
         return fleet.secret.get_secret_value().encode()
@@ -321,18 +374,54 @@ def _throttle(
     return Throttle(rate.per_second, clock=clock, on_wait=metrics.throttled.labels(name).inc)
 
 
-class Fetch:
-    """Gets a small blob of another node whole: a manifest. Nothing of it is proved yet."""
+class StoredBlobs:
+    """What the store has for other nodes: blobs of these upstreams."""
 
-    def __init__(self, peers: Peers, own: Giver) -> None:
+    def __init__(self, store: Store, upstreams: frozenset[str]) -> None:
+        self._store = store
+        self._upstreams = upstreams
+
+    async def recent(self, most: int) -> Sequence[Digest]:
+        return await self._store.blobs_of(self._upstreams, most)
+
+    def has(self, digest: Digest) -> bool:
+        return self._store.size_of(digest) is not None
+
+    async def recovered(self) -> None:
+        await self._store.recovered()
+
+
+class Fetch:
+    """Gets a small blob of other nodes whole: a manifest. Nothing of it is proved yet. It is asked
+    of who told of it, and then, since that one may have left, of others that have all of it."""
+
+    def __init__(self, peers: Peers, own: Giver, claims: Claims) -> None:
         self._peers = peers
         self._own = own
+        self._claims = claims
 
     async def __call__(self, told: Told) -> bytes | None:
         where, size = told.where, told.size
         if where is None or not size or size > MAX_MANIFEST:
             return None
-        giver = replace(self._own, node=where.node, url=where.url)
+        found = await self._of(replace(self._own, node=where.node, url=where.url), told, size)
+        if found is not None:
+            return found
+        for giver in await self._others(told.digest, where.node):
+            found = await self._of(giver, told, size)
+            if found is not None:
+                return found
+        return None
+
+    async def _others(self, digest: Digest, asked: str) -> Sequence[Giver]:
+        try:
+            view = await self._claims.look(digest)
+        except DirectoryDown:
+            return ()
+        wholes = [one.giver for one in view.holdings if one.have == WHOLE]
+        return [giver for giver in wholes if giver.node != asked][:OTHERS]
+
+    async def _of(self, giver: Giver, told: Told, size: int) -> bytes | None:
         found = bytearray()
         try:
             for stripe in range(stripe_count(size)):

@@ -12,7 +12,7 @@ asked goes on with what is known. It heals by itself, and a hundred nodes heal w
     place.py      where the directory is (a URL); pure
     script.py     what is asked of it, and which keys belong together
     link.py       one connection; server.py: the few to one server; route.py: which server it is
-    directory.py  the directory: up or down, and its mender
+    directory.py  the directory: up or down, and its mender; crowd.py: how late it may be
     members.py    who is there
     leases.py     how many sockets each node may hold: ledger.py (what a node may believe),
                   lease_script.py (what the directory does), lease_call.py, lease_rate.py
@@ -20,9 +20,11 @@ asked goes on with what is known. It heals by itself, and a hundred nodes heal w
                   next: pursuit.py, steps.py, stripes.py, shunned.py (all pure)
     peers.py      taking stripes: connection.py, sockets.py, answer.py, protocol.py, pieces.py,
                   seal.py
-    keeper.py     what this node said that it has, said again in time
+    keeper.py     what this node said that it has, said again in time; announcer.py: what it stored
+                  before, said after a start and to a directory that is new
     tags.py       what an upstream said, told to the others
     orders.py     what one node was told to do, and others are to do
+    secret.py     what all these are sealed with, also while it is replaced
 
 Nothing here knows `upstream` or `store`: what they need of the fleet they name themselves as a
 small Protocol.

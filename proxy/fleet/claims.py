@@ -207,8 +207,9 @@ class Claims(Protocol):
         """Grants for the first of the wishes that can be had now, `room` of them at most.
 
         Urgent ones come first, then those that fewest nodes have or receive. The giver is one of
-        the own zone, if there is any, and of some that could be it the one that lends least and is
-        nearest to a node that has all of the stripe; the filler only when nobody else can give it.
+        the own zone, if any of some has room, else of another; of some that could be it the one
+        that lends least and is nearest to a node that has all of the stripe; the filler only when
+        nobody else can give it.
         Nothing is granted of nodes to `avoid`; a stripe that only those have is missing. One that
         is not published yet may be wished, but is neither granted nor missing. Before all that the
         grants in `ended` are given back.

@@ -107,9 +107,9 @@ return 1
 TAKE = _script(
     "take",
     """
--- How many of a queue are looked at, of how many that could give the best is chosen, and what the
--- filler costs more than all others.
-local LOOKS, CHOICES, LAST = 8, 4, 1000
+-- How many of a queue are looked at, of how many that could give the best is chosen, what the
+-- filler costs more than all others, and among how many those of other zones are looked for.
+local LOOKS, CHOICES, LAST, FAR = 8, 4, 1000, 32
 local blob = entry()
 local known, room, ended = ARGV[FIRST] + 0, ARGV[FIRST + 1] + 0, ARGV[FIRST + 2] + 0
 give_back(FIRST + 3, ended)
@@ -206,14 +206,27 @@ local function read_some(nodes)
   read(some)
 end
 
--- The best of some in a queue. Who may not lend goes to its end, who is no giver any more leaves
--- it.
-local function of_queue(key, wish)
-  local nodes = redis.call('ZRANGE', key, 0, LOOKS - 1)
+local place = time[1] * 1000000 + time[2]
+-- The first in a queue that are not of this zone.
+local function elsewhere(key)
+  local nodes, found, behind = redis.call('ZRANGE', key, 0, FAR - 1), {}, {}
+  for n, is_here in ipairs(redis.call('SMISMEMBER', P .. 'zone:' .. zone, unpack(nodes))) do
+    if is_here == 0 and #found < LOOKS then found[#found + 1] = nodes[n] end
+    behind[#behind + 1] = place + n
+    behind[#behind + 1] = nodes[n]
+  end
+  if #found == 0 then redis.call('ZADD', key, unpack(behind)) end  -- the next take sees others
+  return found
+end
+
+-- The best of these, from a queue's front. Who may not lend goes to its end, who is no giver any
+-- more leaves it.
+local function of_queue(key, wish, nodes)
+  nodes = nodes or redis.call('ZRANGE', key, 0, LOOKS - 1)
   if #nodes == 0 then return nil end
   weigh(nodes)
   read_some(nodes)
-  local behind, gone, place, offers, best = {}, {}, time[1] * 1000000 + time[2], 0, nil
+  local behind, gone, offers, best = {}, {}, 0, nil
   wish.busy = 0
   for number, node in ipairs(nodes) do
     local found, rank = offer(node, wish)
@@ -249,14 +262,24 @@ local function of_wholes(wish)
   end
 end
 
--- Of this zone, then of any, then of those that have all of it; the filler after all of these.
+-- Of this zone, then of others, then of those that have all of it; the filler after all of these.
 local function choose(wish)
-  local best
-  for _, its in ipairs({zone, ANY}) do
-    best = better(best, of_queue(P .. 'at:' .. wish.stripe .. ':' .. its, wish))
-    if best and best.node ~= FILLS then return best end
-    if wish.busy == LOOKS then return best end  -- there are enough in this zone, in a moment
+  local own, any = P .. 'at:' .. wish.stripe .. ':' .. zone, P .. 'at:' .. wish.stripe .. ':' .. ANY
+  local best = of_queue(own, wish)
+  if best and best.node ~= FILLS then return best end
+  local here = redis.call('ZCARD', own)
+  if here >= LOOKS and here < redis.call('ZCARD', any) then
+    if here > LOOKS then  -- those who come behind the ones that were passed over
+      best = better(best, of_queue(own, wish))
+      if best and best.node ~= FILLS then return best end
+    end
+    best = better(best, of_queue(any, wish, elsewhere(any)))
+  elseif wish.busy == LOOKS then
+    return best  -- nobody else has it: here there are enough, in a moment
+  else
+    best = better(best, of_queue(any, wish))
   end
+  if (best and best.node ~= FILLS) or wish.busy == LOOKS then return best end
   return better(best, of_wholes(wish))
 end
 

@@ -2,9 +2,10 @@
 
 Theory of operation. ``run`` is the only question there is. Every call is a task of the directory's
 own: a caller that is cancelled leaves it, and neither stops the command nor leaves a connection in
-the middle of an answer. The task ends by itself within ``patience``, whatever the server does, and
-nothing is ever tried twice that may have been done: only what a server refused without doing it
-(NOSCRIPT, MOVED, ASK) goes on, within the same time. All other failures are the caller's to know.
+the middle of an answer. The task ends by itself within ``patience`` (longer in a large fleet,
+``crowd.py``), whatever the server does, and nothing is ever tried twice that may have been done:
+only what a server refused without doing it (NOSCRIPT, MOVED, ASK) goes on, within the same time.
+All other failures are the caller's to know.
 
 A server is *up* until a call finds otherwise: then it is *down*, its connections are ended, and
 every further call fails at once (``DirectoryDown``), so that nobody waits for what is gone. One
@@ -49,6 +50,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import TimeoutError as NotInTime
 
+from proxy.fleet.crowd import slack
 from proxy.fleet.link import Access
 from proxy.fleet.place import Address, Place
 from proxy.fleet.route import ClusterMap, route_to
@@ -98,12 +100,13 @@ class Directory:
         patience: float = PATIENCE,
     ) -> None:
         self.place = place
+        self.nodes = 1  # that ask it, as far as this one knows
         self._access = access
         self._metrics = metrics.fleet
         self._log = log
         self._clock = clock
         self._chance = chance or random.Random()
-        self._patience = patience
+        self._usual_patience = patience
         self._route = route_to(place, access, self._chance)
         self._servers: dict[Address, Server] = {}
         self._down: dict[Address | None, str] = {None: "it was not asked yet"}  # None: no route
@@ -119,6 +122,14 @@ class Directory:
     def __repr__(self) -> str:
         state = "up" if self.is_up else f"down: {self.why_down}"
         return f"<Directory {self.place} calls={len(self._calls)} {state}>"
+
+    @property
+    def _slack(self) -> float:
+        return slack(self.nodes)
+
+    @property
+    def _patience(self) -> float:
+        return self._usual_patience * self._slack
 
     @property
     def is_up(self) -> bool:
@@ -204,7 +215,7 @@ class Directory:
                 return "refused", _failed(why)
             server = self._server(address)
             try:
-                reply = await server.call(script, tag, args, asking=asking)
+                reply = await server.call(script, tag, args, asking=asking, slack=self._slack)
             except AskError as error:  # MOVED is one, too
                 address = Address(error.host or address.host, error.port)
                 asking = True

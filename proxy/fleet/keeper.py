@@ -5,6 +5,9 @@ on says it again every third of that time; the entries of one round are spread o
 directory has no rush. What the store evicts is withdrawn; where that is not heard, whoever asks is
 told "not here" and looks elsewhere.
 
+What an earlier process has stored, or a directory that has forgotten it does not know, is announced
+(``announcer.py``): that is said here as well.
+
 Only so many are remembered, the latest ones: the directory lists no more than a few nodes for each
 blob in any case, and a blob that nobody is told of costs one more fetch from the upstream.
 """
@@ -12,6 +15,7 @@ blob in any case, and a blob that nobody is told of costs one more fetch from th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
@@ -72,6 +76,18 @@ class Keeper:
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
 
+    async def announce(self, digest: Digest) -> bool:
+        """Tell the directory of a blob that is here; false if it is not to be kept. Raises
+        ``DirectoryDown``: then a later round says it."""
+        if digest not in self._kept:
+            if len(self._kept) >= self._most:
+                return False
+            # Before the call, so that what goes in the middle of it is withdrawn.
+            self._kept[digest] = ""
+            self._kept.move_to_end(digest, last=False)  # older than what came meanwhile
+            self._gone.pop(digest, None)
+        return await self._say(digest)
+
     def gone(self, digests: Sequence[Digest]) -> None:
         """The store has these no more."""
         for digest in digests:
@@ -90,15 +106,16 @@ class Keeper:
                 await self._say_again(digest)
 
     async def _say_again(self, digest: Digest) -> None:
-        generation = self._kept.get(digest)
-        if generation is None:
-            return
-        try:
-            is_entered = await self._claims.hold(digest, generation, WHOLE)
-        except DirectoryDown:
-            return  # the next round says it
+        if digest in self._kept:
+            with contextlib.suppress(DirectoryDown):  # the next round says it
+                await self._say(digest)
+
+    async def _say(self, digest: Digest) -> bool:
+        generation = self._kept[digest]
+        is_entered = await self._claims.hold(digest, generation, WHOLE)
         if not is_entered and self._kept.get(digest) == generation:
             del self._kept[digest]  # enough others have it, or it is another blob's entry by now
+        return is_entered
 
     async def _withdraw(self) -> None:
         while True:

@@ -117,12 +117,15 @@ class Link:
         self.run_id = found.get("run_id", "")
         self.is_primary = found.get("role") == "master"
 
-    async def call(self, *words: str | bytes | int | float) -> Any:
-        """Say one command and return the answer.
+    async def call(self, *words: str | bytes | int | float, patience: float | None = None) -> Any:
+        """Say one command and return the answer; ``patience``: seconds that it may take from here
+        on, if not as long as before.
 
         Raises ResponseError for what the server refuses; any other error, a cancellation too, has
         closed the connection.
         """
+        if patience is not None:  # an argument of read_response would make a late answer None
+            self._connection.socket_timeout = patience
         try:
             await self._connection.send_command(*words)
             return await self._connection.read_response()

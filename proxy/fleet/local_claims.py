@@ -19,6 +19,8 @@ LOOKS = 8
 CHOICES = 4
 #: What the filler costs more than all others.
 LAST = 1000
+#: Among how many in a queue those of other zones are looked for.
+FAR = 32
 
 
 @dataclass(slots=True)
@@ -177,27 +179,55 @@ class LocalClaims:
         return -1 if wish.is_urgent else len(blob.queues.get((wish.stripe, ANY_ZONE), ()))
 
     def _chosen(self, blob: Blob, search: _Search) -> _Offer | None:
-        """Who gives the stripe: of this zone, then of any, then of those that have all of it; the
-        filler after all of these."""
-        best: _Offer | None = None
-        for zone in (self._giver.zone, ANY_ZONE):
-            queue = blob.queues.get((search.wish.stripe, zone), {})
-            best = _better(best, self._best_of(blob, search, queue))
-            if best is not None and best.node != blob.filler:
-                return best
-            if search.busy == LOOKS:
-                return best  # there are enough in this zone, in a moment
+        """Who gives the stripe: of this zone, then of others, then of those that have all of it;
+        the filler after all of these."""
+        stripe = search.wish.stripe
+        own = blob.queues.get((stripe, self._giver.zone), {})
+        everybody = blob.queues.get((stripe, ANY_ZONE), {})
+        looked: list[str] | None = None
+        best = self._best_of(blob, search, own)
+        if best is not None and best.node != blob.filler:
+            return best
+        if LOOKS <= len(own) < len(everybody):
+            if len(own) > LOOKS:  # those who come behind the ones that were passed over
+                best = _better(best, self._best_of(blob, search, own))
+                if best is not None and best.node != blob.filler:
+                    return best
+            looked = self._elsewhere(blob, everybody)
+        elif search.busy == LOOKS:
+            return best  # nobody else has it: here there are enough, in a moment
+        best = _better(best, self._best_of(blob, search, everybody, looked))
+        if (best is not None and best.node != blob.filler) or search.busy == LOOKS:
+            return best
         for name in blob.wholes.draw(LOOKS, self._board.rng):
             offer, _ = self._offer(blob, search, name)
             if offer is not None:
                 return _better(best, offer)
         return best
 
-    def _best_of(self, blob: Blob, search: _Search, queue: dict[str, None]) -> _Offer | None:
-        """The best of some. Who may not lend goes to the end of the queue; who is no giver any more
-        leaves it."""
+    def _elsewhere(self, blob: Blob, queue: dict[str, None]) -> list[str]:
+        """The first in a queue that are not of this zone."""
+        here = blob.zones.get(self._giver.zone, Pool())
+        nodes = list(itertools.islice(queue, FAR))
+        found = [name for name in nodes if name not in here]
+        if not found:  # the next take sees others
+            for name in nodes:
+                del queue[name]
+                queue[name] = None
+        return found[:LOOKS]
+
+    def _best_of(
+        self,
+        blob: Blob,
+        search: _Search,
+        queue: dict[str, None],
+        looked: Sequence[str] | None = None,
+    ) -> _Offer | None:
+        """The best of these, from the queue's front. Who may not lend goes to its end; who is no
+        giver any more leaves it."""
         search.busy = offers = 0
-        looked = list(itertools.islice(queue, LOOKS))
+        if looked is None:
+            looked = list(itertools.islice(queue, LOOKS))
         behind: list[str] = []
         gone: list[str] = []
         best: _Offer | None = None

@@ -10,8 +10,11 @@ The list of all nodes is read more rarely the longer it is, ``EACH`` seconds for
 a fleet reads in all grows with its size, not with its square. While the directory is down the last
 list stands (``as_of`` tells how old it is).
 
-Keys, all of the tag ``members``: ``:beats``, node ids by the time they expire (milliseconds), and
-``:nodes``, what each says of itself (JSON). Both keys expire as a whole, too.
+The directory has an *epoch*: a name that the first to beat gives it, and that it keeps as long as
+anybody beats. Another one says that it is new, or has forgotten everything.
+
+Keys, all of the tag ``members``: ``:beats``, node ids by the time they expire (milliseconds),
+``:nodes``, what each says of itself (JSON), and ``:epoch``. All of them expire as a whole, too.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from proxy.fleet.directory import Directory
-from proxy.fleet.script import Script
+from proxy.fleet.script import Argument, Script
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import DirectoryDown
 
@@ -58,7 +61,10 @@ redis.call('ZADD', beats, now + ARGV[3], ARGV[1])
 redis.call('HSET', nodes, ARGV[1], ARGV[2])
 redis.call('PEXPIRE', beats, 10 * ARGV[3])
 redis.call('PEXPIRE', nodes, 10 * ARGV[3])
-return redis.call('ZCARD', beats)
+local epoch = KEYS[1] .. ':epoch'
+redis.call('SET', epoch, ARGV[4], 'NX')
+redis.call('PEXPIRE', epoch, 10 * ARGV[3])
+return {redis.call('ZCARD', beats), redis.call('GET', epoch)}
 """,
 )
 _LIST = Script(
@@ -154,6 +160,9 @@ class Members:
         self._chance = chance or random.Random()
         self._beat = beat
         self._expiry = expiry
+        self.count = 1  # of all nodes, at the last beat
+        self.epoch = ""  # of the directory, at the last beat
+        self._turned = asyncio.Event()
         self._read_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -192,10 +201,22 @@ class Members:
         """Say that this node lives, and look who else does when it is time. DirectoryDown."""
         self.node = replace(self.node, load=self._load())
         expiry = round(self._expiry * 1000)
-        count = await self._directory.run(_BEAT, TAG, [self.node.id, self.node.said(), expiry])
+        args: list[Argument] = [self.node.id, self.node.said(), expiry, new_id()]
+        self.count, epoch = await self._directory.run(_BEAT, TAG, args)
+        self._directory.nodes = self.count
+        if epoch.decode() != self.epoch:
+            self.epoch = epoch.decode()
+            self._turned.set()
         age = self.as_of
-        if age is None or age >= EACH * count:
+        if age is None or age >= EACH * self.count:
             await self.look()
+
+    async def turned(self, epoch: str) -> str:
+        """Wait until the directory's epoch is another one, and which."""
+        while self.epoch in ("", epoch):
+            self._turned.clear()
+            await self._turned.wait()
+        return self.epoch
 
     async def look(self) -> tuple[Node, ...]:
         """Read who lives now, in the order of their names. DirectoryDown."""

@@ -30,6 +30,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from proxy.fleet.script import Argument, Script
+from proxy.fleet.secret import Derived, Secret
 
 if TYPE_CHECKING:  # it needs the extra
     from proxy.fleet.members import Node
@@ -187,25 +188,31 @@ class FleetOrder:
 class Seal:
     """Seals words and reads those that are sealed. Wall-clock seconds."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._key = hmac.digest(secret, b"pullpool: orders to nodes, 1", "sha256")
+    def __init__(self, secret: bytes | Secret) -> None:
+        self._keys = Derived(secret, _key)
 
     def seal(self, about: Sequence[str], content: Mapping[str, Any], now: float) -> bytes:
         words = {"at": round(now, 3), **content}
         text = json.dumps(words, separators=(",", ":")).encode()
-        return self._mac(about, text) + text
+        return _mac(self._keys.used, about, text) + text
 
     def read(self, about: Sequence[str], sealed: bytes, now: float) -> dict[str, Any] | None:
         """None for what nobody of us has sealed, about this, of late."""
         mac, text = sealed[:32], sealed[32:]
-        if not hmac.compare_digest(mac, self._mac(about, text)):
+        rights = [_mac(key, about, text) for key in self._keys.accepted]
+        if not any(hmac.compare_digest(mac, right) for right in rights):
             return None
         words: dict[str, Any] = json.loads(text)
         return words if -SKEW <= now - words["at"] <= LIFE + SKEW else None
 
-    def _mac(self, about: Sequence[str], text: bytes) -> bytes:
-        # What it is about has no zero byte, so no two look alike.
-        return hmac.digest(self._key, "\0".join(about).encode() + b"\0\0" + text, "sha256")
+
+def _key(secret: bytes) -> bytes:
+    return hmac.digest(secret, b"pullpool: orders to nodes, 1", "sha256")
+
+
+def _mac(key: bytes, about: Sequence[str], text: bytes) -> bytes:
+    # What it is about has no zero byte, so no two look alike.
+    return hmac.digest(key, "\0".join(about).encode() + b"\0\0" + text, "sha256")
 
 
 class Runs(Protocol):
@@ -218,7 +225,9 @@ class OrderBook:
     """The fleet's orders, as one node sees them. All methods raise ``DirectoryDown``; what is not
     sealed by a node of this fleet is not there. ``wall`` is in seconds since the epoch."""
 
-    def __init__(self, directory: Runs, *, secret: bytes, wall: Callable[[], float]) -> None:
+    def __init__(
+        self, directory: Runs, *, secret: bytes | Secret, wall: Callable[[], float]
+    ) -> None:
         self._directory = directory
         self._seal = Seal(secret)
         self._wall = wall

@@ -22,8 +22,9 @@ answer to this request, from somebody with the secret, and neither a refusal nor
 pieces can be put in its way; by those digests the body proves itself.
 
 The keys for the two directions are derived from the secret, each for its purpose alone: no seal of
-one kind is one of the other, nor what else the fleet signs with its secret. Compared in constant
-time. Clocks are handed in; nothing else here has a state but the nonces.
+one kind is one of the other, nor what else the fleet signs with its secret. One that is replaced is
+understood for a while (``secret.py``). Compared in constant time. Clocks are handed in; nothing
+else here has a state but the nonces.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from proxy.fleet.secret import Derived, Secret
 
 #: Seconds that the clocks of two nodes may differ, with the way in between.
 SKEW = 30.0
@@ -117,16 +120,11 @@ class Keys:
 
     def seal_answer(self, asked: Seal, said: Said) -> str:
         """The header of an answer that says this."""
-        return f"v1 mac={_signed(self._answer, (asked.mac, *said.parts))}"
+        return f"v1 mac={self.answer_mac(asked, said)}"
 
-    def check_answer(self, asked: Seal, header: str | None, said: Said) -> None:
-        """Raises ``Unsealed`` when it is not the answer to that request."""
-        found = _ANSWER.fullmatch(header or "")
-        if found is None:
-            raise Unsealed("the answer has no seal")
-        right = _signed(self._answer, (asked.mac, *said.parts))
-        if not hmac.compare_digest(found[1], right):
-            raise Unsealed("the seal of the answer is wrong")
+    def answer_mac(self, asked: Seal, said: Said) -> str:
+        """What the seal of that answer has to be."""
+        return _signed(self._answer, (asked.mac, *said.parts))
 
     def __repr__(self) -> str:
         return "<Keys>"  # and not a word more
@@ -170,7 +168,7 @@ class Sealer:
 
     def __init__(
         self,
-        secret: bytes,
+        secret: bytes | Secret,
         node: str,
         *,
         wall: Callable[[], float],
@@ -182,7 +180,7 @@ class Sealer:
         if most < 1:
             raise ValueError("who remembers no nonce accepts everything again")
         self.node = node
-        self._keys = Keys(secret)
+        self._keys = Derived(secret, Keys)
         self._wall = wall
         self._nonce = nonce
         self._skew = skew
@@ -190,12 +188,12 @@ class Sealer:
 
     def seal(self, giver: str, said: Said) -> Seal:
         """For a request to ``giver``, a node's id."""
-        return self._keys.seal(self.node, giver, self._wall(), self._nonce(), said)
+        return self._keys.used.seal(self.node, giver, self._wall(), self._nonce(), said)
 
     def accept(self, header: str | None, said: Said) -> Seal:
         """The seal of a request to this node, accepted this once. Raises ``Unsealed``."""
         seal = Seal.parse(header)
-        if not self._keys.is_right(seal, said):
+        if not any(keys.is_right(seal, said) for keys in self._keys.accepted):
             raise Unsealed("the seal is wrong: another secret, or another request")
         if seal.giver != self.node:
             raise Unsealed(f"the seal is for node {seal.giver}, this is {self.node}")
@@ -209,14 +207,24 @@ class Sealer:
 
     def seal_answer(self, asked: Seal, said: Said) -> str:
         """For the answer to a request that was accepted."""
-        return self._keys.seal_answer(asked, said)
+        return self._keys.used.seal_answer(asked, said)
 
     def check_answer(self, asked: Seal, header: str | None, said: Said) -> None:
         """Raises ``Unsealed`` for what is no answer to this request."""
-        self._keys.check_answer(asked, header, said)
+        found = _answer_mac(header)
+        rights = [keys.answer_mac(asked, said) for keys in self._keys.accepted]
+        if not any(hmac.compare_digest(found, right) for right in rights):
+            raise Unsealed("the seal of the answer is wrong")
 
     def __repr__(self) -> str:
         return f"<Sealer of node {self.node}, {self._nonces!r}>"
+
+
+def _answer_mac(header: str | None) -> str:
+    found = _ANSWER.fullmatch(header or "")
+    if found is None:
+        raise Unsealed("the answer has no seal")
+    return found[1]
 
 
 def _derived(secret: bytes, purpose: bytes) -> bytes:

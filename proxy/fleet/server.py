@@ -48,16 +48,24 @@ class Server:
             await link.call("PING")
 
     async def call(
-        self, script: Script, tag: str, args: Sequence[Argument], *, asking: bool = False
+        self,
+        script: Script,
+        tag: str,
+        args: Sequence[Argument],
+        *,
+        asking: bool = False,
+        slack: float = 1.0,
     ) -> Any:
-        """Run a script. ``asking``: by way of exception, while the tag's slot moves here."""
+        """Run a script. ``asking``: by way of exception, while the tag's slot moves here.
+        ``slack``: the answer may take so many times as long as usual."""
+        patience = slack * self._access.answer_timeout
         async with self._lent() as link:
             tail = (1, root_of(tag), *args, *([link.run_id] if script.wants_run_id else []))
             for words in (("EVALSHA", script.sha), ("EVAL", script.text)):
                 if asking:
                     await link.call("ASKING")
                 try:
-                    reply = await link.call(*words, *tail)
+                    reply = await link.call(*words, *tail, patience=patience)
                 except NoScriptError:
                     continue  # nothing was done: a new server, or one that forgot its scripts
                 self.answered = self._clock()

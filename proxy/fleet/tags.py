@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from proxy.fleet.script import Argument, Script
+from proxy.fleet.secret import Derived, Secret
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestInvalid, DirectoryDown
 
@@ -119,8 +120,8 @@ class Runs(Protocol):
 class Sealer:
     """Seals answers, and reads those that are sealed. Wall-clock seconds."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._key = hmac.digest(secret, b"pullpool: what upstreams said, 1", "sha256")
+    def __init__(self, secret: bytes | Secret) -> None:
+        self._keys = Derived(secret, _key)
 
     def seal(self, question: Question, told: Told, now: float) -> bytes:
         content = {
@@ -131,12 +132,12 @@ class Sealer:
             "at": round(now - told.age, 3),
         }
         text = json.dumps(content, separators=(",", ":")).encode()
-        return self._mac(question, text) + text
+        return _mac(self._keys.used, question, text) + text
 
     def read(self, question: Question, sealed: bytes, now: float, ttl: float) -> Told | None:
         """None for what none of us has sealed, for this question, within ``ttl`` seconds."""
         mac, text = sealed[:32], sealed[32:]
-        if len(sealed) > MOST or not hmac.compare_digest(mac, self._mac(question, text)):
+        if len(sealed) > MOST or not self._is_right(question, mac, text):
             return None
         content = json.loads(text)
         age = now - content["at"]
@@ -149,10 +150,19 @@ class Sealer:
         where = None if content["where"] is None else Where(**content["where"])
         return Told(digest, content["type"], content["size"], where, max(0.0, age))
 
-    def _mac(self, question: Question, text: bytes) -> bytes:
-        # The names cannot hold a zero byte, so no two questions look alike.
-        asked = "\0".join(question).encode()
-        return hmac.digest(self._key, asked + b"\0\0" + text, "sha256")
+    def _is_right(self, question: Question, mac: bytes, text: bytes) -> bool:
+        rights = [_mac(key, question, text) for key in self._keys.accepted]
+        return any(hmac.compare_digest(mac, right) for right in rights)
+
+
+def _key(secret: bytes) -> bytes:
+    return hmac.digest(secret, b"pullpool: what upstreams said, 1", "sha256")
+
+
+def _mac(key: bytes, question: Question, text: bytes) -> bytes:
+    # The names cannot hold a zero byte, so no two questions look alike.
+    asked = "\0".join(question).encode()
+    return hmac.digest(key, asked + b"\0\0" + text, "sha256")
 
 
 class SharedTags:
@@ -164,7 +174,7 @@ class SharedTags:
         directory: Runs,
         *,
         node: str,
-        secret: bytes,
+        secret: bytes | Secret,
         wall: Callable[[], float],
         chance: Callable[[], float] = random.random,
     ) -> None:

@@ -73,7 +73,8 @@ class Ground(Protocol):
 class Fellows:
     """A node's part in its fleet. ``clock`` is monotonic; ``may_share`` says of an upstream whether
     the fleet may have its blobs; ``kept`` is told of each blob that the fleet was told is here;
-    ``is_up``: does the directory answer?"""
+    ``is_up``: does the directory answer? ``before_first``: how many seconds it is left in peace
+    before it is asked for another blob."""
 
     giver: Giver
     claims: Claims
@@ -83,6 +84,7 @@ class Fellows:
     may_share: Callable[[str], bool]
     kept: Callable[[Digest, str], None] = lambda _digest, _generation: None
     is_up: Callable[[], bool] = lambda: True
+    before_first: Callable[[], float] = lambda: 0.0
     terms: Terms = field(default_factory=Terms)
     rng: random.Random = field(default_factory=random.Random)
     shunned: Shunned = field(default_factory=Shunned)

@@ -98,7 +98,8 @@ class Fleet(Section):
     )
     secret_file: FilePath | None = Field(
         default=None,
-        description="File that holds the secret; read when the process begins to lead.",
+        description="File that holds the secret; read again when it changes. The one before is"
+        " accepted for some minutes.",
     )
     ca_file: FilePath | None = Field(
         default=None,

@@ -245,6 +245,20 @@ class Index:
 
         return await self.run(find)
 
+    async def linked_blobs(self, upstreams: Sequence[str], most: int) -> list[str]:
+        """Blobs that one of these upstreams has, from the youngest use to the oldest."""
+
+        def find(connection: sqlite3.Connection) -> list[str]:
+            names = ", ".join("?" * len(upstreams))
+            query = (
+                "SELECT digest FROM blob WHERE digest IN"
+                f" (SELECT digest FROM link WHERE upstream IN ({names}))"
+                " ORDER BY used DESC LIMIT ?"
+            )
+            return [row[0] for row in connection.execute(query, (*upstreams, most))]
+
+        return await self.run(find)
+
     async def unlink(self, upstream: str, repository: str, digest: str) -> None:
         await self._many(
             "DELETE FROM link WHERE upstream = ? AND repository = ? AND digest = ?",

@@ -12,7 +12,7 @@ asks for them.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -374,6 +374,12 @@ class Store:
         """The upstreams with a repository that is known to have it; none when the index fails."""
         found = await self._shelf.record(self._index.linking(str(digest)))
         return found or frozenset()
+
+    async def blobs_of(self, upstreams: Collection[str], most: int) -> list[Digest]:
+        """The blobs last used of those that these upstreams are known to have, youngest first; none
+        when the index fails. Some may not be held any more."""
+        found = await self._shelf.record(self._index.linked_blobs(sorted(upstreams), most))
+        return [Digest.parse(digest) for digest in found or ()]
 
     def known_link(self, upstream: str, repository: str, digest: Digest) -> Mark | None:
         """A mark that holds for as long as this repository is known to have it; None when that

@@ -347,6 +347,36 @@ class ClaimsConformance(ABC):
         assert here
         assert (there.giver, here.giver) == (giver(2, "b"), giver(1))
 
+    async def test_other_zones_are_asked_when_nobody_of_the_own_one_has_room(self) -> None:
+        async with self.fleet(Terms(most=1, each=1, filler_most=1, filler_each=1)) as nodes:
+            await nodes.settled(2)
+            generation = (await nodes(2).look(DIGEST)).generation
+            here = [1, *range(3, 11)]  # nine, more than are looked at
+            for number in here[1:]:
+                assert await nodes(number).hold(DIGEST, generation, 0b11)
+            assert await nodes(50, "b").hold(DIGEST, generation, 0b11)
+            for number in range(100, 108):  # eight of them lend all they may, by another stripe
+                grant = await one(nodes(number), 1)
+                assert grant
+                assert grant.giver.zone == "a"
+            ninth = await one(nodes(20), 0)
+            assert ninth
+            assert ninth.giver.zone == "a"
+            there = await one(nodes(21), 0, avoid=[20])
+            assert there
+            assert there.giver == giver(50, "b")
+
+    async def test_a_crowd_of_one_zone_waits_for_its_own(self) -> None:
+        async with self.fleet(Terms(most=1, each=1, filler_most=1, filler_each=1)) as nodes:
+            await nodes.settled(2)
+            generation = (await nodes(2).look(DIGEST)).generation
+            for number in range(3, 11):
+                assert await nodes(number).hold(DIGEST, generation, 0b11)
+            for number in range(100, 109):
+                assert await one(nodes(number), 1)
+            taken = await nodes(20).take(DIGEST, [Wish(0)], 1)
+            assert (taken.grants, taken.missing) == ((), frozenset())
+
     async def test_of_some_the_one_that_lends_least_is_asked(self, nodes: Fleet) -> None:
         await nodes.settled(3)
         generation = (await nodes(2).look(DIGEST)).generation

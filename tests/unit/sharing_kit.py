@@ -153,6 +153,7 @@ async def sailing(
     claims: Callable[[Giver], Claims] | None = None,
     max_size: int = 256 << 20,
     is_up: Callable[[], bool] = lambda: True,
+    before_first: Callable[[], float] = lambda: 0.0,
 ) -> AsyncIterator[Fleet]:
     """A fleet of so many nodes; at its end nothing may be left of them."""
     loop = asyncio.get_running_loop()
@@ -173,6 +174,7 @@ async def sailing(
                 may_share=lambda upstream: upstream != "private.example.com",
                 rng=random.Random(number),
                 is_up=is_up,
+                before_first=before_first,
             )
             rig = await stack.enter_async_context(
                 flying(

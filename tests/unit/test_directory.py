@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.fleet.crowd import AT_ONCE
 from proxy.fleet.directory import FIRST_PAUSE, LONGEST_PAUSE, pause_before
 from proxy.fleet.link import Login
 from proxy.fleet.script import Script
@@ -203,6 +204,26 @@ class TestFailing:
             assert ours.count("directory_up") == 1
             assert len(ours.events("directory_down")) == 1
             assert len(ours.events("directory_up")) == 2
+
+    async def test_in_a_large_fleet_a_late_answer_is_no_sign_of_anything(
+        self, tmp_path: Path
+    ) -> None:
+        # Nobody asks another second of a server; it answers late as one does that is asked a lot.
+        late = Script(
+            "late",
+            "local t = redis.call('TIME') repeat local n = redis.call('TIME')"
+            " until (n[1] - t[1]) * 1000000 + n[2] - t[2] > 400000 return 'here'",
+        )
+        async with (
+            redis_server(tmp_path) as server,
+            asking(server.url, answer_timeout=SHORT, patience=SHORT) as ours,
+        ):
+            ours.directory.nodes = AT_ONCE
+            await ours.fails(late)
+            await ours.directory.wait_up()
+            ours.directory.nodes = 20 * AT_ONCE
+            assert await ours.run(late) == b"here"
+            assert ours.directory.is_up
 
     async def test_a_server_that_is_started_again_is_found_again(self, tmp_path: Path) -> None:
         async with redis_server(tmp_path) as server, asking(server.url) as ours:

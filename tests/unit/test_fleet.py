@@ -12,15 +12,18 @@ import pytest
 from yarl import URL
 
 from benchmarks.parts import free_port
+from proxy.fleet.claims_redis import VERSION
 from proxy.fleet.directory import Directory
 from proxy.fleet.tags import SharedTags, Told, Where
 from proxy.oci.digest import Digest
 from proxy.testing import make_image
 from proxy.testing.registry import FakeRegistry
+from proxy.testing.wire import Kind
 from proxy.upstream.endpoint import OriginKey
 from tests.unit.lease_kit import settle
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, running, until
 from tests.unit.redis_kit import Server, needs_redis, redis_server
+from tests.unit.redis_kit import until as server_until
 
 pytestmark = [needs_redis, pytest.mark.real_seconds]
 
@@ -30,6 +33,20 @@ IMAGE = make_image(NAME, "v1", layers=[5 * MIB + 17, 3 * MIB, 40_000], seed=9, t
 FIRST = make_image("team/first", "v1", layers=[10], seed=8, tarred=False)
 SECRET = "what only nodes of this fleet know"
 UNIQUE = len(IMAGE.manifest) + sum(blob.size for blob in IMAGE.blobs)
+
+
+def settings_of(server: Server, number: int, **upstream: object) -> dict[str, Any]:
+    port = free_port()
+    return {
+        "fleet": {
+            "directory": server.url,
+            "listen": f"127.0.0.1:{port}",
+            "advertise": f"http://127.0.0.1:{port}",
+            "name": f"node-{number}",
+            "secret": SECRET,
+        },
+        "upstreams": {UPSTREAM: {"access": "public", "max_connections": 4, **upstream}},
+    }
 
 
 @asynccontextmanager
@@ -46,17 +63,7 @@ async def fleet(
     async with contextlib.AsyncExitStack() as stack:
         nodes = []
         for number in range(count):
-            port = free_port()
-            settings: dict[str, Any] = {
-                "fleet": {
-                    "directory": server.url,
-                    "listen": f"127.0.0.1:{port}",
-                    "advertise": f"http://127.0.0.1:{port}",
-                    "name": f"node-{number}",
-                    "secret": SECRET,
-                },
-                "upstreams": {UPSTREAM: {"access": "public", "max_connections": 4, **upstream}},
-            }
+            settings = settings_of(server, number, **upstream)
             place = directory / f"node-{number}"
             place.mkdir()
             nodes.append(await stack.enter_async_context(running(place, registry.url, **settings)))
@@ -112,6 +119,73 @@ async def test_a_node_that_comes_later_asks_the_upstream_nothing(tmp_path: Path)
             assert registry.counters.bytes_sent == 0
             assert not registry.counters.requests
             assert {line["cache"] for line in second.access_log} == {"peer"}
+
+
+def keys_of(name: str) -> list[str]:
+    """Of the image's blobs in the directory."""
+    digests = [Digest.of(IMAGE.manifest), *(blob.digest for blob in IMAGE.blobs)]
+    return [f"pp:{{{VERSION}:{digest}}}:{name}" for digest in digests]
+
+
+async def said(server: Server) -> None:
+    """Wait until the directory knows of somebody that has all of each of the image's blobs."""
+    names = keys_of("whole")
+
+    async def so() -> bool:
+        return bool(await server.ask("EXISTS", *names) == len(names))
+
+    await server_until(so)
+
+
+async def test_a_node_that_was_restarted_is_asked_before_the_upstream(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 2) as (restarted, other):
+            await pull(restarted)
+            await restarted.stored()
+            await restarted.proxy.__aexit__(None, None, None)
+            # What it said before has ended.
+            await server.ask("DEL", *keys_of("nodes"), *keys_of("whole"))
+            place, settings = tmp_path / "node-0", settings_of(server, 0)
+            async with running(place, registry.url, **settings):
+                await said(server)
+                registry.counters.reset()
+                await pull(other)
+                assert registry.counters.bytes_sent == 0
+                assert not registry.counters.requests
+                assert {line["cache"] for line in other.access_log} == {"peer"}
+
+
+async def test_what_nodes_have_becomes_known_to_a_directory_that_has_forgotten_all(
+    tmp_path: Path,
+) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 2) as (first, second):
+            await pull(second)
+            await second.stored()
+            await server.flush()
+            await settle(directory_of(first), OriginKey.of(URL(registry.url)).label, cap=4)
+            await said(server)
+            registry.counters.reset()
+            await pull(first)
+            # What a tag is only the upstream knows then.
+            assert {kind for kind, _ in registry.counters.requests} == {Kind.MANIFEST}
+            assert registry.counters.bytes_sent <= len(IMAGE.manifest)
+
+
+async def test_what_is_private_is_not_said_after_a_start_either(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_server(tmp_path) as server:
+        registry.push(IMAGE)
+        async with fleet(tmp_path, registry, server, 1, access="shared") as (node,):
+            await pull(node)
+            await node.stored()
+            await node.proxy.__aexit__(None, None, None)
+            place, settings = tmp_path / "node-0", settings_of(server, 0, access="shared")
+            async with running(place, registry.url, **settings) as again:
+                await until(lambda: bool(again.events("announced")))
+                assert again.events("announced")[0]["blobs"] == 0
+                assert not any(b"sha256" in key for key in await server.ask("KEYS", "*"))
 
 
 async def test_what_a_node_says_of_a_digest_is_no_other_manifest(tmp_path: Path) -> None:

@@ -252,3 +252,16 @@ async def test_a_hundred_thousand_rows_come_back(tmp_path: Path) -> None:
     assert list((await index.load()).blobs) == rows
     assert "index.db" in repr(index)
     await index.close()
+
+
+async def test_blobs_of_some_upstreams_come_by_their_last_use(index: Index) -> None:
+    rows = [("a", "one"), ("b", "two"), ("c", "one"), ("d", "three"), ("e", "two")]
+    for number, (digest, upstream) in enumerate(rows):
+        await index.put_blob(digest, 1, number)
+        await index.link(upstream, "r", [(digest, 1)], 0.0)
+    await index.put_blob("nobody's", 1, 9)
+    await index.link("one", "r", [("not here", 1)], 0.0)
+    await index.link("three", "r", [("a", 1)], 0.0)
+    assert await index.linked_blobs(["one", "two"], 10) == ["e", "c", "b", "a"]
+    assert await index.linked_blobs(["three"], 1) == ["d"]
+    assert await index.linked_blobs([], 10) == []

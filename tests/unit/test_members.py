@@ -137,6 +137,26 @@ class TestBeats:
             await server.restart()
             await sees(first, "n1", "n2")
 
+    async def test_a_directory_keeps_its_epoch_until_it_forgets_everybody(
+        self, tmp_path: Path
+    ) -> None:
+        async with redis_server(tmp_path) as server, asking(server.url) as ours:
+            async with joined(ours, "n1") as first, joined(ours, "n2") as second:
+                epoch = await first.turned("")
+                assert await second.turned("") == epoch
+                await first.beat()
+                assert first.epoch == epoch
+                await server.flush()
+                other = await first.turned(epoch)
+                assert other != epoch
+                assert await second.turned(epoch) == other
+                await sees(first, "n1", "n2")
+                await first.beat()
+                assert first.count == 2
+            async with joined(ours, "n3") as third:  # the others have left: it is the same
+                assert await third.turned("") == other
+            assert await server.ask("PTTL", "pp:{members}:epoch") > 0
+
     async def test_while_the_directory_is_away_the_last_list_stands(self, tmp_path: Path) -> None:
         clock = FakeClock()
         async with (

@@ -61,6 +61,33 @@ async def test_two_nodes_that_want_one_blob_at_once_fetch_it_once(tmp_path: Path
         assert sum(each.sent for each in sources) == SIZE
 
 
+class Timed(LocalClaims):
+    """Notes when it is asked."""
+
+    def __init__(self, board: Board, giver: Giver) -> None:
+        super().__init__(board, giver)
+        self.asked: list[float] = []
+
+    async def look(self, digest: Digest, known: int = 0) -> View:
+        self.asked.append(asyncio.get_running_loop().time())
+        return await super().look(digest, known)
+
+
+async def test_a_node_of_a_very_large_fleet_waits_before_it_asks(tmp_path: Path) -> None:
+    loop, pause = asyncio.get_running_loop(), 0.2
+    board = Board(clock=loop.time, rng=random.Random(1))
+    made: list[Timed] = []
+
+    def claims(giver: Giver) -> Timed:
+        made.append(Timed(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 1, claims=claims, before_first=lambda: pause) as fleet:
+        began = loop.time()
+        assert await pull(fleet, 0, source()) == DATA
+        assert made[0].asked[0] - began >= pause
+
+
 async def test_eight_nodes_take_most_of_it_of_one_another(tmp_path: Path) -> None:
     async with sailing(tmp_path, 8) as fleet:
         sources = [source() for _ in range(8)]
