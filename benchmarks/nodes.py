@@ -24,6 +24,7 @@ from benchmarks.parts import LOOPBACK, PROJECT, Part, PartFailed, running, until
 from benchmarks.setups import fill
 
 PORT, ADMIN, PEER = 5050, 5051, 5052
+UPSTREAM_BYTES = "pullpool_upstream_bytes_total{"
 SECRET = "the benchmark's own secret of the fleet"
 #: Of what a line carries, what is left beside the heads of packets: who runs a node sets its uplink
 #: to no more, or bulk queues up before everything else.
@@ -118,6 +119,13 @@ class Node:
         except OSError:
             return False
         return True
+
+    @property
+    def of_upstream(self) -> float:
+        """Bytes that it has from the upstream."""
+        with urlopen(f"http://{self.net.address}:{ADMIN}/metrics", timeout=30) as answer:
+            rows = answer.read().decode().splitlines()
+        return sum(float(row.split()[-1]) for row in rows if row.startswith(UPSTREAM_BYTES))
 
     def wake(self, other: Want) -> None:
         """Pulls a manifest that nobody measures: a new directory grants nothing at first."""

@@ -7,6 +7,9 @@ Theory of operation. Of each blob the directory keeps, all with an end by its ow
   behind the last published stripe. It publishes each stripe's hash once it has the stripe, the last
   one only after the whole digest was right: an honest filler never publishes a whole wrong blob.
   One that renews but publishes nothing for long makes way too, and may not be the next one.
+  Who receives of it and sees it die says so, and then its lease is short (`Terms.doubted`). One
+  that lives renews in time whoever says what. Were it late, two nodes would fill for a moment: that
+  costs bytes, and nothing else rests on there being one.
 * *holdings*: which stripes a node has verified. Those of a part are short-lived and renewed by
   whatever their node does; those of a whole blob live long, at most `Terms.wholes` of them.
 * *grants*: the right to receive one stripe of one giver. Taking one is atomic: the giver has the
@@ -136,10 +139,12 @@ class Taken:
 
 
 class Outcome(enum.Enum):
-    """How a grant ended. Only DONE tells the directory anything: that its taker has the stripe."""
+    """How a grant ended. DONE tells the directory that its taker has the stripe, DIED that a filler
+    may be no more; the others nothing."""
 
     DONE = "done"
-    FAILED = "failed"  # the giver died, stalled, was busy, or nobody wants the stripe any more
+    DIED = "died"  # the giver did, or stalled
+    FAILED = "failed"  # the giver was busy or has it not, or nobody wants the stripe any more
     LIED = "lied"  # the bytes were not those of the stripe's hash
 
 
@@ -147,11 +152,13 @@ class Outcome(enum.Enum):
 class Terms:
     """How long entries live without news (seconds), and how many there may be.
 
-    Whoever fills, holds a part or receives renews it at least every third of that time, and as a
-    filler every fourth: a directory that is late may take two calls of some seconds in between.
+    Whoever holds a part or receives renews it at least every third of that time: a directory that
+    is late may take two calls of some seconds in between. A filler renews more often (`renewal`),
+    since one that is `doubted` has no more time than that to show that it lives.
     """
 
     filler: float = 10.0
+    doubted: float = 3.0  # what is left of that for a filler of which a taker says that it died
     grant: float = 15.0
     part: float = 60.0
     whole: float = 1800.0
@@ -163,6 +170,11 @@ class Terms:
     filler_each: int = 1
     wholes: int = 64  # nodes listed for having the whole blob
     sample: int = 12  # holdings in a view
+
+    @property
+    def renewal(self) -> float:
+        """The longest time between two calls of a filler."""
+        return min(self.filler / 4, self.doubted / 3)
 
 
 class Claims(Protocol):
@@ -216,7 +228,8 @@ class Claims(Protocol):
         """
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
-        """The grant has ended. Giving it back twice, or late, does nothing."""
+        """The grant has ended. Giving it back twice, or late, does nothing, but that each DIED of
+        the filler shortens its lease until it renews that."""
 
     async def hold(
         self, digest: Digest, generation: str, have: int, grants: Sequence[Grant] = ()

@@ -10,15 +10,16 @@ local P = KEYS[1] .. ':'
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
 local me, details, zone = ARGV[2], ARGV[3], ARGV[4]
-local FILLER, GRANT, PART, WHOLE = ARGV[5] + 0, ARGV[6] + 0, ARGV[7] + 0, ARGV[8] + 0
-local STUCK, BAN = ARGV[9] + 0, ARGV[10] + 0
-local MOST, EACH, FILLER_MOST, FILLER_EACH = ARGV[11] + 0, ARGV[12] + 0, ARGV[13] + 0, ARGV[14] + 0
-local WHOLES, SHARE, token = ARGV[15] + 0, ARGV[16] + 0, ARGV[17]
-local FIRST = 18  -- of the arguments that are this script's own
+local FILLER, DOUBTED, GRANT, PART = ARGV[5] + 0, ARGV[6] + 0, ARGV[7] + 0, ARGV[8] + 0
+local WHOLE, STUCK, BAN = ARGV[9] + 0, ARGV[10] + 0, ARGV[11] + 0
+local MOST, EACH, FILLER_MOST, FILLER_EACH = ARGV[12] + 0, ARGV[13] + 0, ARGV[14] + 0, ARGV[15] + 0
+local WHOLES, SHARE, token = ARGV[16] + 0, ARGV[17] + 0, ARGV[18]
+local FIRST = 19  -- of the arguments that are this script's own
 local BLOB, HASHES, BY, BANNED = P .. 'blob', P .. 'hashes', P .. 'by', P .. 'banned'
 local NODES, WHOLLY, FULL = P .. 'nodes', P .. 'whole', P .. 'full'
 local ANY = '*'
-local GEN, FILLS = '', ''  -- generation and filler of the blob, when its entry has been read
+-- Generation and filler of the blob, and when that one's lease ends, when its entry has been read.
+local GEN, FILLS, UP_TO = '', '', 0
 
 local function keep(key, ms)
   if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, 2 * ms) end
@@ -53,7 +54,7 @@ local function entry()
   elseif blob.filler ~= '' and found[4] + 0 <= now then
     blob.filler = ''
   end
-  FILLS = blob.filler
+  FILLS, UP_TO = blob.filler, (found[4] or 0) + 0
   return blob
 end
 
@@ -195,7 +196,7 @@ local function enter(record, stripe, rank, giver, held)
 end
 
 -- Grants that have ended, as arguments from `at` on, `count` times: generation, giver, stripe,
--- token, and '1' if the stripe is there.
+-- token, and 'done' if the stripe is there, 'died' if its giver is no more.
 local function give_back(at, count)
   local givers = {me}
   for n = 0, count - 1 do givers[#givers + 1] = ARGV[at + 5 * n + 1] end
@@ -203,12 +204,16 @@ local function give_back(at, count)
   for n = 0, count - 1 do
     local from = at + 5 * n
     local generation, giver, stripe = ARGV[from], ARGV[from + 1], ARGV[from + 2] + 0
-    local held = ARGV[from + 3]
+    local held, word = ARGV[from + 3], ARGV[from + 4]
+    if word == 'died' and giver == FILLS and UP_TO > now + DOUBTED then
+      UP_TO = now + DOUBTED
+      redis.call('HSET', BLOB, 'until', UP_TO)
+    end
     if records[giver] then lends(giver, without(records[giver][LENT], 3, stripe, held)) end
     if generation == GEN then
       local record = mine()
       record[TAKES] = without(record[TAKES], 4, stripe, held)
-      if ARGV[from + 4] == '1' and record[IS_WHOLE] == 0 then
+      if word == 'done' and record[IS_WHOLE] == 0 then
         record[MASK] = with_bit(record[MASK], stripe)
       end
     end

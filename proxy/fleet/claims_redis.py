@@ -80,6 +80,7 @@ class RedisClaims:
         giver, terms = self._giver, self._terms
         seconds = (
             terms.filler,
+            terms.doubted,
             terms.grant,
             terms.part,
             terms.whole,
@@ -170,8 +171,8 @@ class RedisClaims:
 
 
 def _ended(grant: Grant, outcome: Outcome) -> list[Argument]:
-    is_done = int(outcome is Outcome.DONE)
-    return [grant.generation, grant.giver.node, grant.stripe, grant.token, is_done]
+    word = outcome.value if outcome in (Outcome.DONE, Outcome.DIED) else ""
+    return [grant.generation, grant.giver.node, grant.stripe, grant.token, word]
 
 
 def _mask(have: int) -> bytes:

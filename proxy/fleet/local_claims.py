@@ -288,6 +288,8 @@ class LocalClaims:
 
     async def give_back(self, grant: Grant, outcome: Outcome) -> None:
         blob = self._board.blob(grant.digest)
+        if outcome is Outcome.DIED and grant.giver.node == blob.filler:
+            blob.until = min(blob.until, self._board.clock() + self._terms.doubted)
         giver = blob.nodes.get(grant.giver.node)
         if giver is not None:
             giver.lent.pop(grant.token, None)

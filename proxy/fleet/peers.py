@@ -44,8 +44,9 @@ from proxy.throttle import Stream, Throttle
 PATIENCE = 5.0
 #: Bytes that come ahead of those that are verified.
 AHEAD = 1 << 20
-#: Sockets to one giver, at most.
-SOCKETS = 4
+#: Sockets to one giver, at most: for as many stripes as it may be asked for of a few blobs at once.
+#: With fewer, one that waits for a stripe which has not come to its giver holds up those that have.
+SOCKETS = 16
 #: Idle sockets in all, at most, and the seconds that one is kept.
 IDLE = 64
 IDLE_SECONDS = 30.0

@@ -31,7 +31,7 @@ import random
 from dataclasses import replace
 
 from proxy.fleet.claims import ANY_RANK, Giver, Grant, Outcome, Taken, View, Wish
-from proxy.fleet.patience import FIRST_LOOK, LOOKERS, MOST_PATIENT, Patience
+from proxy.fleet.patience import FIRST_LOOK, LONGEST, LOOKERS, MOST_PATIENT, Patience
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask, Fresh, Step, alone
 from proxy.fleet.stripes import (
@@ -54,8 +54,6 @@ from proxy.fleet.told import Proof, Told
 TRIES = 3
 #: A node that takes again and again looks after so many: only then it sees what others have.
 LOOK_EACH = 8
-#: No progress for so long: the giver has stalled.
-STALLED = 5.0
 #: A directory that is gone for less changes nothing.
 GRACE = 2.0
 
@@ -192,7 +190,7 @@ class Pursuit:
                 self._forget(stripe)
         if view.size is not None:
             self.sized(view.size)
-        is_news = is_news or self.published > known
+        is_news |= self.published > known
         self._patience.learned(is_news=is_news, receiving=len(self.receiving))
         if view.holdings:
             self._takes = 0
@@ -215,13 +213,16 @@ class Pursuit:
         del self._proofs[stripe]
 
     def took(self, taken: Taken) -> bool:
-        """Grants have come, and a view. False: as in `saw`."""
-        is_known = self.saw(taken.view, is_news=bool(taken.grants))
+        """Grants have come, and a view; those of another generation than that are none. False: as
+        in `saw`, and nothing was taken: it is to be told again with the view from 0 on."""
+        if not self.saw(taken.view, is_news=bool(taken.grants)):
+            return False
         self._takes += 1
         for grant in taken.grants:
-            self._receive(grant)
+            if grant.generation == self.generation:
+                self._receive(grant)
         self._lost = taken.missing
-        return is_known
+        return True
 
     def _receive(self, received: Grant | Ask) -> None:
         stripe = received.stripe
@@ -241,7 +242,7 @@ class Pursuit:
         proof = self._against.pop(stripe, None)
         if why is not None:
             self._shunned.mark(giver, why, now)
-            return Outcome.LIED if why is Why.LIED else Outcome.FAILED
+            return why.outcome
         self._shunned.praise(giver)
         if proof is None or self.expected(stripe) not in (None, proof.hash):
             return Outcome.FAILED  # bytes of an earlier generation
@@ -437,4 +438,4 @@ class Pursuit:
             return min(MOST_PATIENT, FIRST_LOOK * max(1.0, nodes / LOOKERS))
         if self._is_occupied and self._gone_since is None:
             return MOST_PATIENT
-        return self._patience.wait(nodes, now)
+        return min(self._patience.wait(nodes, now), MOST_PATIENT if self.is_filler else LONGEST)

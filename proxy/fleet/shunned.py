@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from proxy.fleet.claims import Outcome
+
 
 class Why(enum.Enum):
     """What a giver did instead of giving a stripe: seconds without it, at first and at most."""
@@ -27,6 +29,13 @@ class Why(enum.Enum):
     @property
     def most(self) -> float:
         return self.value[1]
+
+    @property
+    def outcome(self) -> Outcome:
+        """How a grant has ended whose giver did that."""
+        if self in (Why.DIED, Why.STALLED):
+            return Outcome.DIED
+        return Outcome.LIED if self is Why.LIED else Outcome.FAILED
 
 
 @dataclass(frozen=True, slots=True)

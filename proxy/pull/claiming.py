@@ -11,6 +11,7 @@ they are told again with a later one, if only at the end: what is given back twi
 from __future__ import annotations
 
 from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from proxy.fleet.claims import WHOLE, Grant, Outcome, Taken, View, Wish
@@ -92,19 +93,26 @@ class Claiming:
 
     # -- as one that takes -----------------------------------------------------------------
 
-    async def take(self, step: Step) -> tuple[Sequence[Grant], bool]:
-        """What is granted; and false if the view that came with it cannot be read: look from 0.
+    async def take(self, step: Step) -> Sequence[Grant]:
+        """What is granted, once it is known what those stripes have to be.
 
         Raises ``SizeMismatch`` as ``look`` does: of givers of another blob's size an honest one
         would be taken for a liar.
         """
+        pursuit = self._pursuit
         taken = await self._timed(self._with_ended(step.wishes, step.room, step.avoid))
+        granted: list[Grant] = []
         try:
             self._check_size(taken.view)
-        except SizeMismatch:
-            self._ended += [(grant, Outcome.FAILED) for grant in taken.grants]
-            raise
-        return taken.grants, self._pursuit.took(taken)
+            if not pursuit.took(taken):  # its hashes are those of another generation
+                view = await self._claims.look(self._digest)
+                self._check_size(view)
+                pursuit.took(replace(taken, view=view))
+            granted = [one for one in taken.grants if one.generation == pursuit.generation]
+        finally:
+            left = [grant for grant in taken.grants if grant not in granted]
+            self._ended += [(grant, Outcome.FAILED) for grant in left]
+        return granted
 
     def begun(self, stripe: int) -> None:
         """It is being received."""
@@ -160,7 +168,7 @@ class Claiming:
         """Say that we are still there, often enough. Whether that told who fills now."""
         terms, now = self._fellows.terms, self._fellows.clock()
         was_filler = self._pursuit.is_filler
-        is_leading = self._pursuit.is_filler and now - self._led_at >= terms.filler / 4
+        is_leading = self._pursuit.is_filler and now - self._led_at >= terms.renewal
         if is_leading:
             self._led_at = now
             self._pursuit.led(await self._claims.fill(self._digest, self._size))

@@ -51,13 +51,17 @@ class Ground(Protocol):
         """Does nobody bring any of it? Raises ``StoreFull`` when the fill goes on alone."""
         ...
 
+    def is_empty(self, start: int, stop: int) -> bool:
+        """Is none of it there? Raises ``StoreFull`` when the fill goes on alone."""
+        ...
+
     def claim(self, start: int, stop: int) -> Segment:
         """The right to bring this range, which is free."""
         ...
 
     async def put(self, segment: Segment, chunks: Sequence[Chunk]) -> None:
-        """Take in the next bytes of a segment that was claimed. Raises ``StoreFull`` when the fill
-        goes on alone, and ``StoreFailed``."""
+        """Take in the next bytes of a segment that was claimed; what is there of them stays. Raises
+        ``StoreFull`` when the fill goes on alone, and ``StoreFailed``."""
 
     def give_back(self, segment: Segment) -> None: ...
 

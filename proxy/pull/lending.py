@@ -99,13 +99,14 @@ def hash_stripe(lease: FileLease, start: int, length: int) -> Pieces:
     return hasher.pieces()
 
 
-def without(count: int, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks but for their first ``count`` bytes."""
-    found: list[Chunk] = []
+def apart(chunks: Sequence[Chunk], count: int) -> tuple[list[Chunk], list[Chunk]]:
+    """The first ``count`` bytes of the chunks, and the others."""
+    head: list[Chunk] = []
+    rest: list[Chunk] = []
     for chunk in chunks:
-        if count >= len(chunk):
-            count -= len(chunk)
-        else:
-            found.append(chunk[count:])
-            count = 0
-    return found
+        if count:
+            head.append(chunk[:count])
+        if count < len(chunk):
+            rest.append(chunk[count:])
+        count = max(0, count - len(chunk))
+    return head, rest

@@ -10,7 +10,7 @@ from proxy.fleet.stripes import stripe_length, stripe_size
 from proxy.oci.digest import Digest
 from proxy.oci.errors import PeerBusy, PeerFailed, PeerLied, UnexpectedAnswer
 from proxy.pull.ground import Fellows, Ground
-from proxy.pull.lending import hashed, without
+from proxy.pull.lending import apart, hashed
 from proxy.pull.progress import Bell
 
 
@@ -46,12 +46,13 @@ class Receiver:
         while not ground.is_free(start, stop):  # a turn that had begun before brings some of it
             await self._bell.wait()
         done = min(stop, ground.reached(start))
+        is_mixed = not ground.is_empty(start, stop)  # a turn that has ended has brought some
         if done < stop:
             why = await self._bring(ground, grant, Wanted(stop - start, expected, 0), done)
             if why is not None:
                 return why
             expected = self.pieces[stripe].stripe_hash
-        if done > start:  # that came from the upstream: is it the same?
+        if is_mixed:  # that came from the upstream: is it the same?
             self.pieces[stripe] = await self.hash(ground, stripe)
             if expected not in (None, self.pieces[stripe].stripe_hash):
                 raise UnexpectedAnswer(f"the upstream sent another stripe {stripe} than the fleet")
@@ -69,7 +70,7 @@ class Receiver:
                 self._bell.ring()
                 async for chunks in incoming:
                     self.has_begun_it = self.has_begun_it or not ground.has_place
-                    await ground.put(segment, without(skip, chunks))
+                    await ground.put(segment, apart(chunks, skip)[1])
                     skip = 0
                     self._bell.ring()
         except PeerFailed as error:

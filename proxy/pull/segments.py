@@ -52,6 +52,11 @@ class Segment:
         """Has it brought all that it is to bring, though its turn has asked for more?"""
         return self.is_shortened and self.at >= _stop(self)
 
+    def end_here(self) -> None:
+        """Its turn brings no more than what is in hand and the next byte: a turn that brings none
+        has failed."""
+        self.stop = min(_stop(self), max(self.at, self.in_hand) + 1)
+
     def first_of(self, chunks: list[Chunk]) -> list[Chunk]:
         """What of the next bytes is to be written. Until that is done they are in hand: it cannot
         be shortened to less."""
@@ -128,6 +133,16 @@ class Segments:
         place = bisect_right(self._done, (position, self.size + 1)) - 1
         return max(position, self._done[place][1]) if place >= 0 else position
 
+    def gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What of this range is not done, whoever brings it, in order."""
+        for first, last in self._done:
+            if first > start:
+                yield start, min(first, stop)
+            start = max(start, last)
+            if start >= stop:
+                return
+        yield start, stop
+
     def front(self, position: int) -> int:
         """How far that has come which will reach ``position``: the byte that comes next there.
 
@@ -173,6 +188,14 @@ class Segments:
         """What was to be brought by its ``follower`` is the shortened ``segment``'s again."""
         self.give_back(follower)
         segment.stop = min(_stop(follower), segment.asked or 0)
+
+    def bind(self, start: int, stop: int, turns: Iterable[Segment]) -> None:
+        """Cut only what lies in these bounds from holes. Those ``turns`` end that bring something
+        else."""
+        self.bounds = (start, stop)
+        for segment in turns:
+            if not start <= segment.at < stop:
+                segment.end_here()
 
     def open_holes(self) -> Iterator[tuple[int, int]]:
         """The holes within the bounds."""

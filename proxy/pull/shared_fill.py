@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from proxy.oci.digest import Chunk
 from proxy.pull.intake import Intake
+from proxy.pull.lending import apart
 from proxy.pull.segments import Segment, Segments
 from proxy.pull.spread import Spread
 from proxy.store.blobs import FileLease, StoreFull
@@ -53,14 +54,23 @@ class SharedFill:
     def is_free(self, start: int, stop: int) -> bool:
         return self._laid().is_free(start, stop)
 
+    def is_empty(self, start: int, stop: int) -> bool:
+        return list(self._laid().gaps(start, stop)) == [(start, stop)]
+
     def claim(self, start: int, stop: int) -> Segment:
         return self._laid().claim(start, stop)
 
     async def put(self, segment: Segment, chunks: Sequence[Chunk]) -> None:
         await self._opened()
-        self._laid()
+        end = segment.at + sum(map(len, chunks))
         with self._spread.putting():
-            await self._put(segment, list(chunks))
+            while segment.at < end:
+                start, stop = next(self._laid().gaps(segment.at, end), (end, end))
+                _, chunks = apart(chunks, start - segment.at)
+                self._spread.wrote(segment, start - segment.at)  # earlier, by a turn
+                head, chunks = apart(chunks, stop - start)
+                if head:
+                    await self._put(segment, head)
 
     def give_back(self, segment: Segment) -> None:
         self._spread.ended(segment)

@@ -25,8 +25,9 @@ The fill may drop the plan, because its upstream knows no ranges or the disk is 
 can be received any more, but what its turns bring in order is still hashed and published.
 
 A filler whose upstream fails, or brings nothing for ``PATIENCE`` seconds (its turn may stand in a
-long queue, behind everybody if nobody reads here), gives that up for ``REST`` seconds. Its turn
-stays where it is unless another node fills meanwhile: then it is called back.
+long queue, behind everybody if nobody reads here), gives that up for ``REST`` seconds, or until its
+turn brings something after all. The turn stays where it is unless another node fills meanwhile:
+then it is called back, or ends where it is.
 
 What there is of a stripe is passed on while it comes (``open``). Whoever takes it holds a lease of
 the file, and so outlives the flight.
@@ -91,6 +92,7 @@ class Sharing:
         self._has_failed = False  # the upstream, since it was looked at
         self._moved_at = fellows.clock()  # when a byte came
         self._rests_until = 0.0  # and lets others fill
+        self._rested_at = 0  # how far its own turns had come then
 
     @property
     def is_of_peers(self) -> bool:
@@ -158,12 +160,9 @@ class Sharing:
         if step.hold:
             await claiming.hold()
         if step.wishes and step.room:
-            grants, is_known = await claiming.take(step)
-            for grant in grants:
+            for grant in await claiming.take(step):
                 self._receive(grant)
-            if not is_known:
-                await claiming.look(0)
-            elif self._pursuit.is_stale:
+            if self._pursuit.is_stale:
                 await claiming.look(self._pursuit.published)
         elif not step.saves:
             await claiming.give_back()
@@ -176,6 +175,7 @@ class Sharing:
         if not self._pursuit.is_filler or not (is_late or self._has_failed):
             return False
         self._has_failed, self._rests_until = False, now + REST
+        self._rested_at = self._front()
         return await self._claiming.let_others()
 
     def _begin(self, step: Step) -> None:
@@ -198,14 +198,16 @@ class Sharing:
     # -- bytes of other nodes --------------------------------------------------------------
 
     def _receive(self, received: Grant | Ask) -> None:
-        self._claiming.begun(received.stripe)
-        self._spawn(self._received(received), f"stripe {received.stripe} of {self.digest}")
+        stripe = received.stripe
+        self._claiming.begun(stripe)
+        receiving = self._received(received, self._pursuit.expected(stripe))
+        self._spawn(receiving, f"stripe {stripe} of {self.digest}")
 
-    async def _received(self, received: Grant | Ask) -> None:
+    async def _received(self, received: Grant | Ask, expected: bytes | None) -> None:
         """One stripe's transfer, to its end. One that is cancelled tells nobody anything."""
         stripe = received.stripe
         try:
-            why = await self._transfer(self._grant(received), self._pursuit.expected(stripe))
+            why = await self._transfer(self._grant(received), expected)
         except Exception as error:  # ours: neither the giver's fault nor the flight's end
             self._failure = error
             self._news.set()
@@ -260,8 +262,17 @@ class Sharing:
         span = self._pursuit.filling
         if self._ground is None or span is None or span.of is not None:
             return
-        if self._reached(self._start(span.first)) >= self._start(span.first + 1):
+        front = self._front()
+        if front > self._rested_at and self._rests_until:
+            self._rests_until = 0.0
             self._news.set()
+        if front >= self._start(span.first + 1):
+            self._news.set()
+
+    def _front(self) -> int:
+        """How far the turns have come with what they are to bring."""
+        span = self._pursuit.filling
+        return 0 if span is None else self._reached(self._start(span.first))
 
     def upstream_failed(self) -> None:
         """A turn of the fill was refused, or broke."""

@@ -228,10 +228,10 @@ class Spread:
         return self.plan
 
     def bind(self, start: int, stop: int) -> None:
-        """Turns bring this part from now on, whatever is missing of it. Those under way go on, but
-        for those that still wait for a slot."""
+        """Turns bring this part from now on, whatever is missing of it. Those under way elsewhere
+        end: what they would bring another node brings as well."""
         if self.plan is not None:
-            self.plan.bounds = (start, stop)
+            self.plan.bind(start, stop, [*self._helpers.begun, *self._leading])
             self._helpers.cancel_waiting(start, stop)
             self._changed.set()
             self.widen()

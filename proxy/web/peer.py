@@ -215,16 +215,17 @@ class PeerDoor:
         call.ask = ask = StripeAsk.parse(request.raw_path, rank, asked_range, told)
         if self._is_draining():
             raise ShuttingDown
-        async with self._transfers.place():
-            with self._metrics.transfers.track_inprogress():
-                stripe = await self._shelf.open(ask)
-                try:
-                    if ask.stripe_hash not in (None, stripe.pieces.stripe_hash):
-                        raise OtherStripe
+        stripe = await self._shelf.open(ask)
+        try:
+            if ask.stripe_hash not in (None, stripe.pieces.stripe_hash):
+                raise OtherStripe
+            # A place only now: who waits for a stripe that has not come would keep the uplink idle.
+            async with self._transfers.place():
+                with self._metrics.transfers.track_inprogress():
                     return await self._send(call, stripe, ask.start)
-                finally:
-                    # After the body, or after its transport was aborted: never under a sendfile.
-                    stripe.close()
+        finally:
+            # After the body, or after its transport was aborted: never under a sendfile.
+            stripe.close()
 
     # -- who asks -------------------------------------------------------------------------
 

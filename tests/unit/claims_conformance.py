@@ -219,6 +219,49 @@ class ClaimsConformance(ABC):
             await nodes(1).settle(DIGEST)
             assert await one(nodes(5), 2)
 
+    @pytest.mark.parametrize("is_taking", [False, True])
+    async def test_a_filler_that_a_taker_saw_die_has_little_time_to_show_that_it_lives(
+        self, nodes: Fleet, is_taking: bool
+    ) -> None:
+        await nodes.published(1)
+        grant = await one(nodes(2), 0)
+        assert grant
+
+        async def say(outcome: Outcome) -> None:
+            if is_taking:
+                await nodes(2).take(DIGEST, (), 0, ended=[(grant, outcome)])
+            else:
+                await nodes(2).give_back(grant, outcome)
+
+        for outcome in (Outcome.FAILED, Outcome.LIED, Outcome.DONE):
+            await say(outcome)
+        nodes.advance(self.TERMS.doubted * 1.1)
+        for _ in range(3):
+            await say(Outcome.DIED)
+            nodes.advance(self.TERMS.renewal * 2)
+            assert (await nodes(3).look(DIGEST)).filler == giver(1).node
+            assert await nodes(1).fill(DIGEST, SIZE) == giver(1).node
+        nodes.advance(self.TERMS.doubted * 1.1)
+        assert (await nodes(3).look(DIGEST)).filler == giver(1).node  # it has renewed
+        await say(Outcome.DIED)
+        nodes.advance(self.TERMS.doubted * 0.9)
+        await say(Outcome.DIED)  # nor is it given more time
+        nodes.advance(self.TERMS.doubted * 0.2)
+        assert (await nodes(3).look(DIGEST)).filler is None
+        assert await nodes(3).fill(DIGEST, SIZE) == giver(3).node
+
+    async def test_that_another_giver_has_died_says_nothing_of_the_filler(
+        self, nodes: Fleet
+    ) -> None:
+        await nodes.published(1)
+        await nodes(2).hold(DIGEST, (await nodes(2).look(DIGEST)).generation, 1)
+        grant = await one(nodes(3), 0, avoid=[1])
+        assert grant
+        assert grant.giver == giver(2)
+        await nodes(3).give_back(grant, Outcome.DIED)
+        nodes.advance(self.TERMS.doubted * 1.1)
+        assert (await nodes(3).look(DIGEST)).filler == giver(1).node
+
     async def test_a_grant_that_is_given_back_makes_room_and_only_once(self, nodes: Fleet) -> None:
         await nodes.published(4)
         grants = [await one(nodes(10 + stripe), stripe) for stripe in range(3)]
@@ -280,7 +323,7 @@ class ClaimsConformance(ABC):
         assert again
         assert (again.giver, again.rank) == (giver(2), 1)
 
-    @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.LIED])
+    @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.DIED, Outcome.LIED])
     async def test_who_has_failed_has_nothing_and_may_try_again(
         self, nodes: Fleet, outcome: Outcome
     ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
-from proxy.fleet.claims import Grant, Holding, Taken, View, Wish
+from proxy.fleet.claims import Grant, Holding, Outcome, Taken, Terms, View, Wish
 from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.patience import LONGEST, LOOKERS, MOST_PATIENT, PEACE, PROMPT
 from proxy.fleet.pursuit import LOOK_EACH, Pursuit
@@ -70,6 +70,53 @@ def test_a_receiver_whose_giver_died_is_not_sent_to_its_own_taker(forgets: bool)
     # Nor would its taker serve it, were it asked all the same.
     assert not three.pursuit.may_pass_on(0, 1)
     assert three.pursuit.may_pass_on(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("why", "outcome"),
+    [
+        (None, Outcome.DONE),
+        (Why.DIED, Outcome.DIED),
+        (Why.STALLED, Outcome.DIED),
+        (Why.LIED, Outcome.LIED),
+        (Why.BUSY, Outcome.FAILED),
+        (Why.LACKED, Outcome.FAILED),
+    ],
+)
+def test_the_directory_is_told_who_may_be_dead(why: Why | None, outcome: Outcome) -> None:
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    filler = LocalClaims(board, giver(1))
+    at_once(filler.fill(DIGEST, SIZE))
+    at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32]))
+    two = One(board, 2)
+    assert two.take()
+    assert two.pursuit.ended(0, why, 0.0) is outcome
+
+
+def test_grants_whose_hashes_are_not_known_are_not_taken() -> None:
+    board = Board(clock=FakeClock(), rng=random.Random(1))
+    old, new = LocalClaims(board, giver(1)), LocalClaims(board, giver(2))
+    at_once(old.fill(DIGEST, SIZE))
+    at_once(old.publish(DIGEST, SIZE, 0, [b"\1" * 32]))
+    three = One(board, 3)
+    board.forget()
+    at_once(new.fill(DIGEST, SIZE))
+    at_once(new.publish(DIGEST, SIZE, 0, [b"\2" * 32]))
+    taken = at_once(three.claims.take(DIGEST, [Wish(0)], 1, three.pursuit.published))
+    assert taken.grants
+    assert not three.pursuit.took(taken)
+    assert not three.pursuit.receiving
+    assert three.pursuit.took(replace(taken, view=at_once(three.claims.look(DIGEST))))
+    assert three.pursuit.expected(0) == b"\2" * 32
+    assert three.pursuit.ended(0, None, 0.0) is Outcome.DONE
+
+
+def test_a_filler_looks_often_enough_to_renew_its_lease_though_it_is_doubted() -> None:
+    pursuit = Pursuit(giver(1), shunned=Shunned(), rng=random.Random(1), size=SIZE)
+    pursuit.saw(View("1", SIZE, filler=giver(1).node, nodes=LOOKERS))
+    pursuit.answered(60.0, 0.0)
+    terms = Terms()
+    assert terms.renewal + pursuit.step(0, 0.0).wait < terms.doubted
 
 
 @pytest.mark.parametrize(("mebibytes", "stripes"), [(64, 64), (128, 32), (4096, 4)])

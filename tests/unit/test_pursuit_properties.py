@@ -20,7 +20,8 @@ from benchmarks.fleet_time import at_once
 from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, Terms
 from proxy.fleet.local_claims import LocalClaims
-from proxy.fleet.pursuit import STALLED, Pursuit
+from proxy.fleet.peers import PATIENCE
+from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import MIB, lowest_zero
@@ -244,7 +245,7 @@ class Fleet(RuleBasedStateMachine):
                 self.end(node, stripe, Why.BUSY)
             elif giver.is_stalled or stripe not in giver.content:
                 since = node.waits.setdefault(stripe, self.clock())
-                if self.clock() - since >= STALLED:
+                if self.clock() - since >= PATIENCE:
                     self.end(node, stripe, Why.STALLED)
             else:
                 self.arrive(node, giver, stripe)

@@ -112,6 +112,35 @@ def test_what_will_reach_a_position_is_the_segment_that_holds_it_or_else_the_mar
     assert plan.front(90) == 5
 
 
+def test_gaps_are_what_is_not_done_whoever_brings_it() -> None:
+    plan = Segments(100, least=10, done=20)
+    plan.wrote(plan.claim(40, 60), 10)
+    assert list(plan.gaps(0, 100)) == [(20, 40), (50, 100)]
+    assert list(plan.gaps(10, 45)) == [(20, 40)]
+    assert list(plan.gaps(25, 35)) == [(25, 35)]
+    assert list(plan.gaps(40, 50)) == []
+    assert list(plan.gaps(45, 45)) == []
+
+
+def test_a_segment_that_ends_here_brings_one_byte_more() -> None:
+    plan = Segments(100, least=10)
+    segment = plan.take(parts=1, most=100)
+    assert segment is not None
+    plan.wrote(segment, 10)
+    segment.first_of([bytes(5)])
+    segment.end_here()  # while five bytes are being written
+    plan.wrote(segment, 5)
+    assert not segment.is_cut
+    assert segment.first_of([bytes(20)]) == [bytes(1)]
+    plan.wrote(segment, 1)
+    assert segment.is_cut
+    plan.give_back(segment)
+    assert list(plan.holes()) == [(16, 100)]
+    last = plan.claim(90, 91)
+    last.end_here()
+    assert last.stop == 91
+
+
 def test_the_segment_with_most_to_come_is_shortened_and_the_rest_is_a_hole() -> None:
     plan = Segments(100, least=5)
     first, second = plan.take(parts=1, most=20), plan.take(parts=1, most=80)

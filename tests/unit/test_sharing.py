@@ -22,7 +22,7 @@ from proxy.pull.giving import OpenStripe
 from proxy.pull.sharing import PATIENCE
 from proxy.pull.stripes import FleetShelf
 from proxy.upstream.turns import Ticket, TurnQueue
-from tests.unit.flight_kit import Act, ScriptedBody, ScriptedSource, drink, until
+from tests.unit.flight_kit import Act, ScriptedBody, ScriptedSource, Valve, a_while, drink, until
 from tests.unit.sharing_kit import Fleet, everything, sailing
 
 MIB = 1 << 20
@@ -290,6 +290,84 @@ async def test_a_turn_in_a_queue_is_called_back_when_another_node_fills(
         assert first.sent == 0
 
 
+async def test_a_turn_under_way_ends_when_another_node_fills(tmp_path: Path) -> None:
+    clock = Time()
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        first, second = source(), source()
+        first.valve.limit = MIB // 2
+        waiting = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.sent == MIB // 2)
+        await a_while()  # it is in the file
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        await until_it_follows(fleet, 0)
+        first.valve.open()
+        assert await waiting == DATA
+        assert first.sent <= MIB // 2 + first.chunk
+
+
+async def test_a_filler_whose_turn_brings_something_after_all_fills_on_at_once(
+    tmp_path: Path,
+) -> None:
+    now = 0.0
+    async with sailing(tmp_path, 1, clock=lambda: now) as fleet:
+        upstream = source()
+        upstream.valve.limit = MIB // 2
+        pulling = asyncio.create_task(pull(fleet, 0, upstream))
+        await until(lambda: upstream.sent == MIB // 2)
+        await a_while()  # it is in the file
+        blob = fleet.board.blob(DIGEST)
+        assert blob.filler == fleet.ids[0]
+        now += PATIENCE
+        await until(lambda: blob.filler is None)
+        upstream.valve.open(MIB * 3 // 4)  # and the clock stands still
+        await until(lambda: blob.filler == fleet.ids[0])
+        upstream.valve.open()
+        assert await pulling == DATA
+
+
+class Slit(Valve):
+    """Lets through what is before ``limit``, and from ``start`` to ``stop``."""
+
+    def __init__(self, limit: int, start: int, stop: int) -> None:
+        super().__init__(limit)
+        self.start, self.stop = start, stop
+
+    def allowed(self, position: int, length: int) -> int:
+        if self.limit is not None and self.start <= position < self.stop:
+            return min(length, self.stop - position)
+        return super().allowed(position, length)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+async def test_what_a_turn_brought_in_the_middle_of_a_stripe_stays_and_is_held_against_its_hash(
+    tmp_path: Path, is_wrong: bool
+) -> None:
+    """Three turns have begun with the first stripe; the second is done when another node fills."""
+    clock, part, end = Time(), 300 << 10, 100 << 10
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        data = bytearray(DATA)
+        data[2 * part - 1] ^= is_wrong
+        first = ScriptedSource(
+            bytes(data), digest=DIGEST, chunk=64 << 10, segments=3, turn_bytes=part
+        )
+        first.valve, second = Slit(end, part, 2 * part), source()
+        pulling = asyncio.create_task(pull(fleet, 0, first))
+        await until(lambda: first.sent == end + part)
+        await a_while()
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        await until_it_follows(fleet, 0)
+        first.valve.open()
+        if is_wrong:
+            with pytest.raises(DigestMismatch):
+                await pulling
+        else:
+            assert await pulling == DATA
+            assert first.sent <= end + part + 3 * first.chunk  # a bit of each turn under way
+            assert (fleet.ids[1], fleet.ids[0], 0) in fleet.wire.taken
+
+
 @pytest.mark.real_seconds
 async def test_who_waits_for_a_range_hears_that_its_turn_has_ended_without_a_byte(
     tmp_path: Path,
@@ -469,6 +547,15 @@ async def test_a_flight_that_is_just_stored_is_lent_from_the_store(tmp_path: Pat
 async def landed(fleet: Fleet, number: int) -> None:
     """Wait until a node has the blob in its store."""
     await until(lambda: fleet.nodes[number].rig.flights.find(DIGEST) is None)
+
+
+async def until_it_follows(fleet: Fleet, number: int) -> None:
+    """Wait until a node that has filled leaves that to another one."""
+    flight = fleet.nodes[number].rig.flights.find(DIGEST)
+    assert flight is not None
+    sharing = flight.sharing
+    assert sharing is not None
+    await until(lambda: sharing._pursuit.filling is None)
 
 
 async def until_taken(fleet: Fleet, number: int) -> None:
