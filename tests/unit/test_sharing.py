@@ -358,10 +358,12 @@ async def test_what_a_turn_brought_in_the_middle_of_a_stripe_stays_and_is_held_a
         clock.ahead += PATIENCE
         assert await pull(fleet, 1, second) == DATA
         await until_it_follows(fleet, 0)
+        generation = fleet.board.blob(DIGEST).generation
         first.valve.open()
         if is_wrong:
             with pytest.raises(DigestMismatch):
                 await pulling
+            assert fleet.board.blob(DIGEST).generation == generation  # the fleet is not to blame
         else:
             assert await pulling == DATA
             assert first.sent <= end + part + 3 * first.chunk  # a bit of each turn under way
