@@ -55,30 +55,39 @@ class Shape:
     layer: int
 
 
+def one_and_many(size: int) -> tuple[Shape, Shape]:
+    """Images of so many bytes."""
+    return Shape("one layer", 1, size), Shape("many layers", 12, size // 12)
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How many nodes, and what each line carries in bytes a second."""
+    """How many nodes, what each line carries in bytes a second, and what is pulled."""
 
     nodes: int
     rate: int
     most: float  # times alone that the last node may take
+    shapes: tuple[Shape, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
     scales: tuple[Scale, ...]
-    shapes: tuple[Shape, ...]
     beside: int  # the scale at which the star and nodes on their own are played
-    directory: bool = True
 
 
+# All nodes together keep one machine's two cores busy with 40 to 60 MB/s. What a pull takes besides
+# its bytes (calls, connections, windows that grow) does not shrink with the lines: so an image takes
+# a minute where there are many.
 FULL = Size(
-    # All nodes together keep one machine's two cores busy with 40 to 60 MB/s.
-    (Scale(6, 8_000_000, 1.3), Scale(16, 2_500_000, 1.3), Scale(48, 1_000_000, 1.6)),
-    (Shape("one layer", 1, 96 * MIB), Shape("many layers", 12, 8 * MIB)),
+    (
+        Scale(6, 8_000_000, 1.3, one_and_many(96 * MIB)),
+        Scale(16, 2_500_000, 1.3, one_and_many(192 * MIB)),
+        Scale(48, 1_000_000, 1.6, one_and_many(96 * MIB)),
+    ),
     6,
 )
-FAST = Size((Scale(3, 8_000_000, 9.0),), (Shape("two layers", 2, 2 * MIB),), 3)
+FAST = Size((Scale(3, 8_000_000, 9.0, (Shape("two layers", 2, 2 * MIB),)),), 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +260,7 @@ def measure(options: Options) -> Findings:
     size = FAST if options.fast else FULL
     pulls: list[Pull] = []
     for scale in size.scales:
-        for shape in size.shapes:
+        for shape in scale.shapes:
             with world(scale, shape) as made:
                 for pull in _plays(made, size, options):
                     text = f"{pull.last:.1f} s = {pull.later:.2f} {TIMES} alone"
@@ -274,7 +283,7 @@ def _plays(made: World, size: Size, options: Options) -> Iterator[Pull]:
     yield alone
     for _ in range(1 if options.fast else options.rounds or 1):
         yield made.play("fleet", count, alone=alone.last)
-    if count == size.beside and made.shape == size.shapes[0]:
+    if count == size.beside and made.shape == made.scale.shapes[0]:
         yield made.play("star", count, alone=alone.last)
         yield made.play("own", count, alone=alone.last)
         yield made.play("rolling", count, alone=alone.last, conduct=rolling)
