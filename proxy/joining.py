@@ -42,6 +42,7 @@ from proxy.pull.ground import Fellows
 from proxy.pull.hearsay import Hearsay
 from proxy.pull.serve import Puller
 from proxy.pull.stripes import FleetShelf
+from proxy.settings.fleet import User
 from proxy.store.store import Store
 from proxy.surroundings import Surroundings
 from proxy.throttle import Throttle
@@ -240,30 +241,30 @@ async def _open_directory(
         ca_file=fleet.directory_ca_file,
         cert_file=fleet.directory_cert_file,
         key_file=fleet.directory_key_file,
-        login=_login(fleet, around.environ),
+        login=_login(fleet.directory_user, around.environ),
+        sentinel_login=_login(fleet.sentinel_user, around.environ),
         client_name=f"pullpool-{node}",
     )
     directory = Directory(place, access, metrics=metrics, log=log, clock=around.clock)
     return await stack.enter_async_context(directory)
 
 
-def _login(
-    fleet: FleetSettings, environ: Mapping[str, str]
-) -> Callable[[], Awaitable[Login | None]]:
+def _login(user: User, environ: Mapping[str, str]) -> Callable[[], Awaitable[Login | None]]:
     """Who to log in as, asked before every connection: a file is read each time."""
     from proxy.fleet.link import Login
 
-    username = fleet.directory_username or ""
-    password, file = fleet.directory_password, fleet.directory_password_file
-    variable = fleet.directory_password_env
+    password, variable, file = user.password, user.variable, user.file
 
     async def login() -> Login | None:
         if file is not None:
-            text = await asyncio.to_thread(file.read_text, encoding="utf-8")
-            return Login(username, text.rstrip("\r\n"))
+            try:
+                text = await asyncio.to_thread(file.read_text, encoding="utf-8")
+            except UnicodeDecodeError as error:  # whoever dials is ready for an OSError
+                raise OSError(f"{file} holds no UTF-8 text") from error
+            return Login(user.name, text.rstrip("\r\n"))
         if variable is not None:
-            return Login(username, environ.get(variable, ""))
-        return None if password is None else Login(username, password.get_secret_value())
+            return Login(user.name, environ.get(variable, ""))
+        return None if password is None else Login(user.name, password.get_secret_value())
 
     return login
 

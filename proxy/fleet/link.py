@@ -46,13 +46,15 @@ async def nobody() -> Login | None:
 @dataclass(frozen=True, slots=True)
 class Access:
     """How servers are reached. ``login`` is asked before every connection, so that a password may
-    change; so are the PEM files read. Times are in seconds."""
+    change; so are the PEM files read. Sentinels have users of their own: ``sentinel_login``. Times
+    are in seconds."""
 
     tls: bool = False
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
     login: Callable[[], Awaitable[Login | None]] = nobody
+    sentinel_login: Callable[[], Awaitable[Login | None]] = nobody
     client_name: str = "pullpool"
     connect_timeout: float = 2.0
     answer_timeout: float = 2.0
@@ -77,11 +79,9 @@ class Link:
         return f"<Link {self.address} {state} run_id={self.run_id[:8]}>"
 
     @classmethod
-    async def open(
-        cls, address: Address, access: Access, *, login: bool = True, database: int = 0
-    ) -> Link:
+    async def open(cls, address: Address, access: Access, *, database: int = 0) -> Link:
         """Dial and log in. Raises RedisError or OSError."""
-        asked = await access.login() if login else None
+        login = await access.login()
         transports: list[asyncio.WriteTransport] = []
 
         async def handshake(connection: Connection) -> None:
@@ -93,7 +93,7 @@ class Link:
                 transports[0].abort()
                 raise
 
-        connection = _connection(address, access, asked, database, handshake)
+        connection = _connection(address, access, login, database, handshake)
         if isinstance(connection, SSLConnection):
             await asyncio.to_thread(connection.ssl_context.get)  # reads the PEM files
         try:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as ConnectionLost
-from redis.exceptions import RedisError
 
 from proxy.fleet.link import Access, Link
 from proxy.fleet.place import Address, Place
@@ -56,14 +57,14 @@ class OneServer:
 
 
 class Sentinels:
-    """Ask Sentinels who the primary is. They are asked without a password."""
+    """Ask Sentinels who the primary is, with the login that is theirs, or with none."""
 
     def __init__(
         self, addresses: Sequence[Address], service: str, access: Access, chance: random.Random
     ) -> None:
         self._addresses = addresses
         self._service = service
-        self._access = access
+        self._access = replace(access, login=access.sentinel_login)
         self._chance = chance
         self._primary: Address | None = None
 
@@ -80,9 +81,12 @@ class Sentinels:
         faults = []
         for address in _shuffled(self._addresses, self._chance):
             try:
-                async with _asked(address, self._access, login=False) as link:
+                async with _asked(address, self._access) as link:
                     words = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
                     found = await link.call(*words)
+            except AuthenticationError as error:  # often that of the servers is taken for theirs
+                faults.append(f"{address}: {error} (directory_sentinel_password is for Sentinels)")
+                continue
             except (RedisError, OSError) as error:
                 faults.append(f"{address}: {error}")
                 continue
@@ -125,7 +129,7 @@ class ClusterMap:
         others = [one for one in self._seeds if one not in self.known()]
         for address in [*_shuffled(self.known(), self._chance), *_shuffled(others, self._chance)]:
             try:
-                async with _asked(address, self._access, login=True) as link:
+                async with _asked(address, self._access) as link:
                     ranges = _ranges(await link.call("CLUSTER", "SLOTS"), address)
             except (RedisError, OSError) as error:
                 faults.append(f"{address}: {error}")
@@ -154,8 +158,8 @@ def _shuffled(addresses: Iterable[Address], chance: random.Random) -> list[Addre
 
 
 @contextlib.asynccontextmanager
-async def _asked(address: Address, access: Access, *, login: bool) -> AsyncIterator[Link]:
-    link = await Link.open(address, access, login=login)
+async def _asked(address: Address, access: Access) -> AsyncIterator[Link]:
+    link = await Link.open(address, access)
     try:
         yield link
     finally:

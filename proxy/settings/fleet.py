@@ -1,11 +1,13 @@
 """[fleet]: the nodes that share one directory, and how this one takes part."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, SecretStr
 
 from proxy.fleet.place import Place
 from proxy.settings.faults import Conflict, Fault
@@ -30,6 +32,16 @@ from proxy.web.tls import TlsFiles, check_authorities, check_key_pair, server_co
 MIN_SECRET = 16
 _SECRETS = ("secret", "secret_env", "secret_file")
 _PASSWORDS = ("directory_password", "directory_password_env", "directory_password_file")
+_SENTINEL_PASSWORDS = (
+    "directory_sentinel_password",
+    "directory_sentinel_password_env",
+    "directory_sentinel_password_file",
+)
+#: Each user's key, and the keys of which it needs one.
+_USERS = {
+    "directory_username": _PASSWORDS,
+    "directory_sentinel_username": _SENTINEL_PASSWORDS,
+}
 _PAPERS = ("ca_file", "cert_file", "key_file")
 _OF_TLS = ("directory_ca_file", "directory_cert_file", "directory_key_file")
 _EVERYWHERE = ("0.0.0.0", "::")
@@ -63,6 +75,17 @@ _Directory = Annotated[
 _Label = Annotated[
     str, pattern(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", "must be a short name")
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whom to log in as (empty: the default user), and the one place that the password is in; all
+    None: there is no login."""
+
+    name: str
+    password: SecretStr | None
+    variable: str | None
+    file: Path | None
 
 
 class Fleet(Section):
@@ -132,6 +155,21 @@ class Fleet(Section):
     directory_password_file: FilePath | None = Field(
         default=None, description="File that holds that password; read at every connection."
     )
+    directory_sentinel_username: Annotated[_Label | None, Shown("text")] = Field(
+        default=None, description="ACL user of the Sentinels; needs one password key of theirs."
+    )
+    directory_sentinel_password: Annotated[Secret | None, Shown("text")] = Field(
+        default=None,
+        description="Password of the Sentinels (requirepass, or the ACL user's); without one they"
+        " are asked without a login.",
+    )
+    directory_sentinel_password_env: Variable | None = Field(
+        default=None, description="Environment variable that holds the Sentinels' password."
+    )
+    directory_sentinel_password_file: FilePath | None = Field(
+        default=None,
+        description="File that holds the Sentinels' password; read at every connection.",
+    )
     directory_ca_file: FilePath | None = Field(
         default=None,
         description="PEM file of the authorities to trust for the directory; read at every"
@@ -152,6 +190,26 @@ class Fleet(Section):
         if self.ca_file is None or self.cert_file is None or self.key_file is None:
             return None
         return TlsFiles(self.cert_file, self.key_file, self.ca_file)
+
+    @property
+    def directory_user(self) -> User:
+        """Who asks the servers that hold the directory's keys."""
+        return User(
+            self.directory_username or "",
+            self.directory_password,
+            self.directory_password_env,
+            self.directory_password_file,
+        )
+
+    @property
+    def sentinel_user(self) -> User:
+        """Who asks its Sentinels."""
+        return User(
+            self.directory_sentinel_username or "",
+            self.directory_sentinel_password,
+            self.directory_sentinel_password_env,
+            self.directory_sentinel_password_file,
+        )
 
     def _given(self, keys: tuple[str, ...]) -> list[str]:
         return [key for key in keys if getattr(self, key) is not None]
@@ -174,14 +232,20 @@ class Fleet(Section):
                 yield Conflict(at, message, ((key,),))
 
     def _rivals(self) -> Iterator[Conflict]:
-        for keys in (_SECRETS, _PASSWORDS):
+        for keys in (_SECRETS, *_USERS.values()):
             given = self._given(keys)
             if len(given) > 1:
                 message = f"only one of {' and '.join(given)} can be set"
                 yield _conflict(given[1], message, *given)
-        if self.directory_username is not None and not self._given(_PASSWORDS):
-            message = "needs directory_password, directory_password_env or directory_password_file"
-            yield _conflict("directory_username", f"{message} beside it", *_PASSWORDS)
+        for user, keys in _USERS.items():
+            if self._given((user,)) and not self._given(keys):
+                message = f"needs {keys[0]}, {keys[1]} or {keys[2]} beside it"
+                yield _conflict(user, message, *keys)
+        assert self.directory is not None
+        if self.directory.kind != "sentinel":
+            message = "needs a directory that Sentinels know: 'redis+sentinel://…'"
+            for key in self._given(("directory_sentinel_username", *_SENTINEL_PASSWORDS)):
+                yield _conflict(key, message, "directory")
 
     def _papers(self) -> Iterator[Conflict]:
         given = self._given(_PAPERS)
@@ -218,7 +282,8 @@ class Fleet(Section):
         """What is allowed but is likely to be regretted."""
         if self.directory is None:
             return
-        if self._given(_PASSWORDS) and not self.directory.tls and not self.directory.is_loopback:
+        passwords = self._given(_PASSWORDS + _SENTINEL_PASSWORDS)
+        if passwords and not self.directory.tls and not self.directory.is_loopback:
             yield (
                 "fleet.directory: its password goes over a connection that anybody can read;"
                 " rediss:// is with TLS"
@@ -240,7 +305,7 @@ class Fleet(Section):
         unread = list(unreadable(self, "fleet"))
         yield from unread
         bad = {fault.path for fault in unread}
-        for key in ("secret_env", "directory_password_env"):
+        for key in ("secret_env", "directory_password_env", "directory_sentinel_password_env"):
             variable = getattr(self, key)
             if variable is not None and not environ.get(variable):
                 yield Fault(f"fleet.{key}", "names an environment variable that is not set")

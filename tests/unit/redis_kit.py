@@ -34,6 +34,10 @@ ADMIN, ADMIN_PASSWORD = "admin", "kit's own"
 USER, PASSWORD = "pullpool", "p@ss word"
 # What a node needs in its directory, and no more: see README, "ACL".
 RULES = "~pp:* +@all -@admin -@dangerous +info"
+# And of Sentinels, who know other users: see docs/fleet.md.
+SENTINEL_USER, SENTINEL_PASSWORD = "watcher", "of the Sentinels"
+SENTINEL_RULES = "+client|setname +sentinel|get-master-addr-by-name"
+SENTINEL_ACL = f'user {SENTINEL_USER} on ">{SENTINEL_PASSWORD}" {SENTINEL_RULES}'
 
 T = TypeVar("T")
 
@@ -81,10 +85,16 @@ class Server:
     """One redis-server (or Sentinel): started, paused, ended, and asked on a socket of its own."""
 
     def __init__(
-        self, directory: Path, *options: str, papers: Papers | None = None, sentinel: bool = False
+        self,
+        directory: Path,
+        *options: str,
+        papers: Papers | None = None,
+        sentinel: bool = False,
+        password: str = "",
     ) -> None:
         self.port = free_port()
         self.papers = papers
+        self._password = password  # of the default user, where there are no papers
         self._options = options
         self._sentinel = sentinel
         self._directory = directory / f"redis-{self.port}"
@@ -125,6 +135,8 @@ class Server:
             lines += ["port 0", f"tls-port {self.port}", *self._tls_lines(self.papers)]
         else:
             lines.append(f"port {self.port}")
+        if self._password:
+            lines.append(f'requirepass "{self._password}"')
         if not self._sentinel:
             lines += ['save ""', "appendonly no", "repl-diskless-sync-delay 0"]
         file.write_text("\n".join([*lines, *self._options, ""]))
@@ -137,7 +149,7 @@ class Server:
             "tls-auth-clients yes",
             "user default off",
             f'user {ADMIN} on ">{ADMIN_PASSWORD}" ~* &* +@all',
-            f'user {USER} on ">{PASSWORD}" {RULES}',
+            SENTINEL_ACL if self._sentinel else f'user {USER} on ">{PASSWORD}" {RULES}',
         ]
 
     async def _answers(self) -> bool:
@@ -151,7 +163,7 @@ class Server:
     def _connection(self) -> Connection:
         plain: dict[str, Any] = {"host": LOOPBACK, "port": self.port, "protocol": 2}
         if not self.papers:
-            return Connection(**plain)
+            return Connection(**plain, password=self._password or None)
         return SSLConnection(
             **plain,
             username=ADMIN,
@@ -278,7 +290,8 @@ class Replicated:
 
     @property
     def url(self) -> str:
-        return f"redis+sentinel://{self.sentinel.address}/{self.SERVICE}/0"
+        scheme = "rediss" if self.sentinel.papers else "redis"
+        return f"{scheme}+sentinel://{self.sentinel.address}/{self.SERVICE}/0"
 
     async def primary(self) -> Server:
         """Which one the Sentinel names now."""
@@ -309,9 +322,12 @@ class Replicated:
 
 @contextlib.asynccontextmanager
 async def redis_with_sentinel(
-    directory: Path, *, patience: int = 1000
+    directory: Path, *options: str, patience: int = 1000, password: str = ""
 ) -> AsyncIterator[Replicated]:
-    """Two servers, and a Sentinel that gives up a silent primary after `patience` milliseconds."""
+    """Two servers, and a Sentinel that gives up a silent primary after `patience` milliseconds.
+
+    `options` and `password` are the Sentinel's: lines of its configuration, and its requirepass.
+    """
     async with contextlib.AsyncExitStack() as stack:
         primary = await stack.enter_async_context(redis_server(directory))
         follows = f"replicaof {LOOPBACK} {primary.port}"
@@ -327,7 +343,9 @@ async def redis_with_sentinel(
             f"sentinel monitor {service} {LOOPBACK} {primary.port} 1",
             f"sentinel down-after-milliseconds {service} {patience}",
             f"sentinel failover-timeout {service} 2000",
+            *options,
             sentinel=True,
+            password=password,
         )
         await stack.enter_async_context(_started(sentinel))
 
@@ -336,6 +354,26 @@ async def redis_with_sentinel(
 
         await until(known)
         yield Replicated((primary, replica), sentinel)
+
+
+@contextlib.asynccontextmanager
+async def redis_with_sentinel_and_tls(directory: Path) -> AsyncIterator[Replicated]:
+    """A primary alone and its Sentinel, both as in ``redis_with_tls``, but that the Sentinel knows
+    ``SENTINEL_USER`` instead."""
+    papers = await asyncio.to_thread(Papers.issue, directory)
+    async with _started(Server(directory, papers=papers)) as primary:
+        service = Replicated.SERVICE
+        sentinel = Server(
+            directory,
+            "tls-replication yes",  # it speaks TLS to the primary, too
+            f"sentinel monitor {service} {LOOPBACK} {primary.port} 1",
+            f"sentinel auth-user {service} {ADMIN}",
+            f'sentinel auth-pass {service} "{ADMIN_PASSWORD}"',
+            papers=papers,
+            sentinel=True,
+        )
+        async with _started(sentinel):
+            yield Replicated((primary, primary), sentinel)
 
 
 @dataclass(frozen=True, slots=True)

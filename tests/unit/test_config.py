@@ -43,9 +43,10 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
     networks = {"trusted_proxies": "10.0.0.0/8"}
     of_the_fleet = {"fleet.directory": "redis://redis", "fleet.secret": "7" * 16}
     of_the_fleet["fleet.advertise"] = "http://seven"
-    of_the_fleet |= dict.fromkeys(("fleet.secret_env", "fleet.directory_password_env"), "SEVEN")
+    variables = ("secret_env", "directory_password_env", "directory_sentinel_password_env")
+    of_the_fleet |= {f"fleet.{key}": "SEVEN" for key in variables}
     fleet = {
-        "PULLPOOL_FLEET_DIRECTORY": "rediss://seven",
+        "PULLPOOL_FLEET_DIRECTORY": "rediss+sentinel://seven/fleet",
         "PULLPOOL_FLEET_LISTEN": "127.0.0.1:8",
         "PULLPOOL_FLEET_ADVERTISE": "http://eight",
     }
@@ -70,6 +71,8 @@ def test_every_key_outside_the_upstreams_has_a_variable(tmp_path: Path) -> None:
                 extra["PULLPOOL_FLEET_DIRECTORY_KEY_FILE"] = "/key"
             if row.key == "fleet.directory_username":
                 extra["PULLPOOL_FLEET_DIRECTORY_PASSWORD"] = "password"
+            if row.key == "fleet.directory_sentinel_username":
+                extra["PULLPOOL_FLEET_DIRECTORY_SENTINEL_PASSWORD"] = "password"
             extra.pop(variable, None)
         settings = load(tmp_path, "", {variable: text, **extra})
         assert settings != default, variable

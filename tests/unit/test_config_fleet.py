@@ -16,6 +16,7 @@ BASE = {
     "advertise": "http://10.0.0.7:5052",
     "secret": "0123456789abcdef",
 }
+SENTINELS = "redis+sentinel://s1,s2/fleet"
 
 
 def fleet(**changes: object) -> str:
@@ -97,6 +98,34 @@ def test_a_url_that_leads_nowhere_is_refused(tmp_path: Path, url: str, words: st
             "fleet.directory_password_env",
             "only one of",
         ),
+        (
+            {"directory": SENTINELS, "directory_sentinel_username": "pullpool"},
+            "fleet.directory_sentinel_username",
+            "needs directory_sentinel_password, directory_sentinel_password_env or directory_s",
+        ),
+        (
+            {
+                "directory": SENTINELS,
+                "directory_sentinel_username": "pullpool",
+                "directory_password": "a",
+            },
+            "fleet.directory_sentinel_username",
+            "needs directory_sentinel_password",
+        ),
+        (
+            {
+                "directory": SENTINELS,
+                "directory_sentinel_password": "a",
+                "directory_sentinel_password_file": "/b",
+            },
+            "fleet.directory_sentinel_password_file",
+            "only one of directory_sentinel_password and directory_sentinel_password_file",
+        ),
+        (
+            {"directory": None, "directory_sentinel_password": "a"},
+            "fleet.directory_sentinel_password",
+            "needs directory beside it",
+        ),
         ({"directory_ca_file": "/ca.pem"}, "fleet.directory_ca_file", "needs a directory with TLS"),
         (
             {"directory": "rediss://redis", "directory_cert_file": "/cert.pem"},
@@ -111,6 +140,29 @@ def test_what_does_not_go_together_is_refused_at_its_key(
     found = faults(tmp_path, fleet(**changes))
     assert words in found[path].message
     assert str(changes.get("secret", "0123456789abcdef")) not in str(found[path])
+
+
+@pytest.mark.parametrize("directory", ["redis://redis", "rediss+cluster://r1,r2"])
+@pytest.mark.parametrize("form", ["", "_env", "_file"])
+def test_a_login_of_sentinels_is_refused_where_there_are_none(
+    tmp_path: Path, directory: str, form: str
+) -> None:
+    user, password = "directory_sentinel_username", f"directory_sentinel_password{form}"
+    found = faults(tmp_path, fleet(directory=directory, **{user: "pullpool", password: "HIDDEN"}))
+    for key in (user, password):
+        assert "needs a directory that Sentinels know" in found[f"fleet.{key}"].message
+    assert "HIDDEN" not in "".join(map(str, found.values()))
+
+
+def test_sentinels_have_a_login_of_their_own(tmp_path: Path) -> None:
+    keys = {"directory_sentinel_username": "pullpool", "directory_sentinel_password": "hidden"}
+    settings = load(tmp_path, fleet(directory="rediss+sentinel://s1,s2/fleet", **keys))
+    assert settings.fleet.directory_sentinel_username == "pullpool"
+    assert settings.fleet.directory_sentinel_password is not None
+    assert settings.fleet.directory_sentinel_password.get_secret_value() == "hidden"
+    assert settings.fleet.directory_password is None
+    assert settings.warnings() == []
+    assert "hidden" not in repr(settings)
 
 
 def test_a_fleet_that_is_right_is_loaded(tmp_path: Path) -> None:
@@ -156,6 +208,30 @@ def test_what_is_likely_regretted_is_said(tmp_path: Path) -> None:
     password, loopback = load(tmp_path, text).warnings()
     assert "fleet.directory: its password goes over a connection" in password
     assert "fleet.advertise: other machines" in loopback
+
+
+def test_a_password_for_sentinels_without_tls_is_regretted_too(tmp_path: Path) -> None:
+    text = fleet(directory=SENTINELS, directory_sentinel_password="pw")
+    (password,) = load(tmp_path, text).warnings()
+    assert "fleet.directory: its password goes over a connection" in password
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "words"),
+    [
+        ("env", "NO_SUCH", "names an environment variable that is not set"),
+        ("file", "/no/such/file", "is not a file that can be read"),
+    ],
+)
+def test_what_holds_the_password_of_sentinels_has_to_be_there(
+    tmp_path: Path, form: str, value: str, words: str
+) -> None:
+    key = f"directory_sentinel_password_{form}"
+    text = fleet(directory="rediss+sentinel://s1/fleet", **{key: value})
+    with pytest.raises(ConfigError) as caught:
+        load_usable(write(tmp_path, text), {}, {})
+    found = {fault.path: fault.message for fault in caught.value.faults}
+    assert found == {f"fleet.{key}": words}
 
 
 def test_files_and_variables_of_a_fleet_have_to_be_there(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from proxy.oci.errors import DirectoryDown
 from tests.unit.directory_kit import ECHO, SHORT, WHO, WRITE, Asking, asking
 from tests.unit.redis_kit import (
     PASSWORD,
+    SENTINEL_ACL,
+    SENTINEL_PASSWORD,
+    SENTINEL_RULES,
+    SENTINEL_USER,
     USER,
     Cable,
     Server,
@@ -22,6 +26,7 @@ from tests.unit.redis_kit import (
     redis_cluster,
     redis_server,
     redis_with_sentinel,
+    redis_with_sentinel_and_tls,
     redis_with_tls,
     until,
 )
@@ -376,6 +381,89 @@ class TestSentinel:
             async with asking(url, wait=False) as ours:
                 await until(lambda: _is(len(ours.events("directory_down")) == 1))
                 assert "knows no service 'flet'" in str(await ours.fails())
+
+    async def test_sentinels_that_want_a_password_are_asked_with_theirs(
+        self, tmp_path: Path
+    ) -> None:
+        passwords = ["wrong", SENTINEL_PASSWORD]
+
+        async def login() -> Login:
+            return Login(password=passwords[0])
+
+        async with redis_with_sentinel(tmp_path, password=SENTINEL_PASSWORD) as pair:
+            async with asking(pair.url, wait=False) as ours:
+                await ours.fails(WRITE)
+                await until(lambda: _is(len(ours.events("directory_down")) == 1))
+                assert ours.directory.why_down == (
+                    "no Sentinel tells the primary:"
+                    f" {pair.sentinel.address}: Authentication required."
+                    " (directory_sentinel_password is for Sentinels)"
+                )
+            async with asking(pair.url, sentinel_login=login, wait=False) as ours:
+                await until(lambda: _is(len(ours.events("directory_down")) == 1))
+                assert "invalid username-password pair" in str(ours.directory.why_down)
+                del passwords[0]  # it is asked for at every connection
+                await ours.directory.wait_up()
+                # The servers themselves have no password: they would refuse the Sentinels' one.
+                assert await ours.run(WRITE) == 1
+                first = await pair.primary()
+                assert (await ours.run(WHO)).decode() == await first.info("server", "run_id")
+
+    async def test_a_user_of_sentinels_needs_no_more_than_to_ask_for_the_primary(
+        self, tmp_path: Path
+    ) -> None:
+        async def login() -> Login:
+            return Login(SENTINEL_USER, SENTINEL_PASSWORD)
+
+        async with (
+            redis_with_sentinel(tmp_path, SENTINEL_ACL, password="another") as pair,
+            asking(pair.url, sentinel_login=login) as ours,
+        ):
+            denied = await pair.sentinel.ask("ACL", "DRYRUN", SENTINEL_USER, "PING")
+            assert b"no permissions" in denied
+            assert await ours.run(WRITE) == 1
+
+    async def test_over_tls_sentinels_and_servers_know_different_users(
+        self, tmp_path: Path
+    ) -> None:
+        async def login() -> Login:
+            return Login(USER, PASSWORD)
+
+        async def sentinel_login() -> Login:
+            return Login(SENTINEL_USER, SENTINEL_PASSWORD)
+
+        async with redis_with_sentinel_and_tls(tmp_path) as pair:
+            papers = pair.sentinel.papers
+            assert papers is not None
+            async with asking(
+                pair.url,
+                ca_file=papers.ca_file,
+                cert_file=papers.client_cert_file,
+                key_file=papers.client_key_file,
+                login=login,
+                sentinel_login=sentinel_login,
+            ) as ours:
+                assert await ours.run(WRITE) == 1
+
+    async def test_over_tls_sentinels_that_want_no_login_are_asked_without(
+        self, tmp_path: Path
+    ) -> None:
+        async def login() -> Login:
+            return Login(USER, PASSWORD)
+
+        async with redis_with_sentinel_and_tls(tmp_path) as pair:
+            papers = pair.sentinel.papers
+            assert papers is not None
+            rules = SENTINEL_RULES.split()
+            await pair.sentinel.ask("ACL", "SETUSER", "default", "reset", "on", "nopass", *rules)
+            async with asking(
+                pair.url,
+                ca_file=papers.ca_file,
+                cert_file=papers.client_cert_file,
+                key_file=papers.client_key_file,
+                login=login,
+            ) as ours:
+                assert await ours.run(WRITE) == 1
 
 
 SHORT_MS = int(SHORT * 1000)

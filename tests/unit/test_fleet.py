@@ -22,7 +22,16 @@ from proxy.testing.wire import Kind
 from proxy.upstream.endpoint import OriginKey
 from tests.unit.lease_kit import settle
 from tests.unit.proxy_kit import UPSTREAM, Pullpool, running, until
-from tests.unit.redis_kit import Server, needs_redis, redis_server
+from tests.unit.redis_kit import (
+    PASSWORD,
+    SENTINEL_PASSWORD,
+    SENTINEL_USER,
+    USER,
+    Server,
+    needs_redis,
+    redis_server,
+    redis_with_sentinel_and_tls,
+)
 from tests.unit.redis_kit import until as server_until
 
 pytestmark = [needs_redis, pytest.mark.real_seconds]
@@ -248,6 +257,31 @@ async def test_a_node_may_die_in_the_middle_of_a_pull(tmp_path: Path) -> None:
                 await doomed
             await others
             assert registry.counters.bytes_sent <= 2 * UNIQUE
+
+
+async def test_a_node_logs_in_to_sentinels_as_its_settings_say(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry, redis_with_sentinel_and_tls(tmp_path) as pair:
+        papers, password = pair.sentinel.papers, tmp_path / "password"
+        assert papers is not None
+        password.write_bytes(b"\xff")
+        settings = settings_of(pair.sentinel, 0)
+        settings["fleet"] |= {
+            "directory": pair.url,
+            "directory_username": USER,
+            "directory_password": PASSWORD,
+            "directory_sentinel_username": SENTINEL_USER,
+            "directory_sentinel_password_file": password,
+            "directory_ca_file": papers.ca_file,
+            "directory_cert_file": papers.client_cert_file,
+            "directory_key_file": papers.client_key_file,
+        }
+        async with running(tmp_path, registry.url, **settings) as node:
+            await until(lambda: "no UTF-8" in str(directory_of(node).why_down))
+            password.write_text(f"{SENTINEL_PASSWORD}\n")  # it is read at every connection
+            await directory_of(node).wait_up()
+            assert node.proxy.fleet is not None
+            assert node.proxy.fleet.members is not None
+            assert [one.name for one in await node.proxy.fleet.members.look()] == ["node-0"]
 
 
 async def test_a_private_upstream_stays_in_its_node(tmp_path: Path) -> None:
