@@ -148,6 +148,7 @@ class Fill:
         self._sharing = sharing
         self._is_begun = False
         self._is_promise = False  # the size: a manifest says it, and no upstream yet
+        self._expected = 0  # without a size: who was promised less is refused
         self._recall = Recall(self.ticket)
         self._opening = asyncio.Lock()
 
@@ -155,6 +156,11 @@ class Fill:
     def received(self) -> int:
         """Bytes taken in, whether or not readers may have them yet."""
         return self.intake.received
+
+    @property
+    def came(self) -> int:
+        """The bytes that the blob has at least, as long as nobody knows its size."""
+        return max(self.received, self.intake.end, self._expected)
 
     async def run(self) -> None:
         """Take turns until every byte is in.
@@ -184,7 +190,7 @@ class Fill:
             if size is not None:
                 self._settle_size(size)
             else:
-                self._crowd.expect(self.received)
+                self._expect(self.received)
         except SizeMismatch:  # its readers were promised another blob: the upstream has to say
             await self.intake.begin_anew()
             return
@@ -410,7 +416,7 @@ class Fill:
         if self.size is not None and total > self.size:
             raise SizeMismatch(self.size, total)
         if self.size is None:
-            self._crowd.expect(total)
+            self._expect(total)
         is_first = lead is not None and segment.at == self.received == 0
         if is_first and total != self.size:
             await self._show(chunks[0])
@@ -421,6 +427,8 @@ class Fill:
             await self.intake.put(segment.at, chunks)
             self._spread.wrote(segment, count)
         self._spread.close_up()
+        if self.size is None:  # perhaps only since it was doubted meanwhile
+            self._expect(max(total, self.received))
         self._publish(now=is_first)
         self._moved()
 
@@ -432,7 +440,8 @@ class Fill:
             self._spread.wrote(segment, self.received - segment.at)
             self._publish(now=False)
             self._moved()
-            return not self._spread.is_helped and not body.is_overdue
+            is_wanted = self._spread.is_helped or body.is_overdue
+            return self.size is not None and not is_wanted
 
         more, stop = None, self.size if segment.stop is None else segment.stop
         if stop is not None and not self._spread.is_helped:
@@ -470,6 +479,11 @@ class Fill:
         elif size != self.size:
             raise SizeMismatch(self.size, size)
 
+    def _expect(self, received: int) -> None:
+        """So many bytes have come without a size. Raises ``SizeMismatch``, see ``Crowd``."""
+        self._crowd.expect(received)
+        self._expected = max(self._expected, received)
+
     def classify(self) -> None:
         """Stand in the class that the size gives, or what somebody was promised."""
         if self._crowd:
@@ -480,7 +494,7 @@ class Fill:
         """Let readers have what has come, but for what may complete the blob (D10)."""
         ready = self.intake.end
         if self.size is None:
-            self.progress.reach(ready - 1, now=now)
+            self.progress.reach(min(ready, self._expected) - 1, now=now)
         elif ready < self.size:
             self.progress.reach(ready, now=now)
 

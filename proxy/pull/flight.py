@@ -185,9 +185,8 @@ class Flight:
         if size is not None:
             self._fill.doubt_size(size)
         reader.check_promise(self.size)
-        came = max(self.received, self.intake.end)  # readers may have more than was taken in
-        if self.size is None and size is not None and size < came:
-            reader.check_promise(came)
+        if self.size is None and size is not None and size < self._fill.came:
+            reader.check_promise(self._fill.came)
         self.readers.add(reader)
         self._is_backed_only = False
         for backer in self._backers:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, View, Wish
 from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.protocol import StripeAsk
 from proxy.oci.digest import Digest
-from proxy.oci.errors import DigestMismatch, DirectoryDown, StoreFailed
+from proxy.oci.errors import DigestMismatch, DirectoryDown, SizeMismatch, StoreFailed
 from proxy.pull.flight import Flights
 from proxy.pull.giving import OpenStripe
 from proxy.pull.sharing import PATIENCE
@@ -427,6 +428,45 @@ async def test_the_upstream_is_believed_rather_than_the_one_manifest_that_says_a
         assert flights.begin(upstream, SIZE + 5) is not None
         reader = fleet.nodes[0].rig.join(upstream, "bob", size=None)
         assert await drink(reader) == DATA
+
+
+class HeldInThread(Valve):
+    """Holds a thread that asks for more at each of these positions, until it is let go."""
+
+    def __init__(self, *holds: int) -> None:
+        super().__init__()
+        self.holds = list(holds)
+        self.held = 0
+        self.go = threading.Semaphore(0)
+
+    def allowed(self, position: int, length: int) -> int:
+        in_thread = threading.current_thread() is not threading.main_thread()
+        if in_thread and self.holds and position >= self.holds[0]:
+            self.holds.pop(0)
+            self.held += 1
+            self.go.acquire()
+        return super().allowed(position, length)
+
+
+async def test_a_size_that_is_doubted_in_a_haul_is_given_to_nobody_before_the_digest(
+    tmp_path: Path,
+) -> None:
+    """Only the upstream can say which manifest is right, and it does not say a size."""
+    async with sailing(tmp_path, 1) as fleet:
+        upstream, rig = source(), fleet.nodes[0].rig
+        upstream.says_size, upstream.hauls = False, True
+        upstream.valve = valve = HeldInThread(MIB, 2 * MIB)
+        right = asyncio.create_task(drink(rig.join(upstream, size=SIZE), 0, SIZE))
+        await until(lambda: valve.held == 1)
+        short = 3 * MIB // 2
+        wrong = asyncio.create_task(drink(rig.join(upstream, "bob", size=short), 0, short))
+        valve.go.release()
+        await until(lambda: valve.held == 2 or wrong.done())
+        await a_while()
+        valve.go.release()
+        with pytest.raises(SizeMismatch):
+            await wrong
+        assert await right == DATA
 
 
 async def test_nobody_is_shunned_for_the_wrong_size_that_a_manifest_says(tmp_path: Path) -> None:
