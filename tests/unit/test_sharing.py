@@ -469,6 +469,34 @@ async def test_a_size_that_is_doubted_in_a_haul_is_given_to_nobody_before_the_di
         assert await right == DATA
 
 
+async def test_a_size_that_is_doubted_when_all_is_there_but_hashed_costs_no_turn(
+    tmp_path: Path,
+) -> None:
+    """Stripes came out of order, and the last of them are being hashed."""
+    async with sailing(tmp_path, 3) as fleet:
+        for number in range(2):
+            assert await pull(fleet, number, source()) == DATA
+        upstream, rig = source(), fleet.nodes[2].rig
+        reader = rig.join(upstream, size=SIZE)
+        flight = reader.flight
+        right = asyncio.create_task(drink(reader, 0, SIZE))
+        await until(lambda: flight.intake.has_place)
+        staging, spread = flight.intake._staging, flight._fill._spread
+        assert staging is not None
+        while True:
+            async with staging._turn:  # in turn with those who put something, and who hashes
+                await asyncio.sleep(0)
+                assert spread.plan is not None
+                if spread.plan.contiguous == SIZE > flight.received:
+                    wrong = rig.join(upstream, "bob", size=SIZE + 5)
+                    break
+            await asyncio.sleep(0)
+        with pytest.raises(SizeMismatch):
+            await drink(wrong, 0, SIZE + 5)
+        assert await right == DATA
+        assert not upstream.turns
+
+
 async def test_nobody_is_shunned_for_the_wrong_size_that_a_manifest_says(tmp_path: Path) -> None:
     """The first hash and the first grant come with the same answer."""
     async with sailing(tmp_path, 2) as fleet:
