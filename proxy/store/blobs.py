@@ -183,8 +183,9 @@ class Staging:
 
     async def haul(self, chunks: list[Chunk], more: Callable[[], Chunk]) -> None:
         """The same, and in the same hop to a thread whatever `more` gives there, piece by piece,
-        until it gives nothing or the threads are all taken. Nothing more for a fill of unknown
-        size, which has room for these chunks alone.
+        until it gives nothing or the threads are all taken. Nothing more where the room is used up
+        that was promised: a fill of unknown size has it for these chunks alone, and a blob may be
+        larger than was said.
 
         What counts is taken out of `chunks`; a piece that cannot be written is left there.
         """
@@ -251,7 +252,7 @@ class Staging:
         while chunks:
             self._write(chunks)
             chunks.clear()
-            if self.size is None or self._shelf.is_crowded:
+            if self.mark >= self.reserved or self._shelf.is_crowded:
                 return
             if data := more():
                 chunks.append(data)

@@ -122,6 +122,19 @@ async def test_a_fill_of_unknown_size_takes_no_more_than_it_has_room_for(tmp_pat
         await fill.discard()
 
 
+async def test_a_blob_that_is_larger_than_was_said_is_hauled_no_further_than_its_room(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as store:
+        fill = await store.create(name(A), 600)
+        pieces = [A[300:600], A[600:800], A[800:]]
+        await fill.haul([A[:300]], lambda: pieces.pop(0) if pieces else b"")
+        assert fill.mark == fill.reserved == 600
+        await fill.haul([pieces.pop(0)], lambda: pieces.pop(0) if pieces else b"")
+        assert fill.mark == fill.reserved == 800
+        await fill.discard()
+
+
 async def test_a_haul_gives_its_thread_back_when_all_are_taken(tmp_path: Path) -> None:
     go = threading.Event()
     async with opened(tmp_path) as store:
