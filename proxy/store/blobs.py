@@ -193,7 +193,12 @@ class Staging:
             self._require(_State.FILLING)
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, self.mark + count)
-            await self._written(lambda: self._write_all(chunks, more), count)
+            # What is evicted, if the disk is full, is room for the piece that failed and no more.
+            await self._written(
+                lambda: self._write_all(chunks, more),
+                chunks,
+                again=lambda: self._write_all(chunks, lambda: b""),
+            )
 
     async def put(self, position: int, chunks: Sequence[Chunk]) -> None:
         """Write bytes beyond the mark; they count when `advance` gets there.
@@ -206,7 +211,7 @@ class Staging:
                 raise ValueError(f"{self!r} was given byte {position} again")
             count = sum(map(len, chunks))
             await self._shelf.make_room(self, position + count)
-            await self._written(lambda: self._put(position, chunks), count)
+            await self._written(lambda: self._put(position, chunks), chunks)
             self.ahead += count
 
     async def advance(self, upto: int) -> None:
@@ -229,16 +234,22 @@ class Staging:
         """What was put beyond the mark will be written again."""
         self.ahead = 0
 
-    async def _written(self, write: Callable[[], None], count: int) -> None:
+    async def _written(
+        self,
+        write: Callable[[], None],
+        chunks: Sequence[Chunk],
+        again: Callable[[], None] | None = None,
+    ) -> None:
+        """Write `chunks`; `again` if the disk was full and there is room for what is left."""
         try:
             await self._shelf.off_loop(write)
         except OSError as error:
             self._shelf.failed("write", error)
             # Others share the disk, so it can be full while the ledger sees room.
             is_full = error.errno in DISK_FULL
-            if not (is_full and await self._shelf.reclaim(count)):
+            if not (is_full and await self._shelf.reclaim(sum(map(len, chunks)))):
                 raise StoreFull(f"cannot write: {error.strerror}") from error
-            await self._written_again(write)
+            await self._written_again(again or write)
 
     async def _written_again(self, write: Callable[[], None]) -> None:
         try:

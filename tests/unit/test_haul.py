@@ -135,6 +135,31 @@ async def test_a_blob_that_is_larger_than_was_said_is_hauled_no_further_than_its
         await fill.discard()
 
 
+async def test_a_haul_has_as_much_evicted_for_each_piece_as_it_takes(tmp_path: Path) -> None:
+    """Others fill the disk as well: there is no more room than what is evicted."""
+    full = FullDisk(room=10_000)
+
+    def unlink(path: Path) -> None:
+        full.room += path.stat().st_size
+        path.unlink()
+
+    disk = replace(roomy(), write=full.write, unlink=unlink)
+    async with opened(tmp_path, disk=disk) as store:
+        for number in range(8):
+            other = blob(100 + number, 100)
+            fill = await store.create(name(other), 100)
+            await fill.append([other])
+            await fill.commit()
+        full.room = 60
+        pieces = [A[50:350], A[350:600]]
+        fill = await store.create(name(A), len(A))
+        await fill.haul([A[:50]], lambda: pieces.pop(0) if pieces else b"")
+        assert fill.mark >= 350
+        await fill.haul([A[fill.mark : 600]], lambda: b"")
+        assert fill.mark == 600
+        await fill.discard()
+
+
 async def test_a_haul_gives_its_thread_back_when_all_are_taken(tmp_path: Path) -> None:
     go = threading.Event()
     async with opened(tmp_path) as store:
