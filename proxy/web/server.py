@@ -220,6 +220,8 @@ class ClientProtocol(web.RequestHandler):
             super().data_received(data)
             return
         self._late.append(bytes(data))
+        # It has asked: aiohttp, which has not heard of it, would close it as one that is idle.
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         self._pause_transport_reading()
 
     def _catch_up(self) -> None:

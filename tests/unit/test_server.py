@@ -5,6 +5,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -117,6 +118,17 @@ async def test_a_client_that_leaves_while_it_waits_in_line_holds_nobody_up() -> 
         await clients.turns(BEGUN + 2)
         assert f"/{BEGUN}" not in clients.begun
         assert len(clients.server.connections) == BEGUN + 2
+
+
+async def test_whoever_waits_in_line_is_not_taken_for_idle() -> None:
+    async with crowd(BEGUN + 1) as clients:
+        last: Any = clients.connections[-1].protocol
+        last._next_keepalive_close_time = 0.0  # it has been idle for as long as it may
+        clients.ask()
+        last._process_keepalive()
+        assert clients.connections[-1].transport.written == b""
+        assert not last._force_close
+        await until(lambda: clients.connections[-1].transport.written.endswith(b"/%d" % BEGUN))
 
 
 async def test_who_asks_alone_does_not_wait() -> None:

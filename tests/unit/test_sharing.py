@@ -483,13 +483,13 @@ async def test_a_size_that_is_doubted_when_all_is_there_but_hashed_costs_no_turn
         await until(lambda: flight.intake.has_place)
         staging, spread = flight.intake._staging, flight._fill._spread
         assert staging is not None
-        while True:
+        wrong = None
+        while wrong is None:
             async with staging._turn:  # in turn with those who put something, and who hashes
                 await asyncio.sleep(0)
                 assert spread.plan is not None
                 if spread.plan.contiguous == SIZE > flight.received:
                     wrong = rig.join(upstream, "bob", size=SIZE + 5)
-                    break
             await asyncio.sleep(0)
         with pytest.raises(SizeMismatch):
             await drink(wrong, 0, SIZE + 5)
