@@ -8,6 +8,10 @@ one have to understand each other. So a secret that was read
 * is used for what is sealed here after ``SOON`` seconds, when the others know it too,
 * is accepted for ``LATE`` seconds longer when another one is used instead.
 
+One that another one replaces before it was used here is never used, only accepted. A node that
+begins with the new one knows no other: until the others have read it they do not understand it,
+nor it them.
+
 Whoever replaces it because somebody else knows it can shorten that only by restarting all nodes.
 """
 
@@ -28,7 +32,7 @@ class Secret:
     def __init__(self, secret: bytes, clock: Callable[[], float] = lambda: 0.0) -> None:
         self._clock = clock
         self._used = secret
-        self._next: list[tuple[bytes, float]] = []  # and when each is used
+        self._next: tuple[bytes, float] | None = None  # and when it is used
         self._former: list[tuple[bytes, float]] = []  # and until when each is accepted
 
     @classmethod
@@ -39,17 +43,19 @@ class Secret:
     def replace(self, secret: bytes) -> None:
         """Another one was read."""
         self._pass()
-        if secret == self._used:
-            self._next.clear()  # it was put back
-        elif all(secret != known for known, _ in self._next):
-            self._next.append((secret, self._clock() + SOON))
+        if secret == (self._used if self._next is None else self._next[0]):
+            return
+        since = self._clock() + SOON
+        if self._next is not None:  # not used here any more; others begin to, and read this later
+            self._former.append((self._next[0], since + LATE))
+        self._next = None if secret == self._used else (secret, since)  # None: it was put back
 
     def _pass(self) -> None:
         now = self._clock()
-        while self._next and self._next[0][1] <= now:
-            secret, since = self._next.pop(0)
+        if self._next is not None and self._next[1] <= now:
+            secret, since = self._next
             self._former.append((self._used, since + LATE))
-            self._used = secret
+            self._used, self._next = secret, None
         self._former = [one for one in self._former if one[1] > now]
 
     @property
@@ -62,11 +68,12 @@ class Secret:
     def accepted(self) -> tuple[bytes, ...]:
         """What others may have sealed with, the likeliest first."""
         self._pass()
-        others = [*(one for one, _ in reversed(self._next)), *(one for one, _ in self._former)]
-        return tuple(dict.fromkeys((self._used, *others)))
+        others = [self._next] if self._next is not None else []
+        others += reversed(self._former)
+        return tuple(dict.fromkeys((self._used, *(one for one, _ in others))))
 
     def __repr__(self) -> str:
-        return f"<Secret, {len(self._next)} to come, {len(self._former)} former>"
+        return f"<Secret, {int(self._next is not None)} to come, {len(self._former)} former>"
 
 
 class Derived(Generic[T]):

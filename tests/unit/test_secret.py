@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.fleet.orders import Seal
 from proxy.fleet.seal import Said, Sealer, Unsealed
@@ -62,7 +64,46 @@ def test_one_that_is_put_back_stays() -> None:
     secret.replace(NEW)
     secret.replace(OLD)
     clock.advance(SOON)
+    assert state(secret) == (OLD, OLD, NEW)  # another node may have begun to use the new one
+    clock.advance(LATE)
     assert state(secret) == (OLD, OLD)
+
+
+def test_what_was_read_last_is_used_in_the_end_also_when_it_was_read_before() -> None:
+    clock = FakeClock()
+    secret = Secret(OLD, clock)
+    for one in (NEW, NEWER, NEW):
+        secret.replace(one)
+        clock.advance(SOON / 4)
+    clock.advance(2 * SOON)
+    assert state(secret) == (NEW, NEW, OLD, NEWER)
+    clock.advance(LATE)
+    assert state(secret) == (NEW, NEW)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100)), max_size=8))
+def test_a_node_that_reads_each_one_later_is_understood_all_the_time(
+    changes: list[tuple[int, int]],
+) -> None:
+    """Within a minute, by one that read it at once; and both use the file's in the end."""
+    clock = FakeClock()
+    late = 60
+    at, reads = 0, []
+    for number, after in changes:
+        at += after
+        reads += [(at, 0, b"%d" % number), (at + late, 1, b"%d" % number)]
+    both = Secret(b"0", clock), Secret(b"0", clock)
+    now = 0
+    for when, node, text in sorted(reads):
+        for _ in range(when - now):
+            clock.advance(1)
+            assert both[0].used in both[1].accepted
+            assert both[1].used in both[0].accepted
+        now = when
+        both[node].replace(text)
+    clock.advance(SOON)
+    last = b"%d" % changes[-1][0] if changes else b"0"
+    assert (both[0].used, both[1].used) == (last, last)
 
 
 def test_what_is_derived_follows_and_is_made_once() -> None:
