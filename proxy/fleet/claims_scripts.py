@@ -207,15 +207,19 @@ local function read_some(nodes)
 end
 
 local place = time[1] * 1000000 + time[2]
--- The first in a queue that are not of this zone.
+-- The first in a queue that are not of this zone. When they are few, those of this zone go to its
+-- end, so that the next take sees others.
 local function elsewhere(key)
   local nodes, found, behind = redis.call('ZRANGE', key, 0, FAR - 1), {}, {}
   for n, is_here in ipairs(redis.call('SMISMEMBER', P .. 'zone:' .. zone, unpack(nodes))) do
-    if is_here == 0 and #found < LOOKS then found[#found + 1] = nodes[n] end
-    behind[#behind + 1] = place + n
-    behind[#behind + 1] = nodes[n]
+    if is_here == 1 then
+      behind[#behind + 1] = place + n
+      behind[#behind + 1] = nodes[n]
+    elseif #found < LOOKS then
+      found[#found + 1] = nodes[n]
+    end
   end
-  if #found == 0 then redis.call('ZADD', key, unpack(behind)) end  -- the next take sees others
+  if #found < LOOKS then redis.call('ZADD', key, unpack(behind)) end
   return found
 end
 
@@ -223,11 +227,11 @@ end
 -- more leaves it.
 local function of_queue(key, wish, nodes)
   nodes = nodes or redis.call('ZRANGE', key, 0, LOOKS - 1)
+  wish.busy = 0
   if #nodes == 0 then return nil end
   weigh(nodes)
   read_some(nodes)
   local behind, gone, offers, best = {}, {}, 0, nil
-  wish.busy = 0
   for number, node in ipairs(nodes) do
     local found, rank = offer(node, wish)
     if found then

@@ -206,15 +206,17 @@ class LocalClaims:
         return best
 
     def _elsewhere(self, blob: Blob, queue: dict[str, None]) -> list[str]:
-        """The first in a queue that are not of this zone."""
+        """The first in a queue that are not of this zone. When they are few, those of this zone go
+        to its end, so that the next take sees others."""
         here = blob.zones.get(self._giver.zone, Pool())
         nodes = list(itertools.islice(queue, FAR))
-        found = [name for name in nodes if name not in here]
-        if not found:  # the next take sees others
+        found = [name for name in nodes if name not in here][:LOOKS]
+        if len(found) < LOOKS:
             for name in nodes:
-                del queue[name]
-                queue[name] = None
-        return found[:LOOKS]
+                if name in here:
+                    del queue[name]
+                    queue[name] = None
+        return found
 
     def _best_of(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -64,6 +64,14 @@ class Fleet:
         hashes = [hash_of(stripe) for stripe in range(count)]
         assert await node.publish(DIGEST, SIZE, 0, hashes) == count
         return node
+
+    async def lending(self, generation: str, givers: Sequence[Giver]) -> None:
+        """Each of these lends something to a node that takes stripe 1."""
+        grants = [
+            Grant(DIGEST, generation, 1, one, 1, f"held.{number}")
+            for number, one in enumerate(givers)
+        ]
+        assert await self(900, "c").hold(DIGEST, generation, 0, grants)
 
 
 def having(view: View, number: int) -> int | None:
@@ -408,6 +416,33 @@ class ClaimsConformance(ABC):
             there = await one(nodes(21), 0, avoid=[20])
             assert there
             assert there.giver == giver(50, "b")
+
+    async def test_other_zones_are_seen_behind_a_crowd_of_the_own_one_and_a_busy_node(self) -> None:
+        async with self.fleet(Terms(most=1, each=1, filler_most=1, filler_each=1)) as nodes:
+            await nodes.settled(2)
+            generation = (await nodes(2).look(DIGEST)).generation
+            assert await nodes(50, "b").hold(DIGEST, generation, 0b11)
+            crowd = range(3, 45)  # more than are looked at for those of other zones
+            for number in crowd:
+                assert await nodes(number).hold(DIGEST, generation, 0b11)
+            assert await nodes(51, "b").hold(DIGEST, generation, 0b11)
+            await nodes.lending(generation, [giver(1), *map(giver, crowd), giver(50, "b")])
+            found = [await one(nodes(number), 0) for number in (100, 101)]
+            assert giver(51, "b") in [grant.giver for grant in found if grant]
+
+    async def test_who_has_all_is_asked_when_the_own_zone_has_no_room(self) -> None:
+        async with self.fleet(Terms(most=1, each=1, filler_most=1, filler_each=1)) as nodes:
+            await nodes.settled(2)
+            generation = (await nodes(2).look(DIGEST)).generation
+            crowd = range(3, 45)
+            for number in crowd:
+                assert await nodes(number).hold(DIGEST, generation, 0b11)
+            assert await nodes(50, "b").hold(DIGEST, generation, 0b11)
+            assert await nodes(60, "b").hold(DIGEST, "", WHOLE)
+            await nodes.lending(generation, [giver(1), *map(giver, crowd), giver(50, "b")])
+            grant = await one(nodes(100), 0)
+            assert grant
+            assert grant.giver == giver(60, "b")
 
     async def test_a_crowd_of_one_zone_waits_for_its_own(self) -> None:
         async with self.fleet(Terms(most=1, each=1, filler_most=1, filler_each=1)) as nodes:
