@@ -118,9 +118,9 @@ class Sharing:
     async def _step_on(self) -> None:
         if not self._fellows.is_up():  # as it has been for a while: nothing to wait for
             self._pursuit.directory_gone(self._fellows.clock() - GRACE)
-        claiming = self._claiming
-        if pause := self._fellows.before_first():
+        elif pause := self._fellows.before_first():
             await asyncio.sleep(pause)
+        claiming = self._claiming
         await claiming.told(claiming.look(0))
         while not self._pursuit.is_complete:
             if self._failure is not None:

@@ -89,6 +89,18 @@ async def test_a_node_of_a_very_large_fleet_waits_before_it_asks(tmp_path: Path)
         assert made[0].asked[0] - began >= pause
 
 
+async def test_and_does_not_when_there_is_no_directory_to_ask(tmp_path: Path) -> None:
+    paused: list[float] = []
+
+    def before_first() -> float:
+        paused.append(0.2)
+        return 0.2
+
+    async with sailing(tmp_path, 1, is_up=lambda: False, before_first=before_first) as fleet:
+        assert await pull(fleet, 0, source()) == DATA
+        assert paused == []
+
+
 async def test_eight_nodes_take_most_of_it_of_one_another(tmp_path: Path) -> None:
     async with sailing(tmp_path, 8) as fleet:
         sources = [source() for _ in range(8)]
