@@ -12,6 +12,12 @@ Theory of operation. ``Announcer`` works in *rounds*, one for each epoch of the 
 (``members.py``); the first one is that of the start. A round asks the store what it has, says one
 blob after the other, and ends when the directory turns again. While that is down the round waits.
 
+The directory lists so many nodes for a blob, and refuses others. Of those it lists some have gone:
+a node that was restarted has another id, and what the one before it said stands until it ends. So
+when a whole fleet was restarted all may be refused for the sake of nodes that are none, and once
+these have ended nobody is listed. Therefore what is not kept is said *again* after ``AGAIN``, as
+long as what was said may stand, at a slower pace.
+
 Thousands of nodes begin a round within seconds of each other when a directory was lost, each with
 thousands of blobs. So all of them together have a rate (``ALL``), of which each takes its part by
 the number of nodes; and which blobs come first is so that the fleet's hot ones are soon known:
@@ -31,6 +37,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+from proxy.fleet.claims import Terms
 from proxy.fleet.keeper import MOST, Keeper
 from proxy.observe.logs import Logger
 from proxy.oci.digest import Digest
@@ -43,6 +50,8 @@ ALL, ONE = 1000.0, 50.0
 BLOCK, FEW = 8, 2
 #: Seconds until a directory that is down is told again.
 REST = 3.0
+#: Seconds until what it did not enter is said again, and how much slower that is.
+AGAIN, SLOWER = Terms().whole, 4.0
 
 
 def pause(nodes: int, chance: float) -> float:
@@ -126,19 +135,31 @@ class Announcer:
     async def _run(self) -> None:
         epoch = ""
         while True:
-            epoch = await self._members.turned(epoch)
+            former, epoch = epoch, await self._turned(epoch)
+            is_again = epoch == former
             self._said.clear()
-            await self._tell(epoch)
+            await self._tell(epoch, is_again)
             await self._stored.recovered()  # what a crash has left in doubt is judged then
-            await self._tell(epoch)
-            self._log.debug("announced", blobs=len(self._said))
+            await self._tell(epoch, is_again)
+            self._log.debug("announced", blobs=len(self._said), again=is_again)
 
-    async def _tell(self, epoch: str) -> None:
+    async def _turned(self, epoch: str) -> str:
+        """Wait for another epoch, or until what is not kept is to be said again in this one."""
+        try:
+            async with asyncio.timeout(AGAIN * (0.5 + self._rng.random()) if epoch else None):
+                return await self._members.turned(epoch)
+        except TimeoutError:
+            return epoch
+
+    async def _tell(self, epoch: str, is_again: bool) -> None:
         found = await self._stored.recent(self._most)
         for digest in in_order(found, self._members.count, self._rng):
             if digest in self._said or not self._stored.has(digest):
                 continue
-            await asyncio.sleep(pause(self._members.count, self._rng.random()))
+            if is_again and digest in self._keeper:
+                continue
+            seconds = pause(self._members.count, self._rng.random())
+            await asyncio.sleep(seconds * SLOWER if is_again else seconds)
             if self._members.epoch != epoch:
                 return
             await self._say(digest)

@@ -115,6 +115,9 @@ class Keeper:
         is_entered = await self._claims.hold(digest, generation, WHOLE)
         if not is_entered and self._kept.get(digest) == generation:
             del self._kept[digest]  # enough others have it, or it is another blob's entry by now
+        elif is_entered and digest not in self._kept:
+            self._gone[digest] = None  # it went meanwhile: the directory may have heard that first
+            self._news.set()
         return is_entered
 
     async def _withdraw(self) -> None:

@@ -202,9 +202,11 @@ class Members:
         self.node = replace(self.node, load=self._load())
         expiry = round(self._expiry * 1000)
         args: list[Argument] = [self.node.id, self.node.said(), expiry, new_id()]
-        self.count, epoch = await self._directory.run(_BEAT, TAG, args)
-        self._directory.nodes = self.count
-        if epoch.decode() != self.epoch:
+        count, epoch = await self._directory.run(_BEAT, TAG, args)
+        is_new = epoch.decode() != self.epoch
+        # Those whom a directory that is new has not heard yet are there all the same.
+        self.count = self._directory.nodes = max(count, self.count) if is_new else count
+        if is_new:
             self.epoch = epoch.decode()
             self._turned.set()
         age = self.as_of

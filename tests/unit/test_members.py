@@ -157,6 +157,24 @@ class TestBeats:
                 assert await third.turned("") == other
             assert await server.ask("PTTL", "pp:{members}:epoch") > 0
 
+    async def test_those_who_have_not_beaten_at_a_new_directory_yet_are_counted(
+        self, tmp_path: Path
+    ) -> None:
+        """Else the first of thousands would take themselves for few, and ask like few."""
+        async with redis_server(tmp_path) as server, asking(server.url) as ours:
+            first, second = [
+                Members(ours.directory, node(name), metrics=Metrics(), expiry=600)
+                for name in ("n1", "n2")
+            ]
+            for one in (first, second, first):
+                await one.beat()
+            assert first.count == 2
+            await server.flush()
+            await first.beat()
+            assert (first.count, ours.directory.nodes) == (2, 2)
+            await first.beat()  # who is silent now has gone
+            assert (first.count, ours.directory.nodes) == (1, 1)
+
     async def test_while_the_directory_is_away_the_last_list_stands(self, tmp_path: Path) -> None:
         clock = FakeClock()
         async with (
