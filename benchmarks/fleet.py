@@ -76,8 +76,8 @@ class Size:
     beside: int  # the scale at which the star and nodes on their own are played
 
 
-# All nodes together keep one machine's two cores busy with 40 to 60 MB/s. What a pull takes besides
-# its bytes (calls, connections, windows that grow) does not shrink with the lines: so an image takes
+# All nodes together keep one machine's two cores busy with 40 to 60 MB/s. What a pull takes beside
+# its bytes (calls, connections, windows that grow) does not shrink with the lines: an image takes
 # a minute where there are many.
 FULL = Size(
     (

@@ -13,7 +13,8 @@ from proxy.observe.metrics import Metrics
 from proxy.pull.asking import PATIENCE_SHARE, Questions
 from proxy.pull.blobs import Blobs
 from proxy.pull.deadlines import Deadlines, Waits
-from proxy.pull.flight import Flights, FlightSettings
+from proxy.pull.flight import Flights
+from proxy.pull.flight_settings import FlightSettings
 from proxy.pull.giving_orders import GivingOrders
 from proxy.pull.hearsay import Alone
 from proxy.pull.images import Images

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from proxy.pull.asking import Pause, short_pause
-from proxy.pull.flight import FlightSettings
+from proxy.pull.flight_settings import FlightSettings
 from proxy.team.channel import BEAT
 from proxy.team.roles import START
 from proxy.upstream.budget import RetryBudget

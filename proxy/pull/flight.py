@@ -53,7 +53,8 @@ from proxy.oci.errors import (
     ShuttingDown,
     StoreFailed,
 )
-from proxy.pull.fill import Fill, FlightSettings
+from proxy.pull.fill import Fill
+from proxy.pull.flight_settings import FlightSettings
 from proxy.pull.ground import Fellows
 from proxy.pull.intake import Intake
 from proxy.pull.reader import Crowd, Piece, Reader

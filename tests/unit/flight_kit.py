@@ -13,7 +13,8 @@ import proxy.pull.flight as flight_module
 from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import PullError, UpstreamUnavailable
-from proxy.pull.flight import Flight, Flights, FlightSettings
+from proxy.pull.flight import Flight, Flights
+from proxy.pull.flight_settings import FlightSettings
 from proxy.pull.ground import Fellows
 from proxy.pull.reader import FileSpan, Piece, Reader
 from proxy.store.store import Disk, Store

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PullError, QueueFull, UpstreamUnavailable
-from proxy.pull.flight import FlightSettings
+from proxy.pull.flight_settings import FlightSettings
 from proxy.store.store import Disk
 from tests.unit.flight_kit import Act, Rig, ScriptedSource, ended, flying, read, turns_of
 from tests.unit.store_kit import FullDisk, blob, roomy
