@@ -239,6 +239,7 @@ class Proxy:
             self.metrics,
             self.log,
             self._around,
+            self._descriptors_for_clients(),
             lambda: self.is_draining,
         )
 
@@ -361,6 +362,9 @@ class Proxy:
         self.accounts = await stack.enter_async_context(Reloader([file], reload, log=self.log))
         return Authentication(passwords)
 
+    def _descriptors_for_clients(self) -> Descriptors:
+        return for_clients(self._around.descriptors(), upstream_sockets(self.settings))
+
     async def _listen_to_clients(
         self, stack: contextlib.AsyncExitStack, runner: RegistryRunner
     ) -> HostPort:
@@ -371,7 +375,7 @@ class Proxy:
             address.host,
             address.port,
             tls=tls,
-            descriptors=for_clients(self._around.descriptors(), upstream_sockets(self.settings)),
+            descriptors=self._descriptors_for_clients(),
             sockets=() if self._seat is None else self._seat.registry,
             on_pause=self._accept_paused,
             on_accept=lambda: self.log.info("accepting_again"),

@@ -185,9 +185,11 @@ async def give(
     metrics: Metrics,
     log: Logger,
     around: Surroundings,
+    descriptors: Descriptors,
     is_draining: Callable[[], bool],
 ) -> None:
-    """Answer other nodes until the stack is closed. Raises ``OSError`` and ``Unusable``."""
+    """Answer other nodes until the stack is closed; to the listener they are clients, who leave
+    ``descriptors`` to what serves them. Raises ``OSError`` and ``Unusable``."""
     rule = SharingRule(store, shared=shareable(settings), clock=around.clock)
     shelf = FleetShelf(puller.flights, store, may_share=rule.may_share)
     stack.push_async_callback(shelf.close)
@@ -209,7 +211,7 @@ async def give(
         door,
         address.host,
         address.port,
-        descriptors=Descriptors(around.descriptors()),
+        descriptors=descriptors,
         log=log,
         contexts=fleet.contexts,
     )

@@ -200,7 +200,8 @@ class Claims(Protocol):
         """As the filler: enter hashes from stripe `first` on; renews as `fill` does.
 
         Returns how many stripes are published now: less than expected means that the directory has
-        lost earlier ones, which must be published again. `by` names who published them first. None:
+        lost earlier ones, which must be published again; more, that another one has filled
+        meanwhile, and none of these were entered. `by` names who published them first. None:
         no longer the filler.
         """
 

@@ -53,7 +53,10 @@ class Told:
 
     def entered(self, fresh: Fresh, count: int) -> None:
         """The directory has so many hashes, now that it was told these."""
-        if count >= fresh.first + len(fresh.hashes):
+        end = fresh.first + len(fresh.hashes)
+        if count > end:
+            return  # another one has published them: its hashes are to be looked at
+        if count == end:
             self.hashes[fresh.first :] = fresh.hashes
             self.publishers[fresh.first :] = fresh.by
         else:  # it has lost them

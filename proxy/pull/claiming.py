@@ -74,13 +74,14 @@ class Claiming:
         self._led_at = self._fellows.clock()
 
     async def publish(self, fresh: Fresh) -> bool:
-        """False: it was not for this node to do, or the directory has lost what was before it."""
+        """False: it was not for this node to do, the directory has lost what was before it, or
+        another one has published it, which filled while this node was late and thought it did."""
         count = await self._claims.publish(
             self._digest, self._size, fresh.first, fresh.hashes, fresh.by
         )
         self._pursuit.was_published(fresh, count)
         self._led_at = self._fellows.clock()
-        if count is not None and count >= fresh.first + len(fresh.hashes):
+        if count == fresh.first + len(fresh.hashes):
             return True
         await self.look(0)  # in another generation, perhaps
         return False

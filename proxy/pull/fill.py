@@ -406,8 +406,8 @@ class Fill:
             self._spread.wrote(segment, self.received - segment.at)
             self._publish(now=False)
             self._moved()
-            is_wanted = self._spread.is_helped or body.is_overdue
-            return self.size is not None and not is_wanted
+            is_in_the_way = self._spread.is_helped or self._spread.is_elsewhere(segment)
+            return self.size is not None and not is_in_the_way and not body.is_overdue
 
         more, stop = None, self.size if segment.stop is None else segment.stop
         if stop is not None and not self._spread.is_helped:

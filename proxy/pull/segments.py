@@ -194,8 +194,18 @@ class Segments:
         else."""
         self.bounds = (start, stop)
         for segment in turns:
-            if not start <= segment.at < stop:
-                segment.end_here()
+            self.end_elsewhere(segment)
+
+    def is_elsewhere(self, segment: Segment) -> bool:
+        """Is what it brings next out of bounds?"""
+        start, stop = self.bounds or (0, self.size)
+        return not start <= segment.at < stop
+
+    def end_elsewhere(self, segment: Segment) -> None:
+        """End it here if what it brings next is out of bounds. A turn that has not been answered,
+        or hauls, cannot be ended when they are set: it is asked for again with what it brings."""
+        if self.is_elsewhere(segment):
+            segment.end_here()
 
     def open_holes(self) -> Iterator[tuple[int, int]]:
         """The holes within the bounds."""

@@ -241,6 +241,10 @@ class Spread:
         """Does anybody else put bytes into the file?"""
         return self._puts > 0 or bool(self._helpers.begun)
 
+    def is_elsewhere(self, segment: Segment) -> bool:
+        """Is what ``segment`` brings for another node to bring?"""
+        return self.plan is not None and self.plan.is_elsewhere(segment)
+
     @contextlib.contextmanager
     def putting(self) -> Iterator[None]:
         """Another's bytes go into the file meanwhile: the plan stays until they are there."""
@@ -253,7 +257,9 @@ class Spread:
 
     def trim(self, segment: Segment, chunks: list[Chunk]) -> list[Chunk]:
         """What ``segment`` is to bring of the next bytes of its turn. Where it was shortened for
-        somebody who has got no slot since, it goes on."""
+        somebody who has got no slot since, it goes on; what is another node's by now ends it."""
+        if self.plan is not None:
+            self.plan.end_elsewhere(segment)
         reaches = segment.at + sum(map(len, chunks))
         while self.plan is not None and segment.is_shortened and reaches >= (segment.stop or 0):
             follower = self._helpers.waiting_at(segment.stop or 0)

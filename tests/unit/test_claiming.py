@@ -11,7 +11,8 @@ from proxy.fleet.claims import Giver, Grant, Outcome, Taken, View, Wish
 from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned
-from proxy.fleet.steps import Step
+from proxy.fleet.steps import Fresh, Step
+from proxy.fleet.stripes import Span
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DirectoryDown
 from proxy.pull.claiming import Claiming
@@ -59,7 +60,8 @@ class Scene:
     """A node that knows the hashes of one generation, and asks for stripe 0."""
 
     def __init__(self) -> None:
-        self.board = Board(clock=FakeClock(), rng=random.Random(1))
+        self.clock = FakeClock()
+        self.board = Board(clock=self.clock, rng=random.Random(1))
         self.claims = Changing(self.board, giver(1))
         self.pursuit = Pursuit(giver(1), shunned=Shunned(), rng=random.Random(1), size=SIZE)
 
@@ -80,6 +82,9 @@ class Scene:
 
     def forget(self) -> None:
         self.board.forget()
+
+    def later(self, seconds: float) -> None:
+        self.clock.advance(seconds)
 
 
 def step() -> Step:
@@ -135,3 +140,30 @@ async def test_grants_whose_hashes_cannot_be_asked_for_are_given_back(tmp_path: 
     assert not scene.pursuit.receiving
     await claiming.give_back()
     assert [outcome for _, outcome in scene.claims.ended] == [Outcome.FAILED]
+
+
+@pytest.mark.parametrize("salt", [1, 2])
+async def test_a_filler_that_was_late_learns_what_another_one_has_published_meanwhile(
+    tmp_path: Path, salt: int
+) -> None:
+    """It lost its lease, the other one filled and gave that up, and it renews none the wiser."""
+    scene = Scene()
+    claiming = await scene.begin(tmp_path)
+    scene.later(scene.board.terms.filler)
+    await claiming.lead()
+    scene.later(scene.board.terms.filler)
+    other = LocalClaims(scene.board, giver(5))
+    await other.fill(DIGEST, SIZE)
+    await other.publish(DIGEST, SIZE, 2, [hash_of(2, salt), hash_of(3, salt)])
+    await other.settle(DIGEST)
+    await claiming.lead()
+    pursuit = scene.pursuit
+    pursuit.begun(Span(2, 4))
+    assert pursuit.published == 2
+    assert pursuit.filled(2, hash_of(2, 1))
+    fresh = Fresh(2, (hash_of(2, 1),), (giver(1).node,))
+    assert not await claiming.publish(fresh)
+    assert pursuit.published == 4
+    assert pursuit.expected(2) == hash_of(2, salt)
+    assert bool(pursuit.have >> 2 & 1) is (salt == 1)  # else the digest will tell who was right
+    assert pursuit.is_filler

@@ -106,6 +106,21 @@ async def all_pull(nodes: Sequence[Pullpool]) -> None:
     await asyncio.gather(*map(pull, nodes))
 
 
+async def test_nodes_leave_descriptors_to_what_serves_them(tmp_path: Path) -> None:
+    """They may have many sockets to one giver each."""
+    async with (
+        FakeRegistry() as registry,
+        redis_server(tmp_path) as server,
+        fleet(tmp_path, registry, server, 1, is_settled=False) as (node,),
+    ):
+        assert node.proxy.fleet is not None
+        assert node.proxy.listener is not None
+        listener = node.proxy.fleet.listener
+        assert listener is not None
+        assert listener._descriptors == node.proxy.listener._descriptors
+        assert listener._descriptors.reserve > 0
+
+
 async def test_a_cold_crowd_of_nodes_fetches_an_image_once(tmp_path: Path) -> None:
     async with FakeRegistry() as registry, redis_server(tmp_path) as server:
         registry.push(IMAGE)

@@ -22,7 +22,7 @@ from proxy.pull.flight import Flights
 from proxy.pull.giving import OpenStripe
 from proxy.pull.sharing import PATIENCE
 from proxy.pull.stripes import FleetShelf
-from proxy.upstream.turns import Ticket, TurnQueue
+from proxy.upstream.turns import Ticket, TurnClass, TurnQueue
 from tests.unit.flight_kit import Act, ScriptedBody, ScriptedSource, Valve, a_while, drink, until
 from tests.unit.sharing_kit import Fleet, everything, sailing
 
@@ -317,6 +317,77 @@ async def test_a_turn_under_way_ends_when_another_node_fills(tmp_path: Path) -> 
         first.valve.open()
         assert await waiting == DATA
         assert first.sent <= MIB // 2 + first.chunk
+
+
+class Held(Valve):
+    """Holds the thread that asks for a byte from ``at`` on until it may ``go``, and has nothing
+    more for a thread then."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.is_held = False
+        self.go = threading.Event()
+
+    def allowed(self, position: int, length: int) -> int:
+        if position >= self.at and threading.current_thread() is not threading.main_thread():
+            if self.is_held:
+                return 0
+            self.is_held = True
+            self.go.wait()
+        return super().allowed(position, length)
+
+
+async def test_a_turn_that_a_thread_takes_in_ends_when_another_node_fills(tmp_path: Path) -> None:
+    clock = Time()
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        first, second = source(), source()
+        first.hauls = True
+        first.valve = held = Held(MIB // 2)
+        waiting = asyncio.create_task(pull(fleet, 0, first))
+        try:
+            await until(lambda: held.is_held)
+            clock.ahead += PATIENCE
+            assert await pull(fleet, 1, second) == DATA
+            await until_it_follows(fleet, 0)
+        finally:
+            held.go.set()
+        assert await waiting == DATA
+        assert first.sent <= MIB // 2 + 3 * first.chunk
+
+
+async def test_a_turn_that_is_answered_when_another_node_fills_brings_a_byte(
+    tmp_path: Path,
+) -> None:
+    """It had its slot, so it could not be called back, and nothing of it had come."""
+    clock, opened = Time(), asyncio.Event()
+
+    class Late(ScriptedSource):
+        @asynccontextmanager
+        async def open(
+            self, start: int, length: int | None, ticket: Ticket
+        ) -> AsyncIterator[ScriptedBody]:
+            async with super().open(start, length, ticket) as body:
+                if ticket.turn_class is TurnClass.SEGMENT:
+                    opened.set()
+                    await self.valve.more()
+                yield body
+
+    async with sailing(tmp_path, 2, clock=clock) as fleet:
+        part = 300 << 10
+        first = Late(DATA, digest=DIGEST, chunk=64 << 10, segments=2, turn_bytes=part)
+        first.valve.limit = 100 << 10
+        second = source()
+        waiting = asyncio.create_task(pull(fleet, 0, first))
+        await opened.wait()
+        await until(lambda: first.sent == 100 << 10)
+        await a_while()
+        clock.ahead += PATIENCE
+        assert await pull(fleet, 1, second) == DATA
+        await until_it_follows(fleet, 0)
+        first.valve.open()
+        assert await waiting == DATA
+        assert first.sent <= (100 << 10) + 2 * first.chunk
 
 
 async def test_a_filler_whose_turn_brings_something_after_all_fills_on_at_once(
