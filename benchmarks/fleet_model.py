@@ -309,12 +309,13 @@ class Pull:
         self.pursuit.found_right(now)
         fresh = self.pursuit.step(0, now).publish
         if fresh is not None:
-            self._publish(fresh, self._settle)
+            self._publish(fresh, self._leave)
         self._tell_whole()
         self.node.next_layer()
 
-    def _settle(self) -> None:
-        self._ask("settle", self.node.claims.settle(self.layer.digest), _nothing)
+    def _leave(self) -> None:
+        if not self.pursuit.is_spared_on:
+            self._ask("settle", self.node.claims.settle(self.layer.digest), _nothing)
 
     def _tell_whole(self) -> None:
         digest, claims = self.layer.digest, self.node.claims

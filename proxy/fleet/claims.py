@@ -9,7 +9,8 @@ Theory of operation. Of each blob the directory keeps, all with an end by its ow
   One that renews but publishes nothing for long makes way too, and may not be the next one.
   Who receives of it and sees it die says so, and then its lease is short (`Terms.doubted`). One
   that lives renews in time whoever says what. Were it late, two nodes would fill for a moment: that
-  costs bytes, and nothing else rests on there being one.
+  costs bytes, and nothing else rests on there being one. One that has published all of a blob lets
+  its lease run out: until then it is asked last, since it may be filling the image's next layers.
 * *holdings*: which stripes a node has verified. Those of a part are short-lived and renewed by
   whatever their node does; those of a whole blob live long, at most `Terms.wholes` of them.
 * *grants*: the right to receive one stripe of one giver. Taking one is atomic: the giver has the

@@ -41,8 +41,9 @@ from proxy.fleet.claims_scripts import (
 from proxy.fleet.script import Argument, Script
 from proxy.oci.digest import Digest
 
-#: Nodes that keep other records, or pieces of another length, have other keys: they do not meet.
-VERSION = 2
+#: Nodes that keep other records, or stripes or pieces of another length, have other keys: they do
+#: not meet.
+VERSION = 3
 HASH, NODE = 32, 16
 _WHOLE_MASK = b"*"
 

@@ -160,6 +160,14 @@ class Pursuit:
         lacking = (~self.have & (1 << end) - 1).bit_count()
         return coming >= WIDTH or (lacking <= coming and (coming > 0 or fills))
 
+    @property
+    def is_spared_on(self) -> bool:
+        """At the end: was all of the blob published here, so that nobody has to fill it? Then the
+        lease is left to run out. Meanwhile this node is the last that is asked for what others have
+        too: its uplink goes on to what it alone has, the next layers of the image. A blob of one
+        stripe is published only when all of it is here: then nobody else has any of it."""
+        return self.is_filler and self.is_proven and self.published == self.count > 1
+
     def is_alone(self, now: float) -> bool:
         gone = self._gone_since is not None and now - self._gone_since >= GRACE
         return gone or self._is_refused or len(self._past) >= TRIES

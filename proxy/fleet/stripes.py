@@ -23,6 +23,9 @@ LARGEST = 16 * MIB
 #: Smaller blobs have so many stripes that there are enough of them to share: what a crowd loses is
 #: a stripe's time at the beginning, and another at the end.
 ENOUGH = 64
+#: But they are 1 MiB at least. If a blob of more than that had fewer than so many, they are halved,
+#: down to a piece: of layers of two or three stripes a crowd has too little to pass on at a time.
+FEWEST = 4
 #: How many stripes from the first missing one on are thought about at once.
 WINDOW = 256
 #: How many stripes of one blob are received at once, and how many more are named as alternatives.
@@ -34,7 +37,10 @@ SPAN = 64 * MIB
 
 def stripe_size(size: int) -> int:
     """How long the stripes of a blob of `size` bytes are; the last one may be shorter."""
-    return min(LARGEST, max(1, -(-size // (ENOUGH * MIB))) * MIB)
+    whole = min(LARGEST, max(1, -(-size // (ENOUGH * MIB))) * MIB)
+    while size > MIB and whole > PIECE and whole * FEWEST > size:
+        whole //= 2
+    return whole
 
 
 def stripe_count(size: int) -> int:

@@ -358,7 +358,7 @@ class Sharing:
         await self._claiming.told(self._claiming.drop(self._pursuit.generation))
 
     async def close(self) -> None:
-        """End every transfer; let another node fill, if this one did."""
+        """End every transfer; let another node fill, if this one did and there is more to fill."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -367,8 +367,9 @@ class Sharing:
         self._bell.ring()
         with contextlib.suppress(DirectoryDown):
             await self._claiming.give_back()
-        with contextlib.suppress(DirectoryDown):
-            await self._claiming.settle()
+        if not self._pursuit.is_spared_on:
+            with contextlib.suppress(DirectoryDown):
+                await self._claiming.settle()
 
     # -- tools -----------------------------------------------------------------------------
 

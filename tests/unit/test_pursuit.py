@@ -15,13 +15,14 @@ from proxy.fleet.patience import LONGEST, LOOKERS, MOST_PATIENT, PEACE, PROMPT
 from proxy.fleet.pursuit import LOOK_EACH, Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask
-from proxy.fleet.stripes import MIB, WIDTH, Span
+from proxy.fleet.stripes import MIB, WIDTH, Span, stripe_count
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import giver
 
 DIGEST = Digest.of(b"a blob")
 SIZE = 2 * MIB
+COUNT = stripe_count(SIZE)
 
 
 class One:
@@ -185,7 +186,7 @@ def test_who_has_something_to_take_does_not_look_first_but_now_and_then() -> Non
 
 def test_who_gets_all_that_is_left_does_not_look_meanwhile() -> None:
     pursuit = crowd_of(6).pursuit
-    for stripe in range(2):
+    for stripe in range(COUNT):
         assert pursuit.step(0, 0.0).wait < MOST_PATIENT
         pursuit.asked(Ask(stripe, giver(1), 1))
     assert not pursuit.is_to_look(0, 0.0)
@@ -198,7 +199,7 @@ def test_a_filler_that_gets_all_from_the_upstream_does_not_look_meanwhile() -> N
     one = One(Board(clock=FakeClock(), rng=random.Random(1)), 2)
     pursuit = one.pursuit
     pursuit.led(at_once(one.claims.fill(DIGEST, SIZE)))
-    pursuit.begun(Span(0, 2))
+    pursuit.begun(Span(0, COUNT))
     assert not pursuit.is_to_look(0, 0.0)
     assert pursuit.step(0, 0.0).wait == MOST_PATIENT
     pursuit.gave_up()  # then another one may fill
@@ -208,7 +209,7 @@ def test_a_filler_that_gets_all_from_the_upstream_does_not_look_meanwhile() -> N
 
 def test_whom_the_directory_is_gone_for_looks_for_it_whatever_else_it_does() -> None:
     pursuit = crowd_of(6).pursuit
-    for stripe in range(2):
+    for stripe in range(COUNT):
         pursuit.asked(Ask(stripe, giver(1), 1))
     pursuit.directory_gone(0.0)
     assert pursuit.is_to_look(0, 0.0)
@@ -220,7 +221,7 @@ def test_what_comes_next_is_wished_before_it_is_published() -> None:
     filler = LocalClaims(board, giver(1))
     at_once(filler.fill(DIGEST, SIZE))
     one = One(board, 2)
-    assert [wish.stripe for wish in one.pursuit.step(0, 0.0).wishes] == [0, 1]
+    assert [wish.stripe for wish in one.pursuit.step(0, 0.0).wishes] == list(range(COUNT))
     assert one.take() is None
     at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32]))
     grant = one.take()
@@ -240,6 +241,29 @@ def test_the_filler_wishes_nothing_that_it_has_to_publish_itself() -> None:
     one = One(Board(clock=FakeClock(), rng=random.Random(1)), 2)
     one.pursuit.led(at_once(one.claims.fill(DIGEST, SIZE)))
     assert one.pursuit.step(0, 0.0).wishes == ()
+
+
+@pytest.mark.parametrize(("size", "is_spared_on"), [(SIZE, True), (MIB, False)])
+def test_a_filler_is_spared_on_when_it_has_published_all_of_several_stripes(
+    size: int, is_spared_on: bool
+) -> None:
+    claims = LocalClaims(Board(clock=FakeClock(), rng=random.Random(1)), giver(1))
+    pursuit = Pursuit(giver(1), shunned=Shunned(), rng=random.Random(1), size=size)
+    pursuit.saw(at_once(claims.look(DIGEST)))
+    pursuit.led(at_once(claims.fill(DIGEST, size)))
+    pursuit.begun(Span(0, pursuit.count))
+    for stripe in range(pursuit.count):
+        assert pursuit.filled(stripe, bytes([stripe]) * 32)
+    pursuit.found_right(0.0)
+    assert not pursuit.is_spared_on  # others do not know of it yet
+    fresh = pursuit.step(0, 0.0).publish
+    assert fresh
+    pursuit.was_published(
+        fresh, at_once(claims.publish(DIGEST, size, fresh.first, fresh.hashes, fresh.by))
+    )
+    assert pursuit.is_spared_on is is_spared_on
+    pursuit.gave_up()
+    assert not pursuit.is_spared_on
 
 
 def test_in_a_crowd_what_readers_wait_for_is_asked_for_though_there_is_little_room() -> None:

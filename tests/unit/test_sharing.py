@@ -162,6 +162,24 @@ async def test_when_the_filler_leaves_another_goes_on_behind_it(tmp_path: Path) 
         assert second.sent <= SIZE - 2 * MIB
 
 
+async def test_a_filler_that_has_all_of_it_keeps_its_lease_and_one_that_leaves_does_not(
+    tmp_path: Path,
+) -> None:
+    async with sailing(tmp_path, 1) as fleet:
+        blob, upstream = fleet.board.blob(DIGEST), source()
+        upstream.valve.limit = 3 * MIB
+        reader = fleet.nodes[0].rig.join(upstream, size=SIZE)
+        await until(lambda: blob.filler == fleet.ids[0])
+        flight = fleet.nodes[0].rig.flights.find(DIGEST)
+        assert flight is not None
+        flight.cancel()
+        reader.close()
+        await until(lambda: blob.filler is None)
+        assert await pull(fleet, 0, source()) == DATA
+        await landed(fleet, 0)
+        assert blob.filler == fleet.ids[0]
+
+
 async def test_what_the_fleet_may_not_know_of_stays_in_its_node(tmp_path: Path) -> None:
     async with sailing(tmp_path, 2) as fleet:
         sources = [

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from proxy.fleet.claims import WHOLE, Giver, Holding, View, Wish
 from proxy.fleet.stripes import (
     ENOUGH,
+    FEWEST,
     LARGEST,
     MIB,
+    PIECE,
     SPARE_WISHES,
     WINDOW,
     Span,
@@ -65,7 +67,11 @@ def stripes(standing: Standing, seen: View) -> list[int]:
         (0, MIB, 1),
         (1, MIB, 1),
         (MIB, MIB, 1),
-        (MIB + 1, MIB, 2),
+        (MIB + 1, PIECE, 5),
+        (2 * MIB - 1, PIECE, 8),
+        (2 * MIB, MIB // 2, 4),
+        (FEWEST * MIB - 1, MIB // 2, 8),
+        (FEWEST * MIB, MIB, FEWEST),
         (ENOUGH * MIB, MIB, ENOUGH),
         (ENOUGH * MIB + 1, 2 * MIB, ENOUGH // 2 + 1),
         (ENOUGH * LARGEST, LARGEST, ENOUGH),
@@ -81,7 +87,8 @@ def test_there_are_enough_stripes_to_share_and_none_is_too_long(
 @given(st.integers(0, 1 << 44))
 def test_the_stripes_make_up_the_blob(size: int) -> None:
     count, whole = stripe_count(size), stripe_size(size)
-    assert whole % MIB == 0
+    assert whole % PIECE == 0
+    assert size <= MIB or count >= FEWEST
     last = stripe_length(size, count - 1)
     assert (count - 1) * whole + last == size
     assert 0 < last <= whole or size == 0
