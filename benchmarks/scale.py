@@ -35,7 +35,7 @@ from benchmarks.rounds import unleash
 from benchmarks.scenario import Findings, Options, Promise, Sheet
 from benchmarks.static import static_registry
 from benchmarks.subjects import PULLPOOL, Front, Place, Subject, pullpool
-from benchmarks.watched import read_turns
+from benchmarks.watched import WORTH, read_turns
 from benchmarks.wrk import wrk
 from proxy.store.files import Layout
 
@@ -218,11 +218,12 @@ def follow(directory: Path, size: Size, *, many: bool) -> dict[str, float]:
 
 
 def longest(turns: Path, began: float, all_there: float) -> tuple[float, float]:
-    """How long the longest turn of the loop was that began between the two, and of those after."""
+    """How long the longest turn of the loop was that began between the two, and of those after:
+    ``WORTH`` if none was worth writing down, as none was longer."""
     found = read_turns(turns)
     before = (each.late for each in found if began <= each.began < all_there)
     after = (each.late for each in found if each.began >= all_there)
-    return max(before, default=0.0), max(after, default=0.0)
+    return max(before, default=WORTH), max(after, default=WORTH)
 
 
 def play(subject: Subject, directory: Path, size: Size) -> Played:
