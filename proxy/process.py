@@ -13,6 +13,8 @@ from typing import Any
 
 from proxy.observe.logs import Logger
 
+#: What asks the process to end.
+ENDING = (signal.SIGTERM, signal.SIGINT)
 #: Seconds between two looks whether all garbage is to be collected.
 SWEEP_INTERVAL = 1.0
 #: Rounds over the young ones before a full round: Python's own number, and more for each client.
@@ -79,7 +81,8 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
 
     The end of the pipe ``lifeline``, whose other end the supervisor holds, sets it too. A worker
     gets many a signal twice, by a terminal or systemd, which tell all processes of a group, and by
-    the supervisor: to it a second one says nothing, and the supervisor kills it if asked to.
+    the supervisor: to it a second one says nothing, and the supervisor kills it if asked to. Until
+    the block both may be blocked; what came meanwhile is heard at its beginning.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -93,16 +96,18 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
             loop.remove_reader(lifeline)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         loop.add_signal_handler(number, asked)
     if lifeline is not None:
         loop.add_reader(lifeline, orphaned)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
         yield stop
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if lifeline is not None:
             loop.remove_reader(lifeline)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             loop.remove_signal_handler(number)
 
 

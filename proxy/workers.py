@@ -22,7 +22,9 @@ and the workers drain as after SIGTERM.
 
 *Signals.* SIGTERM and SIGINT are passed on; the supervisor ends when all workers have. Another one
 ends them at once: by SIGKILL, because a second SIGTERM to a worker may be the first one of a
-terminal, or of systemd, that told the whole group.
+terminal, or of systemd, that told the whole group. A worker is born with both blocked, and hears
+what came meanwhile when it can drain (``process.ending``). One that dies by the SIGTERM that it was
+sent had drained already: its handlers were gone, as told by whoever told the group before.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from pathlib import Path
 from proxy import app
 from proxy.config import HostPort, Settings
 from proxy.observe.logs import Logger, make_logger
-from proxy.process import begin_collecting
+from proxy.process import ENDING, begin_collecting
 from proxy.seat import Seat
 from proxy.web.descriptors import raise_limit
 from proxy.web.listener import BACKLOG, bound_sockets
@@ -57,8 +59,7 @@ GROWN = 10.0
 #: Exit code of a worker that ended by an exception.
 CRASHED = os.EX_SOFTWARE
 
-_ENDING = (signal.SIGTERM, signal.SIGINT)
-_WATCHED = frozenset({*_ENDING, signal.SIGCHLD})
+_WATCHED = frozenset({*ENDING, signal.SIGCHLD})
 
 
 @dataclass(slots=True)
@@ -153,7 +154,7 @@ class Supervisor:
             return pid
         code = CRASHED
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.pthread_sigmask(signal.SIG_SETMASK, {*mask, *ENDING})  # until `ending`
             random.seed()  # else all would draw the same pauses
             for place in self._places:
                 if place.seat is not seat:
@@ -169,7 +170,7 @@ class Supervisor:
     def _heed(self, found: signal.struct_siginfo | None) -> None:
         if found is None:
             return
-        if found.si_signo in _ENDING:
+        if found.si_signo in ENDING:
             self._end(signal.SIGKILL if self._is_ending else signal.SIGTERM)
         while (ended := _reaped()) is not None:
             self._bury(*ended)
@@ -181,7 +182,7 @@ class Supervisor:
         is_first = not place.deaths
         place.ended(time.monotonic())
         if self._is_ending:
-            self._code = max(self._code, int(code != 0))
+            self._code = max(self._code, int(code not in (0, -signal.SIGTERM)))
             _close(place.seat.registry)
             self._log.info("worker_ended", worker=place.seat.number, pid=pid, code=code)
             return

@@ -231,13 +231,21 @@ async def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> No
     assert len(both.events("draining")) == 2
 
 
-FAILS_ONCE = """
-import os, signal, sys
+SUPERVISOR = """
+import asyncio, os, signal, sys, time
 from pathlib import Path
 from proxy.observe.logs import make_logger
+from proxy.process import ending
 from proxy.seat import Seat
 from proxy.workers import Supervisor
 
+def supervise(work, fork=os.fork):
+    log = make_logger("json", sys.stderr, "info")
+    seats = [Seat(0, 1, (), (), Path("/"), os.pipe())]
+    sys.exit(Supervisor(seats, work, log, fork=fork).run())
+"""
+
+FAILS_ONCE = """
 def is_first(what):
     mark = Path(sys.argv[1], what)
     known = mark.exists()
@@ -257,17 +265,44 @@ def work(seat):
     signal.sigwait({signal.SIGTERM})
     return 0
 
-log = make_logger("json", sys.stderr, "info")
-seats = [Seat(0, 1, (), (), Path("/"), os.pipe())]
-sys.exit(Supervisor(seats, work, log, fork=fork).run())
+supervise(work, fork)
+"""
+
+TOLD_EARLY = """
+def work(seat):
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    while signal.sigpending() != {signal.SIGINT, signal.SIGTERM}:
+        time.sleep(0.001)
+    async def serve():
+        async with ending(seat.lifeline[0]) as stop:
+            await stop.wait()
+    asyncio.run(serve())
+    return 0
+
+supervise(work)
+"""
+
+TOLD_LATE = """
+def work(seat):
+    async def serve():
+        async with ending(seat.lifeline[0]) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            await stop.wait()
+    asyncio.run(serve())
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as in its other threads
+    signal.pause()
+
+supervise(work)
 """
 
 
-async def failing(what: str, directory: Path) -> bytes:
-    """The log of a supervisor one of whose steps fails, once."""
+async def supervised(script: str, *arguments: str) -> bytes:
+    """The log of a supervisor whose only worker does what ``script`` says; it ends well."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-c", FAILS_ONCE, str(directory), what),
+        *("-c", SUPERVISOR + script, *arguments),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -276,14 +311,25 @@ async def failing(what: str, directory: Path) -> bytes:
     return log
 
 
+async def test_a_worker_that_is_told_to_end_while_it_starts_ends_well() -> None:
+    log = await supervised(TOLD_EARLY)
+    assert b"Traceback" not in log
+    assert b'"code": 0' in log
+
+
+async def test_a_worker_that_is_told_to_end_when_it_has_drained_has_ended_well() -> None:
+    log = await supervised(TOLD_LATE)
+    assert b'"code": -15' in log
+
+
 async def test_a_worker_that_crashes_is_replaced_even_if_no_other_has_died(tmp_path: Path) -> None:
-    log = await failing("worker", tmp_path)
+    log = await supervised(FAILS_ONCE, str(tmp_path), "worker")
     assert b"RuntimeError: a defect" in log
     assert log.count(b"worker_started") == 2
 
 
 async def test_a_worker_that_cannot_be_forked_is_tried_again(tmp_path: Path) -> None:
-    log = await failing("fork", tmp_path)
+    log = await supervised(FAILS_ONCE, str(tmp_path), "fork")
     assert log.count(b"worker_not_started") == log.count(b"worker_started") == 1
 
 
