@@ -40,6 +40,15 @@ def fastest(flight: Flight) -> int:
     return max(reader.position for reader in flight.readers)
 
 
+async def at_rest(source: ScriptedSource) -> None:
+    """Until no turn is under way, nor begins when what came last is where it belongs."""
+    turns = -1
+    while turns != len(source.turns):
+        turns = len(source.turns)
+        await a_while()
+        await until(lambda: source.active == 0)
+
+
 # -- without room on the disk --------------------------------------------------------------------
 
 
@@ -70,10 +79,7 @@ async def test_a_window_moves_with_the_fastest_reader_and_holds_no_slot(tmp_path
         fast, slow = (Sipper(rig.join(source, name)) for name in ("fast", "slow"))
         flight = fast.reader.flight
         while await fast.sip():
-            # Without any reader moving: what has begun may still be on its way.
-            await until(lambda: source.active == 0)
-            await a_while()
-            assert source.active == 0
+            await at_rest(source)  # without any reader moving
             assert flight.received <= fastest(flight) + WINDOW
             assert flight.intake.window is not None
             assert flight.intake.window.end - flight.intake.window.start <= WINDOW
@@ -205,8 +211,7 @@ async def test_a_fill_that_nobody_needs_goes_on_when_somebody_does(tmp_path: Pat
     async with flying(tmp_path, window=WINDOW, max_size=KIB) as rig:
         content = Sipper(rig.join(source, "content"), 0, 10)
         assert await content.rest() == DATA[:10]
-        await a_while()
-        assert source.active == 0
+        await until(lambda: source.active == 0)
         whole = rig.join(source, "whole")
         assert whole.flight is content.reader.flight
         assert await drink(whole) == DATA
@@ -255,8 +260,7 @@ async def test_when_all_have_fallen_out_the_fill_waits_for_them(tmp_path: Path) 
         for _ in range(60):
             assert await fast.sip()
         await fast.leave()
-        await a_while()
-        assert source.active == 0
+        await until(lambda: source.active == 0)
         assert await asyncio.gather(*[sipper.rest() for sipper in slow]) == [DATA] * 2
 
 

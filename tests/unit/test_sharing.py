@@ -327,8 +327,7 @@ async def test_a_turn_under_way_ends_when_another_node_fills(tmp_path: Path) -> 
         first, second = source(), source()
         first.valve.limit = MIB // 2
         waiting = asyncio.create_task(pull(fleet, 0, first))
-        await until(lambda: first.sent == MIB // 2)
-        await a_while()  # it is in the file
+        await until_received(fleet, 0, MIB // 2)
         clock.ahead += PATIENCE
         assert await pull(fleet, 1, second) == DATA
         await until_it_follows(fleet, 0)
@@ -398,8 +397,7 @@ async def test_a_turn_that_is_answered_when_another_node_fills_brings_a_byte(
         second = source()
         waiting = asyncio.create_task(pull(fleet, 0, first))
         await opened.wait()
-        await until(lambda: first.sent == 100 << 10)
-        await a_while()
+        await until_received(fleet, 0, 100 << 10)
         clock.ahead += PATIENCE
         assert await pull(fleet, 1, second) == DATA
         await until_it_follows(fleet, 0)
@@ -416,8 +414,7 @@ async def test_a_filler_whose_turn_brings_something_after_all_fills_on_at_once(
         upstream = source()
         upstream.valve.limit = MIB // 2
         pulling = asyncio.create_task(pull(fleet, 0, upstream))
-        await until(lambda: upstream.sent == MIB // 2)
-        await a_while()  # it is in the file
+        await until_received(fleet, 0, MIB // 2)
         blob = fleet.board.blob(DIGEST)
         assert blob.filler == fleet.ids[0]
         now += PATIENCE
@@ -456,7 +453,7 @@ async def test_what_a_turn_brought_in_the_middle_of_a_stripe_stays_and_is_held_a
         first.valve, second = Slit(end, part, 2 * part), source()
         pulling = asyncio.create_task(pull(fleet, 0, first))
         await until(lambda: first.sent == end + part)
-        await a_while()
+        await until_received(fleet, 0, end)
         clock.ahead += PATIENCE
         assert await pull(fleet, 1, second) == DATA
         await until_it_follows(fleet, 0)
@@ -727,6 +724,17 @@ async def until_it_follows(fleet: Fleet, number: int) -> None:
     sharing = flight.sharing
     assert sharing is not None
     await until(lambda: sharing._pursuit.filling is None)
+
+
+async def until_received(fleet: Fleet, number: int, count: int) -> None:
+    """Wait until a node has so many bytes in its file, and has done all that follows from it."""
+
+    def is_there() -> bool:
+        flight = fleet.nodes[number].rig.flights.find(DIGEST)
+        return flight is not None and flight.intake.end >= count
+
+    await until(is_there)
+    await a_while()
 
 
 async def until_taken(fleet: Fleet, number: int) -> None:

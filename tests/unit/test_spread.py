@@ -81,6 +81,7 @@ async def test_nothing_is_begun_beside_the_first_turn_until_its_answer_has_come(
     source.queue.clear()
     async with flying(tmp_path) as rig:
         task = asyncio.create_task(rig.pull(source))
+        await until(lambda: source.waiting == 1)
         await a_while()
         assert source.waiting == 1
         source.queue.set()
