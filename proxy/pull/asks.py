@@ -80,7 +80,8 @@ class BlobAnswer:
     """A blob or a part of it. ``pieces`` must be closed, and ``close`` called, in any case.
 
     ``size`` is the whole blob's, ``None`` if nobody knows it yet; ``span`` the part that was asked
-    for, ``None`` for all of it.
+    for, ``None`` for all of it. ``is_at_hand``: the first of ``pieces`` needs no waiting, so the
+    headers may leave with it.
     """
 
     digest: Digest
@@ -90,3 +91,4 @@ class BlobAnswer:
     pieces: AsyncGenerator[Piece, None] | None
     close: Callable[[], None]
     warning: str | None = None
+    is_at_hand: bool = False

@@ -79,11 +79,28 @@ class Blobs:
 
     async def answer(self, ask: Ask, digest: Digest, wanted: ByteRange | None) -> BlobAnswer:
         """A GET. Raises ``PullError``; else the caller owns the answer and must close it."""
-        found = await self._waits.proof(ask, self._found(ask, digest, wanted))
+        found: BlobAnswer | _Missing | None = self._missing(ask, digest)
+        if found is None:
+            found = await self._waits.proof(ask, self._found(ask, digest, wanted))
         # From its look into the store to join() nothing suspends: no fill lands or begins unseen.
         if isinstance(found, _Missing):
             return await self._flown(ask, digest, found.link, wanted)
         return found
+
+    def _missing(self, ask: Ask, digest: Digest) -> _Missing | None:
+        """What ``_found`` would give, if memory alone says that the blob is not held and may be
+        asked for: then a crowd has nothing to wait for, and each of it no time-out."""
+        if self._store.size_of(digest) is not None:
+            return None
+        key = (ask.upstream, ask.repository)
+        is_known, link = self._store.link_in_memory(*key, digest)
+        flight = self._flights.find(digest)
+        if link is None and flight is not None:
+            if key in flight.proved:
+                link = Link(flight.size)
+            elif key not in flight.sources:
+                return None
+        return _Missing(link) if is_known else None
 
     async def _found(
         self, ask: Ask, digest: Digest, wanted: ByteRange | None
@@ -161,7 +178,10 @@ class Blobs:
     ) -> BlobAnswer:
         if link is None:
             self._permissions.check(ask, Kind.BLOB, str(digest))
-        source = self._clients[ask.upstream].blob(ask.repository, digest)
+        flight = self._flights.find(digest)
+        source = None if flight is None else flight.sources.find((ask.upstream, ask.repository))
+        if source is None:
+            source = self._clients[ask.upstream].blob(ask.repository, digest)
         size = link.size if link else None
         reader, joined = self._flights.join(source, ask.client, size=size, named=link is not None)
         try:
@@ -177,8 +197,11 @@ class Blobs:
         """Wait for the first bytes until the header deadline; a warning if they have not come."""
         loop = asyncio.get_running_loop()
         try:
-            async with self._waits.headers(ask):
-                await self._cleared(ask, reader, link)
+            if self._is_clear(reader, link):
+                await reader.started()  # does not wait
+            else:
+                async with self._waits.headers(ask):
+                    await self._cleared(ask, reader, link)
         except TimeoutError:
             if self._waits_for_proof(reader, link):
                 raise self._waits.late_proof(ask) from None
@@ -206,6 +229,10 @@ class Blobs:
         flight = reader.flight
         return link is None and not flight.is_waiting and reader.source.key not in flight.proved
 
+    def _is_clear(self, reader: Reader, link: Link | None) -> bool:
+        """Have bytes come that it may have? Then it need not wait for anything."""
+        return not reader.flight.is_waiting and not self._waits_for_proof(reader, link)
+
     def _answer(
         self,
         ask: Ask,
@@ -219,18 +246,22 @@ class Blobs:
         size = _size(reader.flight, link)
         span = wanted.resolve(size) if wanted is not None and size is not None else None
         start, stop = (span.start, span.stop) if span else (0, size)
+        flight = reader.flight
+        is_clear = self._is_clear(reader, link)
+        pieces = reader.pieces(start, stop)
         return BlobAnswer(
-            digest=reader.flight.digest,
+            digest=flight.digest,
             size=size,
             span=span,
-            cache=_word(reader.flight, joined=joined),
-            pieces=self._bounded(ask, reader, link, start, stop),
+            cache=_word(flight, joined=joined),
+            pieces=pieces if is_clear else self._bounded(ask, reader, link, pieces),
             close=reader.close,
             warning=early,
+            is_at_hand=is_clear and start < flight.mark and not flight.intake.has_lost(start),
         )
 
     async def _bounded(
-        self, ask: Ask, reader: Reader, link: Link | None, start: int, stop: int | None
+        self, ask: Ask, reader: Reader, link: Link | None, pieces: AsyncGenerator[Piece, None]
     ) -> AsyncGenerator[Piece, None]:
         """The reader's pieces; the first bytes come before the blob deadline or never."""
         try:
@@ -239,7 +270,6 @@ class Blobs:
         except TimeoutError:
             self._keep_place(reader)
             raise self._waits.late_blob(ask, reader.flight.ticket) from None
-        pieces = reader.pieces(start, stop)
         try:
             async for piece in pieces:
                 yield piece
@@ -316,7 +346,8 @@ def from_memory(
     """The answer from all bytes of a blob. Raises ``RangeNotSatisfiable``."""
     span = wanted.resolve(len(data)) if wanted is not None else None
     part = data if span is None else data[span.start : span.stop]
-    return BlobAnswer(digest, len(data), span, word, _bytes(part), lambda: None)
+    pieces = _bytes(part)
+    return BlobAnswer(digest, len(data), span, word, pieces, lambda: None, is_at_hand=True)
 
 
 async def _bytes(data: bytes) -> AsyncGenerator[Piece, None]:

@@ -201,7 +201,15 @@ class Sources:
         """Ask ``source`` too; returns the one that stands for its repository here."""
         if named:
             self._named.add(source.key)
-        return self._entries.setdefault(source.key, _Entry(source)).source
+        known = self._entries.get(source.key)
+        if known is None:
+            known = self._entries[source.key] = _Entry(source)
+        return known.source
+
+    def find(self, key: Key) -> Source | None:
+        """The one that stands for this repository, if there is one."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.source
 
     def next(self) -> Source:
         """The source to ask: the one that failed least. There must be one."""

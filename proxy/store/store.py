@@ -355,12 +355,19 @@ class Store:
         seen = self._shelf.now() / 1_000_000
         await self._shelf.record(self._index.link(upstream, repository, rows, seen))
 
+    def link_in_memory(
+        self, upstream: str, repository: str, digest: Digest
+    ) -> tuple[bool, Link | None]:
+        """Whether ``linked`` needs no look into the index, and what it gives then."""
+        known = self._links.get((upstream, repository, digest))
+        return known is not None or self._hints.exclude(digest), known
+
     async def linked(self, upstream: str, repository: str, digest: Digest) -> Link | None:
         """Whether this repository is known to have it; None says nothing about the contrary."""
-        key = (upstream, repository, digest)
-        known = self._links.get(key)
-        if known is not None or self._hints.exclude(digest):
+        is_known, known = self.link_in_memory(upstream, repository, digest)
+        if is_known:
             return known
+        key = (upstream, repository, digest)
         before = self._unlinks
         row = await self._shelf.record(self._index.linked(upstream, repository, str(digest)))
         if row is None:

@@ -106,7 +106,7 @@ class Listener:
     def state(self) -> ListenerState:
         """What metrics and the status page show."""
         return ListenerState(
-            open=len(self._server.connections) + len(self._connecting),
+            open=self._server.open + len(self._connecting),
             limit=self._room,
             paused=self._next_look is not None,
         )
@@ -162,7 +162,7 @@ class Listener:
 
     def _begin(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        held = unsent(len(self._server.connections) + len(self._connecting) + 1)
+        held = unsent(self._server.open + len(self._connecting) + 1)
         with contextlib.suppress(OSError):  # its client has left
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, held)
         task = asyncio.create_task(self._connect(sock, self._tls), name="connect a client")

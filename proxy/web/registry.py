@@ -52,13 +52,15 @@ from proxy.upstream.routing import Route, Routes
 from proxy.web.access import AccessLog, Visit
 from proxy.web.auth import Authentication
 from proxy.web.clients import Clients, certified
-from proxy.web.sending import BodyResponse, Sender, break_off
+from proxy.web.sending import BodyResponse, Sender, break_off, send_head
 
 COMMON = {"Docker-Distribution-Api-Version": "registry/2.0", "Server": "pullpool"}
 #: Is told a request that was answered, and what it was for.
 Offer = Callable[[web.BaseRequest, Route, Target], None]
 #: Query parameters of a request, at most.
 MAX_PARAMETERS = 32
+#: Targets of requests that are kept as they were parsed, and characters of one of them, at most.
+KEPT, MAX_KEPT = 256, 512
 #: Characters of the parser's words about a malformed request that are said back.
 MAX_WORDS = 200
 
@@ -112,6 +114,7 @@ class Registry:
         self._throttles = throttles
         self._is_draining = is_draining
         self._offer = offer
+        self._parsed: dict[str, Parsed] = {}  # by the request's target
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,7 +185,7 @@ class Registry:
             visit.user = await self._name(self._authentication, request, visit)
         if request.method not in ("GET", "HEAD"):
             raise MethodNotAllowed
-        parsed = parse_request(request)
+        parsed = self._parse(request)
         visit.kind = parsed.target.kind
         if self._is_draining():
             raise ShuttingDown
@@ -201,6 +204,18 @@ class Registry:
         if self._offer is not None and visit.status in (200, 304) and visit.error is None:
             self._offer(request, route, parsed.target)
         return response
+
+    def _parse(self, request: web.BaseRequest) -> Parsed:
+        """As ``parse_request``: a crowd asks for the same, in the same words."""
+        target = request.raw_path
+        parsed = self._parsed.get(target)
+        if parsed is None:
+            parsed = parse_request(request)
+            if len(target) <= MAX_KEPT:
+                if len(self._parsed) >= KEPT:
+                    self._parsed.clear()
+                self._parsed[target] = parsed
+        return parsed
 
     async def _name(
         self, authentication: Authentication, request: web.BaseRequest, visit: Visit
@@ -266,11 +281,14 @@ class Registry:
         status = 200 if answer.span is None else 206
         response = BodyResponse(status=status, headers=self._headers(visit, headers))
         response.content_length = answer.span.length if answer.span else answer.size
+        response.hold_head()
         visit.answered(status)
         await response.prepare(request)
         sender = Sender(request, response)
         try:
             with self._stream(visit, prompt=False) as stream:
+                if stream is not None or not answer.is_at_hand:
+                    send_head(request)
                 await sender.send_all(answer.pieces, stream)
             await response.write_eof()
         except PullError as error:

@@ -21,6 +21,7 @@ A body that cannot be finished must not end cleanly. By FIN the client may go on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -49,6 +50,12 @@ class BodyResponse(web.StreamResponse):
     """A response whose body may have to stay unfinished."""
 
     broken = False
+
+    def hold_head(self) -> None:
+        """Let the head leave with the first bytes, which takes one call of the kernel instead of
+        two. It must not have been prepared yet; ``send_head`` lets it go without them."""
+        # Private: aiohttp has it for its own responses only. Tests tell when it ceases to work.
+        self._send_headers_immediately = False
 
     async def write_eof(self, data: bytes = b"") -> None:
         """End the body, unless it is broken: then there is no end to send."""
@@ -108,6 +115,7 @@ class Sender:
 
     async def _send_file(self, transport: asyncio.Transport, span: FileSpan) -> None:
         loop = asyncio.get_running_loop()
+        send_head(self._request)
         try:
             await loop.sendfile(transport, span.lease.file, span.start, span.length, fallback=False)
         except (NotImplementedError, asyncio.SendfileNotAvailableError):
@@ -134,6 +142,11 @@ class Sender:
             await self._response.write(data)
             position += len(data)
             self.sent += len(data)
+
+
+def send_head(request: web.BaseRequest) -> None:
+    """Let the head of its answer go, if that was held. Raises ``ConnectionError``."""
+    request.writer.send_headers()
 
 
 def chunk_for(request: web.BaseRequest) -> int:
@@ -210,6 +223,8 @@ def break_off(request: web.BaseRequest, response: BodyResponse, *, reset: bool) 
     transport = request.transport
     if transport is None:
         return
+    with contextlib.suppress(ConnectionError):  # whoever is told of 200 here hears it, too
+        send_head(request)
     if not reset and _has_an_end(request, response):
         transport.close()
         return

@@ -96,7 +96,7 @@ class RegistryServer(web.Server):
         super().__init__(handler, **options)
         self._malformed = malformed
         self._proxies = proxies
-        self._options = options
+        self._options = {k: v for k, v in options.items() if k not in _OF_THE_SERVER}
         self.on_connection_lost: Callable[[], None] | None = None  # told each time
         self.scratch = bytearray()
         self.line = Line(self._loop)
@@ -112,8 +112,12 @@ class RegistryServer(web.Server):
         return self._made(ClientProtocol)
 
     def _made(self, make: Callable[..., web.RequestHandler]) -> web.RequestHandler:
-        options = {k: v for k, v in self._options.items() if k not in _OF_THE_SERVER}
-        return make(self, self._malformed, self._proxies, loop=self._loop, **options)
+        return make(self, self._malformed, self._proxies, loop=self._loop, **self._options)
+
+    @property
+    def open(self) -> int:
+        """How many connections there are."""
+        return len(self._connections)
 
 
 class RegistryRunner(web.ServerRunner):

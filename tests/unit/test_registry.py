@@ -3,16 +3,20 @@
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from aiohttp import web
 
 from proxy.testing import Answer as Scripted
 from proxy.testing import FakeRegistry, Fault, make_image, make_index
-from proxy.web.registry import origin_form
+from proxy.web.registry import KEPT, MAX_KEPT, Parsed, Registry, origin_form, parse_request
+from tests.unit.hot_kit import make_side
 from tests.unit.proxy_kit import (
     IMAGE,
     LAYER,
@@ -62,6 +66,30 @@ class TestPing:
     )
     def test_request_targets(self, target: str, path: str) -> None:
         assert origin_form(target) == path
+
+    async def test_targets_are_kept_as_they_were_parsed_but_not_without_end(
+        self, tmp_path: Path
+    ) -> None:
+        async with pulling(tmp_path) as (pool, _):
+            side = make_side(pool, hot=False, clock=time.monotonic)
+            registry = side.server.request_handler
+            assert isinstance(registry, Registry)
+
+            def request(target: str) -> web.BaseRequest:
+                return cast(web.BaseRequest, SimpleNamespace(raw_path=target))
+
+            def parsed(target: str) -> Parsed:
+                return registry._parse(request(target))
+
+            first = parsed(blob_path())
+            assert first == parse_request(request(blob_path()))
+            assert parsed(blob_path()) is first
+            for number in range(3 * KEPT):
+                _ = parsed(f"/v2/team/app-{number}/tags/list")
+                assert len(registry._parsed) <= KEPT
+            long = "/v2/team/app/tags/list?n=" + "1" * MAX_KEPT
+            assert parsed(long) is not parsed(long)
+            await side.server.shutdown(1)
 
 
 class TestContent:

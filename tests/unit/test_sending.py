@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -293,6 +294,32 @@ async def test_a_blob_larger_than_the_cache_goes_through(tmp_path: Path) -> None
         part = await pool.get(blob_path(digest), Range="bytes=1000000-1000009")
         assert part.body == LARGE[1_000_000:1_000_010]
         assert await pool.stored() == set()
+
+
+async def test_who_has_to_wait_for_bytes_that_have_gone_gets_its_head_before(
+    tmp_path: Path,
+) -> None:
+    data = pseudo_random("a blob of which a window holds a part", 48 * MIB)
+    settings: dict[str, Any] = {
+        "cache": {"max_size": "1MiB"},
+        "upstreams": {UPSTREAM: {"max_connections": 1}},
+    }
+    async with pulling(tmp_path, **settings) as (pool, fake):
+        digest = fake.put_blob(NAME, data)
+        async with (
+            RawClient.connected(pool.address, receive_buffer=4096) as first,
+            RawClient.connected(pool.address) as late,
+        ):
+            await first.ask(blob_path(digest))
+            await first.until(lambda received: len(received) > 16 * MIB)
+            with fake.hold(kind="blob") as hold:
+                reading = asyncio.create_task(first.rest(len(data)))
+                await hold.arrived()  # the flight's next turn, which has the only slot
+                await late.ask(blob_path(digest), headers="Range: bytes=1000000-1000009\n")
+                assert (await late.head()).startswith("HTTP/1.1 206")
+                assert late.body == b""
+            assert await reading == data
+            assert await late.rest(10) == data[1_000_000:1_000_010]
 
 
 async def test_a_shared_layer_is_one_file(served: Served) -> None:

@@ -37,6 +37,15 @@ def one_source(*, named: bool = True) -> tuple[Sources, ScriptedSource]:
     return sources, source
 
 
+def test_a_repository_has_one_source_until_it_is_refused() -> None:
+    sources, source = one_source()
+    assert sources.find(source.key) is source
+    assert sources.add(ScriptedSource(b"x"), named=False) is source
+    assert sources.find(("up", "another/repository")) is None
+    sources.drop(source)
+    assert sources.find(source.key) is None
+
+
 @pytest.mark.parametrize("first", [UpstreamBusy(), UpstreamDown(), QueueFull(), Throttled()])
 def test_waits_do_not_use_up_the_tries_of_a_flight_that_has_begun(first: PullError) -> None:
     sources, source = one_source()

@@ -12,7 +12,8 @@ from proxy.observe.metrics import Metrics
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestMismatch, StoreFailed
 from proxy.oci.manifest import Descriptor, Manifest
-from proxy.store.store import NoRoom, Store
+from proxy.store.store import Link, NoRoom, Store
+from tests.unit.proxy_kit import until
 from tests.unit.store_kit import (
     blob,
     count,
@@ -281,6 +282,17 @@ async def test_links_are_by_upstream_and_repository(store: Store) -> None:
     assert await store.linked("up", "team/app", name(A)) == link
     await store.unlink("up", "team/app", name(A))
     assert await store.linked("up", "team/app", name(A)) is None
+
+
+async def test_what_memory_knows_of_a_link_is_what_the_index_would_say(store: Store) -> None:
+    await until(lambda: store.link_in_memory("up", "team/app", name(A))[0])  # all links are read
+    assert store.link_in_memory("up", "team/app", name(A)) == (True, None)
+    await store.link("up", "team/app", [(name(A), 10)])
+    assert store.link_in_memory("up", "team/app", name(A)) == (True, Link(10))
+    # Another repository has it: of this one only the index can tell.
+    assert store.link_in_memory("up", "team/other", name(A)) == (False, None)
+    await store.unlink("up", "team/app", name(A))
+    assert store.link_in_memory("up", "team/app", name(A)) == (False, None)
 
 
 async def test_links_and_tags_survive_a_restart(tmp_path: Path) -> None:
