@@ -288,6 +288,10 @@ class Flight:
         """Wait for the next step of progress, ``beyond`` the mark as well, or the end."""
         await self._fill.progress.changed(beyond=beyond)
 
+    async def let_others_go(self) -> None:
+        """Go on in a later turn of the loop: there is more at hand than one turn is to send."""
+        await self._fill.progress.let_others_go()
+
     def front(self, position: int) -> int:
         """How far that has come which will bring the byte at ``position``."""
         return self._fill.front(position)

@@ -63,6 +63,11 @@ class Helpers:
         return [helper.segment for helper in self._all if helper.has_begun]
 
     @property
+    def has_slots(self) -> bool:
+        """Has any of them a slot, answered or not?"""
+        return any(not (one.is_waiting or one.task.cancelling()) for one in self._all)
+
+    @property
     def waiting(self) -> Iterator[Helper]:
         """Those that have no slot."""
         return (helper for helper in self._all if helper.is_waiting)

@@ -37,6 +37,15 @@ class Bell:
         finally:
             self._waiting.pop(future, None)
 
+    async def pass_on(self) -> None:
+        """Until those who are waking have woken: in the next turn, or a later one."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waking.append(future)
+        if len(self._waking) == 1:
+            loop.call_soon(self._wake_lot)
+        await future
+
     def ring(self) -> None:
         """Wake everybody who waits now: the first lot at once, one more in each loop turn."""
         is_idle = not self._waking
@@ -76,6 +85,10 @@ class Progress:
             await self._bell.wait()
         finally:
             self._beyond -= beyond
+
+    async def let_others_go(self) -> None:
+        """For whoever has more at hand than he may have in one turn of the loop."""
+        await self._bell.pass_on()
 
     def went_ahead(self) -> None:
         """There is more beyond the mark: tell those who wait there, if any do, in a step's time."""

@@ -172,8 +172,8 @@ class Spread:
             self.close_up()
             self.plan.reach(self._intake.received)
             self._recall()
-            parts = source.segments if self._is_wide(source) else 1
-            segment = self.plan.take(parts=parts, most=source.turn_bytes)
+            parts, most = self._share(source)
+            segment = self.plan.take(parts=parts, most=most)
             if segment is not None:
                 return segment
             if self._intake.received == self.plan.size:
@@ -328,10 +328,18 @@ class Spread:
             and self._intake.window is None
         )
 
-    def _is_wide(self, source: Source) -> bool:
-        """Does, or could, anybody bring something at the same time as the lead?"""
-        is_helped = bool(self._helpers.begun) or source.spare > 1
-        return self._may_spread(source) and not self._is_behind and is_helped
+    def _share(self, source: Source) -> tuple[int, int]:
+        """How many bring something beside the lead, itself included, and the bytes of its turn at
+        most. While its bytes outrun us nobody else does; but that may change, and a long turn that
+        has begun by then would keep readers to the rate of one connection, with all that others
+        bring lying beyond it. So its turns grow with what has come."""
+        could_be_helped = self._helpers.has_slots or source.spare > 1
+        if not (self._may_spread(source) and could_be_helped):
+            return 1, source.turn_bytes
+        if self._is_behind:
+            most = max(2 * self._least, self._intake.received)
+            return 1, min(source.turn_bytes, most)
+        return source.segments, source.turn_bytes
 
     def _begin(self, source: Source, segment: Segment) -> None:
         ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)

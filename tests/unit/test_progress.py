@@ -58,6 +58,35 @@ async def test_a_crowd_is_woken_in_lots_with_the_loop_running_in_between() -> No
         assert max(after - before for before, after in pairwise(steps)) <= LOT
 
 
+async def test_whoever_has_more_at_hand_goes_on_in_lots_behind_those_who_are_waking() -> None:
+    bell, order = Bell(), list[str]()
+
+    async def go_on(name: str) -> None:
+        await bell.pass_on()
+        order.append(name)
+
+    async with Waiters(bell, LOT + 1) as waiters:
+        bell.ring()
+        others = [asyncio.create_task(go_on(f"{number}")) for number in range(2 * LOT)]
+        steps = [0]
+        while len(order) < len(others):
+            await asyncio.sleep(0)
+            assert waiters.woken == len(waiters.tasks) or not order
+            steps.append(waiters.woken + len(order))
+        assert max(after - before for before, after in pairwise(steps)) <= LOT
+        assert order == [f"{number}" for number in range(2 * LOT)]
+
+
+async def test_whoever_lets_others_go_and_is_cancelled_holds_nobody_up() -> None:
+    bell = Bell()
+    first, second = (asyncio.create_task(bell.pass_on()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert first.cancelled()
+    assert repr(bell) == "<Bell 0 waiting, 0 waking>"
+
+
 async def test_rings_during_a_ring_forget_nobody() -> None:
     bell = Bell()
     async with Waiters(bell, 2 * LOT) as first:

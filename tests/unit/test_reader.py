@@ -19,6 +19,8 @@ from proxy.pull.reader import (
     MIN_OWN_TURN,
     OWN_TURN_BYTES,
     SLOW_CLIENT,
+    SPAN,
+    FileSpan,
     next_own_turn,
 )
 from proxy.pull.sources import TRIES, WAIT_SECONDS
@@ -61,6 +63,23 @@ async def test_a_range_is_served_before_the_rest_has_come(tmp_path: Path) -> Non
     source.valve.open(50 * KIB)
     async with flying(tmp_path) as rig:
         assert await rig.pull(source, start=KIB, stop=40 * KIB) == DATA[KIB : 40 * KIB]
+
+
+async def test_a_reader_that_lags_lets_the_loop_go_round_between_two_spans(tmp_path: Path) -> None:
+    """Its client may take all of a large blob as fast as it is sent."""
+    data = blob(5, 2 * SPAN + 5)
+    source = ScriptedSource(data, chunk=SPAN, turn_bytes=len(data))
+    async with flying(tmp_path) as rig:
+        reader = rig.join(source)
+        await until(lambda: reader.flight.is_verified)
+        lengths, order = list[int](), list[str]()
+        async for piece in reader.pieces(0, None):
+            assert isinstance(piece, FileSpan)
+            lengths.append(piece.length)
+            order.append("piece")
+            asyncio.get_running_loop().call_soon(order.append, "turn")
+        assert lengths == [SPAN, SPAN, 5]
+        assert order[:5] == ["piece", "turn", "piece", "turn", "piece"]
 
 
 async def test_a_far_range_takes_a_turn_of_its_own(tmp_path: Path) -> None:

@@ -114,6 +114,58 @@ async def test_there_are_no_further_turns_while_bytes_wait_for_us(
         assert bool(of_class(source, TurnClass.SEGMENT)) is (writing == 0.0)
 
 
+async def test_a_turn_that_others_may_yet_join_is_no_longer_than_what_has_come(
+    tmp_path: Path,
+) -> None:
+    """A longer one would keep readers to its rate when others bring what lies beyond it."""
+    clock = Pauses()
+
+    def write(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        clock.now += 1.0  # so bytes wait for us
+        return os.pwritev(fd, buffers, offset)
+
+    data = blob(4, 8 * LARGE)
+    source = source_of(data, chunk=LARGE, turn_bytes=len(data))
+    disk = Disk(write=write)
+    async with flying(tmp_path, disk=disk, clock=clock, segment_bytes=LARGE, gather=1e-6) as rig:
+        assert await rig.pull(source) == data
+        assert [turn.length for turn in source.turns] == [2 * LARGE, 2 * LARGE, 4 * LARGE]
+
+
+class LateAnswers(ScriptedSource):
+    """Gives all slots to further turns at once, and an answer when ``answers`` is set."""
+
+    answers: asyncio.Event
+
+    @asynccontextmanager
+    async def open(
+        self, start: int, length: int | None, ticket: Ticket
+    ) -> AsyncIterator[ScriptedBody]:
+        if ticket.turn_class is TurnClass.SEGMENT:
+            self.spare = 0
+            ticket.grants += 1
+            await self.answers.wait()
+        async with super().open(start, length, ticket) as body:
+            yield body
+
+
+async def test_a_turn_beside_others_that_are_not_answered_yet_is_cut_as_if_they_were(
+    tmp_path: Path,
+) -> None:
+    source = LateAnswers(DATA, segments=4)
+    source.answers = asyncio.Event()
+    source.valve.open(0)
+    async with flying(tmp_path) as rig:
+        task = asyncio.create_task(rig.pull(source))
+        await until(lambda: source.spare == 0)
+        source.valve.open()
+        await until(lambda: len(source.turns) == 2)
+        assert source.turns[1].length == LEAST
+        source.answers.set()
+        assert await task == DATA
+        assert source.sent == len(DATA)
+
+
 async def test_readers_follow_in_order_while_later_parts_are_there_already(tmp_path: Path) -> None:
     source = source_of()
     async with flying(tmp_path) as rig:
