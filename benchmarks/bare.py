@@ -1,15 +1,18 @@
-"""How little a hit can cost on this loop: `python -m benchmarks.bare PORT UPSTREAM_PORT LOG`.
+"""How little a hit can cost on this loop: `python -m benchmarks.bare PORT UPSTREAM_PORT LOG N`.
 
 Whatever it is asked for it fetches once from the upstream. Then all requests get that: uvloop and
 aiofastnet call a protocol, which writes prepared bytes and notes a line as long as pullpool's. It
 parses nothing, asks nothing, counts nothing; only the request's id and the time are new in each
 answer and line. So what it takes is the loop's and the kernel's, and what pullpool takes beyond it
-is pullpool's. Not a cache: a gauge for one.
+is pullpool's. Not a cache: a gauge for one. N processes serve, each with a listening socket of its
+own, as the workers of pullpool have; so it shows as well what a second process of this loop costs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -101,16 +104,45 @@ class Server:
         self._log.flush()
 
 
-async def serve(port: int, upstream: int, log: Path) -> None:
-    """Until it is ended."""
-    with log.open("w") as out:
+def listening(port: int, number: int) -> list[socket.socket]:
+    """Sockets of one port, among which the kernel spreads the connections."""
+    made = [socket.socket() for _ in range(number)]
+    for each in made:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.bind((LOOPBACK, port))
+    for each in made:
+        each.listen(4096)
+    return made
+
+
+async def serve(own: socket.socket, upstream: int, log: Path, parent: int) -> None:
+    """Until it is ended, or the process does that has the other end of this pipe."""
+    with log.open("a") as out:
         bare = Server(upstream, out)
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Bare(bare), LOOPBACK, port, backlog=4096)
+        server = await loop.create_server(lambda: Bare(bare), sock=own)
+        loop.add_reader(parent, os._exit, 0)  # its lines are written by then
         await server.serve_forever()
 
 
-if __name__ == "__main__":
+def main(port: int, upstream: int, log: Path, processes: int) -> None:
+    """Serves in so many processes; the first is this one."""
+    sockets = listening(port, processes)
+    parent, child = os.pipe()
+    own = sockets[0]
+    for other in sockets[1:]:
+        if os.fork() == 0:
+            os.close(child)
+            own = other
+            break
+    for other in sockets:
+        if other is not own:
+            other.close()
     factory = aiofastnet.loop_factory(uvloop.new_event_loop)
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
+        runner.run(serve(own, upstream, log, parent))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

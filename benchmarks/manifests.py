@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.board import Board, Played, count, micros, milliseconds, per_second, play_in_turn
@@ -34,6 +35,7 @@ from benchmarks.wrk import wrk
 CAP = 16
 TWO = Subject("pullpool-2", "pullpool, two workers", "", two_workers)
 BARE = Subject("bare", "a bare protocol on the same loop", "", bare)
+BARE_TWO = Subject("bare-2", "the same, two processes", "", partial(bare, processes=2))
 CONNECTIONS = 64
 
 ABOUT = """\
@@ -104,7 +106,7 @@ def measure(options: Options) -> Findings:
         want = shelf.image(image)
         board = play_in_turn(
             "manifests",
-            (REGISTRY, NGINX, PULLPOOL, TWO, BARE),
+            (REGISTRY, NGINX, PULLPOOL, TWO, BARE, BARE_TWO),
             options,
             lambda subject, directory: play(subject, directory, upstream.port, want, size),
         )

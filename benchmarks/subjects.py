@@ -179,11 +179,11 @@ def two_workers(place: Place) -> AbstractContextManager[Front]:
 
 
 @contextlib.contextmanager
-def bare(place: Place) -> Iterator[Front]:
+def bare(place: Place, *, processes: int = 1) -> Iterator[Front]:
     """A protocol on pullpool's loop that only writes prepared bytes and a log (`bare.py`)."""
     port, log = free_port(), place.directory / "access.log"
     program = (sys.executable, "-m", "benchmarks.bare")
-    command = (*program, str(port), str(place.upstream), str(log))
+    command = (*program, str(port), str(place.upstream), str(log), str(processes))
     with running("bare", command, place.directory) as part:
         # Its first answer would be everybody's.
         until(lambda: not part.is_running or is_listening(port), "bare to listen")

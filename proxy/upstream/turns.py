@@ -101,7 +101,8 @@ class TurnTimes:
     def ended(self, turn_class: TurnClass, seconds: float) -> None:
         """One more turn has ended."""
         lasted = self._lasted[turn_class]
-        self._lasted[turn_class] = lasted + (max(seconds, SHORTEST) - lasted) / 4
+        lasts = seconds if seconds > SHORTEST else SHORTEST
+        self._lasted[turn_class] = lasted + (lasts - lasted) / 4
 
     def of(self, turn_class: TurnClass) -> float:
         """What one turn of ``turn_class`` takes."""
@@ -219,15 +220,29 @@ class _Ring:
         self.images = 0  # lines
         self.streak = 0
 
-    def first(self) -> Ticket:
-        """The ticket whose turn it is; its client goes to the end of the ring."""
+    def take(self) -> Ticket:
+        """Take out the ticket whose turn it is; its client goes to the end of the ring."""
         if self.urgent:
-            return next(iter(self.urgent))
-        client, lines = next(iter(self.clients.items()))
-        self.clients.move_to_end(client)
-        image, line = next(iter(lines.items()))
-        lines.move_to_end(image)
-        return next(iter(line))
+            ticket, _ = self.urgent.popitem(last=False)
+            self.drop_all(ticket)
+            return ticket
+        client = next(iter(self.clients))
+        lines = self.clients[client]
+        image = next(iter(lines))
+        line = lines[image]
+        ticket, _ = line.popitem(last=False)
+        if line:
+            lines.move_to_end(image)
+        else:
+            del lines[image]
+            self.images -= 1
+        if lines:
+            self.clients.move_to_end(client)
+        else:
+            del self.clients[client]
+        if len(ticket._clients) > 1:
+            self.drop_all(ticket)
+        return ticket
 
     def line_up(self, ticket: Ticket, client: str) -> None:
         lines = self.clients.get(client)
@@ -238,6 +253,11 @@ class _Ring:
             line = lines[ticket.image] = OrderedDict()
             self.images += 1
         line[ticket] = None
+
+    def drop_all(self, ticket: Ticket) -> None:
+        """Take it out of the lines of all its clients."""
+        for client in ticket.clients:
+            self.drop(ticket, client)
 
     def drop(self, ticket: Ticket, client: str) -> None:
         lines = self.clients.get(client)
@@ -340,28 +360,37 @@ class TurnQueue:
         self._length -= 1
         if ring.urgent:
             ring.urgent.pop(ticket, None)
-        for client in ticket.clients:
-            ring.drop(ticket, client)
+        ring.drop_all(ticket)
 
     def take(self, allowed: Collection[TurnClass]) -> Ticket | None:
         """Remove and return the ticket that goes next among the ``allowed`` classes."""
         chosen = self._choose(allowed)
         if chosen is None:
             return None
-        ticket = self._rings[chosen].first()
+        ring = self._rings[chosen]
+        ticket = ring.take()
+        ring.count -= 1
+        self._length -= 1
         ticket.grants += 1
-        self.discard(ticket)
+        ticket._queue = None
         return ticket
 
     def _choose(self, allowed: Collection[TurnClass]) -> TurnClass | None:
+        if not self._length:
+            return None
+        for only, ring in self._rings.items():
+            if ring.count == self._length:  # nobody waits in another one, as mostly
+                if only not in allowed:
+                    return None
+                self._count(only, is_contested=False)
+                return only
+            if ring.count:
+                break
         waiting = [c for c, ring in self._rings.items() if ring.count]
         candidates = [c for c in waiting if c in allowed]
         if not candidates:
             return None
         chosen = candidates.pop()
-        if len(waiting) == 1:  # as mostly
-            self._count(chosen, is_contested=False)
-            return chosen
         while candidates:
             # `chosen` goes if this class does not.
             turn_class = candidates.pop()
