@@ -26,6 +26,7 @@ from proxy.fleet.pursuit import Pursuit
 from proxy.fleet.shunned import Shunned
 from proxy.fleet.steps import Ask, Fresh, Step
 from proxy.fleet.stripes import PIECE, lowest_zero, stripe_length
+from proxy.fleet.traffic import Traffic
 from proxy.oci.digest import Digest
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class Node(Sender):
         self.giver = Giver(name, f"node-{number}", f"zone-{number % fleet.zones}", f"http://{name}")
         self.claims = LocalClaims(fleet.board, self.giver)
         self.shunned = Shunned()
+        self.traffic = Traffic()
         self.is_receiving = False
         self.pulls: dict[Digest, Pull] = {}
         self.began = 0.0
@@ -147,7 +149,11 @@ class Pull:
         self.node, self.layer = node, layer
         # The manifest, which every node has by then, tells the size.
         self.pursuit = Pursuit(
-            node.giver, shunned=node.shunned, rng=node.fleet.rng, size=layer.size
+            node.giver,
+            shunned=node.shunned,
+            rng=node.fleet.rng,
+            size=layer.size,
+            traffic=node.traffic,
         )
         self.progress: dict[int, int] = {}
         self.transfers: dict[object, Transfer] = {}

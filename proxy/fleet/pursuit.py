@@ -9,7 +9,8 @@ States of a stripe: lacking -> receiving (of another node) or filling (from the 
 Lacking again when the transfer fails, when another generation has another hash of it, and all of
 them when the blob was found wrong. States of the node: following (somebody fills), filler, alone.
 
-* Stripes that are published and can be had of others are taken of them, `WIDTH` at once.
+* Stripes that are published and can be had of others are taken of them, as many at once as the
+  node's line has room for (`traffic.py`).
 * Nobody fills and something is to be filled: it asks to become the filler. That is so when stripes
   are yet unpublished, or when published ones are missing: nobody has them any more.
 * The filler brings the missing stripes first and then those behind the last published one; it takes
@@ -38,7 +39,6 @@ from proxy.fleet.stripes import (
     PIECE,
     SPAN,
     SPARE_WISHES,
-    WIDTH,
     Span,
     Standing,
     lowest_zero,
@@ -49,6 +49,7 @@ from proxy.fleet.stripes import (
     wishes,
 )
 from proxy.fleet.told import Proof, Told
+from proxy.fleet.traffic import WIDTH, Traffic
 
 #: After so many wrong ones the blob's bytes come from the upstream alone.
 TRIES = 3
@@ -62,10 +63,17 @@ class Pursuit:
     """One node's way to one blob."""
 
     def __init__(
-        self, giver: Giver, *, shunned: Shunned, rng: random.Random, size: int | None = None
+        self,
+        giver: Giver,
+        *,
+        shunned: Shunned,
+        rng: random.Random,
+        size: int | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self._giver = giver
         self._shunned = shunned
+        self._traffic = traffic or Traffic()
         self._rng = rng
         self.size: int | None = None
         self.count = 0
@@ -158,7 +166,19 @@ class Pursuit:
         coming, fills = len(self.receiving), self.is_filler and self.filling is not None
         end = self.published if fills else self.count
         lacking = (~self.have & (1 << end) - 1).bit_count()
-        return coming >= WIDTH or (lacking <= coming and (coming > 0 or fills))
+        return not self._room or (lacking <= coming and (coming > 0 or fills))
+
+    @property
+    def _room(self) -> int:
+        """How many stripes more may be received."""
+        return self._traffic.room(self)
+
+    def _note_traffic(self) -> None:
+        self._traffic.note(self, len(self.receiving), fills=self.filling is not None)
+
+    def left(self) -> None:
+        """Its owner has ended all transfers, for good."""
+        self._traffic.forget(self)
 
     @property
     def is_spared_on(self) -> bool:
@@ -235,6 +255,7 @@ class Pursuit:
     def _receive(self, received: Grant | Ask) -> None:
         stripe = received.stripe
         self.receiving[stripe] = received
+        self._note_traffic()
         self._limits[stripe] = min(received.rank, self._limits.get(stripe, ANY_RANK))
         proof = self._told.proof(stripe)
         if proof is not None:
@@ -247,6 +268,7 @@ class Pursuit:
     def ended(self, stripe: int, why: Why | None, now: float) -> Outcome:
         """A stripe's transfer has ended: well (None), or in that way. What its grant ended as."""
         giver = self.receiving.pop(stripe).giver.node
+        self._note_traffic()
         proof = self._against.pop(stripe, None)
         if why is not None:
             self._shunned.mark(giver, why, now)
@@ -281,6 +303,7 @@ class Pursuit:
     def begun(self, span: Span) -> None:
         """These stripes are on their way from the upstream."""
         self.filling = span
+        self._note_traffic()
 
     def filled(self, stripe: int, found: bytes) -> bool:
         """The next stripe of the span is there. False: it is not what was published.
@@ -299,6 +322,7 @@ class Pursuit:
         if self.filling is not None:
             rest = replace(self.filling, first=stripe + 1)
             self.filling = rest if rest.first < rest.last else None
+            self._note_traffic()
         return True
 
     def fill_ended(self, why: Why | None, now: float) -> None:
@@ -306,6 +330,7 @@ class Pursuit:
         if self.filling is not None and self.filling.of is not None and why is not None:
             self._shunned.mark(self.filling.of, why, now)
         self.filling = None
+        self._note_traffic()
 
     def was_published(self, fresh: Fresh, count: int | None) -> None:
         """The answer of `Claims.publish`."""
@@ -329,6 +354,7 @@ class Pursuit:
         self._past[self.generation] = self._proofs
         self._proofs, self._against, self.have = {}, {}, 0
         self.filling = None
+        self._note_traffic()
         self.is_filler = False
         self._told = Told(View(self.generation))
 
@@ -427,7 +453,7 @@ class Pursuit:
             have=self.have,
             count=self.count,
             busy=busy,
-            room=max(0, WIDTH - len(self.receiving)),
+            room=self._room,
             limits=self._limits,
             order=self._order,
             need=need,

@@ -28,8 +28,7 @@ ENOUGH = 64
 FEWEST = 4
 #: How many stripes from the first missing one on are thought about at once.
 WINDOW = 256
-#: How many stripes of one blob are received at once, and how many more are named as alternatives.
-WIDTH = 6
+#: How many more stripes are named than may be received, as alternatives.
 SPARE_WISHES = 4
 #: How many bytes the upstream is asked for in one go: a turn's worth.
 SPAN = 64 * MIB

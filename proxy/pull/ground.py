@@ -13,6 +13,7 @@ from proxy.fleet.claims import Claims, Giver, Grant, Terms
 from proxy.fleet.peers import Wanted
 from proxy.fleet.pieces import Pieces
 from proxy.fleet.shunned import Shunned
+from proxy.fleet.traffic import Traffic
 from proxy.observe.logs import Logger
 from proxy.oci.digest import Chunk, Digest
 from proxy.pull.segments import Segment
@@ -92,3 +93,4 @@ class Fellows:
     terms: Terms = field(default_factory=Terms)
     rng: random.Random = field(default_factory=random.Random)
     shunned: Shunned = field(default_factory=Shunned)
+    traffic: Traffic = field(default_factory=Traffic)

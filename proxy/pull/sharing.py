@@ -46,7 +46,7 @@ from typing import Any
 
 from proxy.fleet.claims import Grant
 from proxy.fleet.patience import FIRST_LOOK
-from proxy.fleet.pursuit import GRACE, Pursuit
+from proxy.fleet.pursuit import GRACE, TRIES, Pursuit
 from proxy.fleet.shunned import Why
 from proxy.fleet.steps import Ask, Step
 from proxy.fleet.stripes import Span, lowest_zero
@@ -79,7 +79,13 @@ class Sharing:
         self.digest = digest
         self.size = size
         self._fellows = fellows
-        self._pursuit = Pursuit(fellows.giver, shunned=fellows.shunned, rng=fellows.rng, size=size)
+        self._pursuit = Pursuit(
+            fellows.giver,
+            shunned=fellows.shunned,
+            rng=fellows.rng,
+            size=size,
+            traffic=fellows.traffic,
+        )
         self._claiming = Claiming(fellows, self._pursuit, digest, size)
         self._givings: Counter[int] = Counter()  # who receives which stripe of us
         self._ground: Ground | None = None
@@ -344,7 +350,11 @@ class Sharing:
             return
         for name in pursuit.found_right(self._fellows.clock()):
             self._fellows.log.warning("peer_shunned", peer=name, cause="it published other bytes")
-        await self._claiming.told(self._act(self._step()))
+        # What was being published when the flight had all may have been entered: then the directory
+        # says how far, and the rest follows.
+        for _ in range(TRIES):
+            if not await self._claiming.told(self._act(self._step())):
+                break
 
     async def landed(self) -> None:
         """It is in the store, whole."""
@@ -363,6 +373,7 @@ class Sharing:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks))
+        self._pursuit.left()
         self._is_over = True
         self._bell.ring()
         with contextlib.suppress(DirectoryDown):

@@ -29,7 +29,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.endpoint import OriginKey
 from proxy.upstream.errors import refusal
 from proxy.upstream.hurry import Leisure
-from proxy.upstream.origin import Origin
+from proxy.upstream.origin import OVERRUN, TURN_SECONDS, Origin
 from proxy.upstream.reach import Reach
 from proxy.upstream.reply import Reply, drain
 from proxy.upstream.turns import Ticket, TurnClass
@@ -107,8 +107,18 @@ class Body:
 
     @property
     def is_overdue(self) -> bool:
-        """Should the turn be cut for somebody who waits? Only if the next one can go on here."""
-        return self.is_part and self._reply.turn.is_overdue
+        """Should the turn be cut for somebody who waits? Only if the next one can go on here, and
+        if it would last: what is on its way when it is cut is lost, as is the connection."""
+        return self.is_part and self._reply.turn.is_overdue and not self._ends_soon
+
+    @property
+    def _ends_soon(self) -> bool:
+        """Would the rest come within the time of a turn, at the pace at which it has come?"""
+        if self._length is None:
+            return False
+        taken = self._taken + self._more
+        lasted = self._reply.origin.clock() - self._began
+        return (self._length - taken) * lasted <= taken * TURN_SECONDS * OVERRUN
 
     def learn(self) -> None:
         """Tell the origin how fast this turn was."""

@@ -14,7 +14,9 @@ States of a waiter, and who moves it:
 
 * *queued*   by ``acquire``, in the ``TurnQueue``
 * *granted*  by ``_grant``, which runs whenever a slot comes free, the limit rises, or a ticket
-  arrives or changes its class: the future gets the slot
+  arrives or changes its class: the future gets the slot. Those that take what nobody else wants get
+  one that comes free in the loop's next step only: a flight that goes on stands in the queue by
+  then. In its place a further turn of another would last, and the flight have somebody cut for it
 * *refused*  by ``acquire`` itself, if the queue is too long and no slot was free
 * *gone*     by cancellation of ``acquire``. If the slot had been granted in the same loop turn the
   cancellation arrives after the future was resolved: the slot is given back there, which grants it
@@ -61,6 +63,7 @@ _METADATA = TurnClass.METADATA
 _METADATA_ONLY = frozenset({_METADATA})
 #: Classes that take what nobody else wants, here or in other nodes.
 _SPARE = (TurnClass.SEGMENT, TurnClass.ABANDONED)
+_WANTED = _ALL.difference(_SPARE)
 
 
 class Slot(NamedTuple):
@@ -143,6 +146,7 @@ class Gate:
         self._paused: dict[TurnClass, float] = {}  # until when
         self._waits: dict[TurnClass, Histogram] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._later: asyncio.Handle | None = None
 
     @property
     def limit(self) -> int:
@@ -242,10 +246,11 @@ class Gate:
             self._timer = asyncio.get_running_loop().call_later(wait, self._grant)
 
     def close(self) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Stop what would grant later."""
+        for handle in (self._timer, self._later):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._later = None
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a turn; see ``Slots.acquire``."""
@@ -302,6 +307,14 @@ class Gate:
         if was_used:
             self._times.ended(turn_class, self._clock() - slot.since)
         self._free.append(slot.number)
+        self._grant(_WANTED)
+        if self._later is None and self.spare_waiters:
+            # Whose turn has ended stands in the queue again in this step of the loop, if at all.
+            self._later = asyncio.get_running_loop().call_soon(self._grant_spare)
+
+    def _grant_spare(self) -> None:
+        """Grant what nobody wanted in the step in which it came free."""
+        self._later = None
         self._grant()
 
     @property
@@ -315,7 +328,7 @@ class Gate:
         seconds = sum(self._queue.images(one) * self._times.of(one) for one in bulk)
         return seconds / max(1, self.limit - (self.limit >= RESERVE_FROM))
 
-    def _grant(self) -> None:
+    def _grant(self, classes: frozenset[TurnClass] = _ALL) -> None:
         if self._paused:
             self._look_again()
         # Nothing here changes these while slots are granted. By comparing: a call of ``min`` takes
@@ -337,6 +350,8 @@ class Gate:
                 break  # so most turns of blobs end
             if self._paused:
                 allowed = allowed.difference(self._paused_now())
+            if classes is not _ALL:
+                allowed = allowed & classes
             ticket = queue.take(allowed)
             if ticket is None:
                 break
@@ -365,6 +380,8 @@ class Gate:
         return free.pop()
 
     def has_rival(self, slot: Slot) -> bool:
+        if slot.turn_class not in _SPARE and any(one in _SPARE for one in self._granted.values()):
+            return False  # those make way first
         is_wanted = self._queue.has_rival(slot.turn_class, self._paused_now())
         return is_wanted or self._leases.is_contested
 

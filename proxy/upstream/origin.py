@@ -65,6 +65,9 @@ MIN_TURN_BYTES = 1 << 20
 #: A turn that brought so many bytes before it broke was no failed try.
 WORTHWHILE = 256 << 10
 MAX_TURN_BYTES = 64 << 20
+#: What a turn asks for while no other has shown how fast they are. One that asks for more than it
+#: can bring in its time may be cut, and what is on its way then comes twice.
+FIRST_TURN_BYTES = 4 << 20
 
 
 class Turn:
@@ -268,7 +271,7 @@ class Origin:
         self.leases.bind(Borrowing(self.gate, self._lanes, self.conduct))
         self._metrics = metrics
         self._coming = 0
-        self._bytes_per_second = MAX_TURN_BYTES / TURN_SECONDS
+        self._bytes_per_second: float | None = None  # of one turn, once one was seen
 
     def _first_cap(self, caps: CapBook | None) -> Cap:
         maximum = self.settings.max_connections
@@ -411,11 +414,15 @@ class Origin:
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""
         if received >= MIN_TURN_BYTES // 4 and seconds > 0:
-            self._bytes_per_second += (received / seconds - self._bytes_per_second) / 4
+            rate = received / seconds
+            known = rate if self._bytes_per_second is None else self._bytes_per_second
+            self._bytes_per_second = known + (rate - known) / 4
 
     @property
     def turn_bytes(self) -> int:
         """How many bytes the next turn for bulk should ask for: about two seconds' worth."""
+        if self._bytes_per_second is None:
+            return FIRST_TURN_BYTES
         return int(max(MIN_TURN_BYTES, min(MAX_TURN_BYTES, self._bytes_per_second * TURN_SECONDS)))
 
     def count_bytes(self, received: int) -> None:

@@ -74,6 +74,49 @@ def test_a_gate_without_slots_is_refused() -> None:
         make_gate(0)
 
 
+@pytest.mark.parametrize("spare", [SEGMENT, ABANDONED])
+async def test_between_two_turns_of_a_flight_nobody_gets_its_slot_who_waits_for_all_others(
+    spare: TurnClass,
+) -> None:
+    gate = make_gate(1)
+    async with crowd(gate) as people:
+        lead = Ticket(BLOB)
+        slot = await gate.acquire(lead)
+        await people.ask("spare", Ticket(spare))
+        gate.release(slot)
+        slot = await gate.acquire(lead)  # in the same step of the loop
+        await asyncio.sleep(0)
+        assert not people.held
+        gate.release(slot)
+        await people.granted(1)
+        assert gate.state().active == 1
+
+
+async def test_what_would_be_granted_in_the_next_step_is_not_after_the_end() -> None:
+    gate = make_gate(1)
+    async with crowd(gate) as people:
+        slot = await gate.acquire(Ticket(BLOB))
+        await people.ask("spare", Ticket(SEGMENT))
+        gate.release(slot)
+        gate.close()
+        await asyncio.sleep(0)
+        assert not people.held
+
+
+async def test_turns_that_nobody_else_wanted_make_way_before_others_do() -> None:
+    gate = make_gate(2)
+    async with crowd(gate) as people:
+        await people.ask("blob", Ticket(BLOB))
+        await people.ask("segment", Ticket(SEGMENT))
+        await people.ask("rival", Ticket(BLOB))
+        assert not gate.has_rival(people.held["blob"])
+        assert gate.has_rival(people.held["segment"])
+        people.release("segment")
+        await people.granted(3)
+        await people.ask("another", Ticket(BLOB))
+        assert gate.has_rival(people.held["blob"])
+
+
 async def test_a_paused_class_keeps_its_places_and_lets_the_others_pass() -> None:
     clock = FakeClock()
     gate = make_gate(1, clock=clock)
@@ -319,7 +362,15 @@ class GateMachine(RuleBasedStateMachine):
     @rule(place=st.integers(0, 20))
     def release(self, place: int) -> None:
         if (name := self.pick(list(self.people.held), place)) is not None:
+            self.give_back(name)
+
+    def give_back(self, name: str) -> None:
+        """In a step of the loop: who takes only what nobody else wants is granted in the next."""
+
+        async def step() -> None:
             self.people.release(name)
+
+        self.loop.run_until_complete(step())
 
     @rule(place=st.integers(0, 20), turn_class=st.sampled_from(TurnClass))
     def move(self, place: int, turn_class: TurnClass) -> None:
@@ -378,7 +429,7 @@ class GateMachine(RuleBasedStateMachine):
             self.gate.limit = self.CAPACITY
             while self.people.held or waiting(self.gate):
                 for name in list(self.people.held):
-                    self.people.release(name)
+                    self.give_back(name)
                 self.settle(5)
             for task in self.people.tasks.values():
                 assert task.done()

@@ -17,7 +17,14 @@ from proxy.oci.errors import ShuttingDown
 from proxy.testing import Answer, Cut, Disconnect, FakeClock, FakeRegistry, Fault, Hang, Reset
 from proxy.testing.faults import Action
 from proxy.upstream.endpoint import OriginKey, OriginSettings
-from proxy.upstream.origin import MAX_TURN_BYTES, MIN_TURN_BYTES, OVERRUN, TURN_SECONDS, Origin
+from proxy.upstream.origin import (
+    FIRST_TURN_BYTES,
+    MAX_TURN_BYTES,
+    MIN_TURN_BYTES,
+    OVERRUN,
+    TURN_SECONDS,
+    Origin,
+)
 from proxy.upstream.origins import Origins
 from proxy.upstream.turns import TurnClass
 from tests.unit.upstream_kit import LOOPS, MIB, Mute, noise, opened, run_on, ticket, tls, until
@@ -323,10 +330,14 @@ async def test_a_turn_that_has_no_answer_yet_is_not_overdue() -> None:
 
 async def test_ranges_are_sized_to_two_seconds_within_bounds() -> None:
     origin = make_origin("http://harbor.example.com", 1)
-    assert origin.turn_bytes == MAX_TURN_BYTES
+    assert origin.turn_bytes == FIRST_TURN_BYTES
+    origin.learn_rate(8 * MIB, 2.0)  # it is all that is known
+    assert origin.turn_bytes == 8 * MIB
+    origin.learn_rate(16 * MIB, 2.0)
+    assert origin.turn_bytes == 10 * MIB
     for _ in range(40):
-        origin.learn_rate(8 * MIB, 2.0)
-    assert abs(origin.turn_bytes - 8 * MIB) < MIB // 4
+        origin.learn_rate(1 << 30, 2.0)
+    assert origin.turn_bytes == MAX_TURN_BYTES
     for _ in range(40):
         origin.learn_rate(MIB, 60.0)
     assert origin.turn_bytes == MIN_TURN_BYTES

@@ -15,7 +15,8 @@ from proxy.fleet.patience import LONGEST, LOOKERS, MOST_PATIENT, PEACE, PROMPT
 from proxy.fleet.pursuit import LOOK_EACH, Pursuit
 from proxy.fleet.shunned import Shunned, Why
 from proxy.fleet.steps import Ask
-from proxy.fleet.stripes import MIB, WIDTH, Span, stripe_count
+from proxy.fleet.stripes import MIB, Span, stripe_count
+from proxy.fleet.traffic import ALTOGETHER, WHILE_FILLING, WIDTH, Traffic
 from proxy.oci.digest import Digest
 from proxy.testing import FakeClock
 from tests.unit.claims_conformance import giver
@@ -26,10 +27,14 @@ COUNT = stripe_count(SIZE)
 
 
 class One:
-    def __init__(self, board: Board, number: int) -> None:
+    def __init__(self, board: Board, number: int, traffic: Traffic | None = None) -> None:
         self.claims = LocalClaims(board, giver(number))
         self.pursuit = Pursuit(
-            giver(number), shunned=Shunned(), rng=random.Random(number), size=SIZE
+            giver(number),
+            shunned=Shunned(),
+            rng=random.Random(number),
+            size=SIZE,
+            traffic=traffic,
         )
         self.pursuit.saw(at_once(self.claims.look(DIGEST)))
 
@@ -130,16 +135,65 @@ def test_the_upstream_is_asked_for_a_turns_worth_of_stripes(mebibytes: int, stri
     assert pursuit.step(0, 0.0).fill == Span(0, stripes)
 
 
-def crowd_of(nodes: int) -> One:
+def crowd_of(nodes: int, traffic: Traffic | None = None) -> One:
     """A node that sees so many others, and all stripes published."""
     board = Board(clock=FakeClock(), rng=random.Random(1))
     filler = LocalClaims(board, giver(1))
     at_once(filler.fill(DIGEST, SIZE))
     at_once(filler.publish(DIGEST, SIZE, 0, [b"\1" * 32, b"\2" * 32]))
-    one = One(board, 2)
+    one = One(board, 2, traffic)
     view = at_once(one.claims.look(DIGEST))
     one.pursuit.saw(replace(view, nodes=nodes))
     return one
+
+
+def test_a_node_that_fills_one_blob_takes_one_stripe_of_each_other_at_a_time() -> None:
+    traffic = Traffic()
+    fills, takes = crowd_of(6, traffic).pursuit, crowd_of(6, traffic).pursuit
+    assert takes.step(0, 0.0).room == WIDTH
+    fills.begun(Span(0, 2))
+    assert takes.step(0, 0.0).room == WHILE_FILLING
+    takes.asked(Ask(100, giver(1), 1))
+    step = takes.step(0, 0.0)
+    assert (step.wishes, step.room) == ((), 0)
+    assert not takes.is_to_look(0, 0.0)
+    assert step.wait == MOST_PATIENT
+    assert fills.filled(0, b"\1" * 32)
+    assert not takes.step(0, 0.0).room
+    assert fills.filled(1, b"\2" * 32)  # the last one
+    assert takes.step(0, 0.0).room == WIDTH - 1
+
+
+@pytest.mark.parametrize("how", ["ended", "wrong", "left"])
+def test_who_does_not_fill_any_more_makes_room(how: str) -> None:
+    traffic = Traffic()
+    fills, takes = crowd_of(6, traffic).pursuit, crowd_of(6, traffic).pursuit
+    fills.begun(Span(0, 2))
+    fills.asked(Ask(100, giver(1), 1))
+    if how == "ended":
+        fills.fill_ended(None, 0.0)
+    elif how == "wrong":
+        fills.found_wrong()
+    else:
+        fills.left()
+    assert takes.step(0, 0.0).room == WIDTH
+
+
+def test_all_blobs_together_have_so_much_room_and_each_has_some() -> None:
+    traffic = Traffic()
+    first, second, third = (crowd_of(6, traffic).pursuit for _ in range(3))
+    for stripe in range(100, 100 + WIDTH):
+        first.asked(Ask(stripe, giver(1), 1))
+    assert second.step(0, 0.0).room == WIDTH
+    for stripe in range(100, 100 + ALTOGETHER - WIDTH):
+        second.asked(Ask(stripe, giver(1), 1))
+    assert third.step(0, 0.0).room == 1
+    third.asked(Ask(100, giver(1), 1))
+    assert not third.step(0, 0.0).room
+    for stripe in (100, 101):
+        first.ended(stripe, Why.BUSY, 0.0)
+    assert third.step(0, 0.0).room == 1
+    assert repr(traffic) == f"<Traffic: {ALTOGETHER - 1} stripes, 0 blobs filled>"
 
 
 @pytest.mark.parametrize(("nodes", "least"), [(6, 1), (LOOKERS - 1, 1), (LOOKERS, 2), (5000, 3)])

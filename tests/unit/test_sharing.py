@@ -16,6 +16,7 @@ from proxy.fleet.board import Board
 from proxy.fleet.claims import WHOLE, Giver, Grant, Outcome, Taken, View, Wish
 from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.protocol import StripeAsk
+from proxy.fleet.stripes import stripe_count
 from proxy.oci.digest import Digest
 from proxy.oci.errors import DigestMismatch, DirectoryDown, SizeMismatch, StoreFailed
 from proxy.pull.flight import Flights
@@ -824,6 +825,47 @@ async def test_what_a_directory_did_not_hear_is_told_again(tmp_path: Path) -> No
         assert made[1].granted
         await until(lambda: made[1].granted == set(made[1].ended))
         assert set(made[1].ended.values()) == {Outcome.DONE}
+
+
+class Cut(LocalClaims):
+    """Enters what it publishes the first time, and does not answer."""
+
+    hung = False
+
+    async def publish(
+        self,
+        digest: Digest,
+        size: int,
+        first: int,
+        hashes: Sequence[bytes],
+        by: Sequence[str] = (),
+    ) -> int | None:
+        count = await super().publish(digest, size, first, hashes, by)
+        if not self.hung:
+            self.hung = True
+            await asyncio.Event().wait()
+        return count
+
+
+async def test_what_was_being_published_when_all_had_come_holds_up_nothing_behind_it(
+    tmp_path: Path,
+) -> None:
+    board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
+    made: list[Cut] = []
+
+    def claims(giver: Giver) -> Cut:
+        made.append(Cut(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 1, claims=claims) as fleet:
+        upstream = source()
+        upstream.valve.limit = 3 * MIB
+        reader = asyncio.create_task(pull(fleet, 0, upstream))
+        await until(lambda: made[0].hung)
+        assert 0 < len(board.blob(DIGEST).hashes) < stripe_count(len(DATA)) - 1
+        upstream.valve.open()
+        assert await reader == DATA
+        await until(lambda: len(board.blob(DIGEST).hashes) == stripe_count(len(DATA)))
 
 
 async def test_what_was_being_told_when_a_pull_is_cancelled_is_told_at_its_end(
