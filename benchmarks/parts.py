@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import platform
 import random
@@ -33,6 +34,9 @@ MIB = 1024 * 1024
 TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
+# Each process takes ports of a block of its own, as long as no two that run have ids so far apart.
+FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 60, 200
+_port_turns = itertools.count(random.SystemRandom().randrange(PORT_BLOCK))
 PRIMED_BYTES = 700 * MIB
 QUIET_LOOKS, QUIET_STEP = 3, 0.1  # seconds
 IDLE_CPU = 0.02  # CPU seconds in one step that a program may take that has nothing to do
@@ -54,10 +58,12 @@ def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on.
 
     Taken from below the range that the kernel hands to outgoing connections, so that none of those
-    can slip in between this answer and the listener that was asked for.
+    can slip in between this answer and the listener that was asked for; nor can one whose port is
+    chosen here too, before this or in another process, and is not bound yet.
     """
+    start = FIRST_PORT + os.getpid() % PORT_BLOCKS * PORT_BLOCK
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = start + next(_port_turns) % PORT_BLOCK
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((LOOPBACK, port))
             return port

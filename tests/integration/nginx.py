@@ -7,8 +7,10 @@ side hung up half-way.
 
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
@@ -175,6 +177,15 @@ class Nginx:
         if writing is None:
             raise PartFailed(f"not a status page of nginx: {text}")
         return int(writing[1]) - 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The upstream says nothing: what is under way stays so."""
+        self._daemon.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._daemon.send(signal.SIGCONT)
 
     def stop(self) -> None:
         """The upstream is gone: connections to it are refused."""

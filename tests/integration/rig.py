@@ -9,6 +9,7 @@ is stopped in the reverse order of starting, whatever happened in between.
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -143,6 +144,12 @@ class Daemon:
         except subprocess.TimeoutExpired:
             child.kill()
             return child.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        if self._child is None:
+            raise PartFailed(f"{self.name} does not run")
+        self._child.send_signal(number)
 
     def tail(self) -> str:
         """The end of what the process wrote."""

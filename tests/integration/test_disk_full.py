@@ -60,9 +60,10 @@ def test_a_disk_that_fills_up_in_the_middle_costs_only_the_copy(
     with ThreadPoolExecutor(CLIENTS) as clients:
         pulls = [clients.submit(_digest, url) for _ in range(CLIENTS)]
         wait_until(lambda: _staged(disk / "cache") >= 20 * MIB, "the fill to be under way")
-        filler = _fill(disk)
-        # Without this the test would say nothing about a full disk.
-        assert not any(pull.done() for pull in pulls)
+        with upstream.paused():
+            filler = _fill(disk)
+            # Without this the test would say nothing about a full disk.
+            assert not any(pull.done() for pull in pulls)
         assert [pull.result() for pull in pulls] == [digest] * CLIENTS
 
     wait_until(lambda: proxy.metric("pullpool_flights") == 0, "the flight to end")

@@ -13,8 +13,10 @@ from tests.integration.parts import Pullpool, Registry, Serving
 from tests.integration.rig import needs, wait_until
 from tests.integration.seeding import MIB, push_image
 
-PATIENCE = 1.0
-"""Seconds for which the client waits for headers: containerd's thirty, scaled down."""
+PATIENCE = 3.0
+"""Seconds for which the client waits for headers: containerd's thirty, scaled down.
+
+Less than the four after which the slot comes, and long for a proxy on a busy machine."""
 
 QUEUE = '[queue]\nheader_deadline = "0.3s"'
 
@@ -58,4 +60,7 @@ def test_a_client_with_a_header_time_out_gets_the_blob_whose_slot_comes_later(
     finally:
         holder.join()
     assert got == [large.data]
-    assert upstream.log.blob_bytes() == {str(b.digest): b.size for b in (large, small)}
+    sent = upstream.log.blob_bytes()
+    assert sent[str(small.digest)] == small.size
+    # The turn of the large one was cut: what was in the kernels by then was sent again.
+    assert large.size <= sent[str(large.digest)] < 2 * large.size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
 from yarl import URL
 
+from benchmarks.parts import free_port
 from proxy.oci.digest import Digest
 from proxy.oci.errors import (
     Denied,
@@ -511,9 +511,7 @@ async def test_a_certificate_that_is_not_trusted_ends_there() -> None:
 
 
 async def test_a_port_where_nobody_listens_is_an_upstream_that_cannot_be_reached() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    async with Puller(FakeRegistry(port=port)) as puller:
+    async with Puller(FakeRegistry(port=free_port())) as puller:
         with pytest.raises(UpstreamUnavailable, match="cannot connect"):
             await manifest(puller)
         assert puller.origin.state().active == 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.parts import free_port
 from proxy.oci.errors import NotFound, Throttled, UpstreamDown, UpstreamUnavailable
 from proxy.testing import Answer, Cut, FakeClock, FakeRegistry, Fault, PullQuota, make_image
 from proxy.upstream.blame import LATELY
@@ -65,9 +65,7 @@ def spent(puller: Puller) -> int:
 
 
 async def test_an_outage_is_broken_off_and_over_with_the_first_answer() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    registry = holding(FakeRegistry(port=port))
+    registry = holding(FakeRegistry(port=free_port()))
     settings = OriginSettings(starts_low=True)
     async with Puller(registry, cap=16, settings=settings) as puller:
         async with registry:

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import trustme
 
+from benchmarks.parts import free_port
 from proxy.testing import (
     Cut,
     FakeImage,
@@ -182,10 +183,10 @@ class TestLifetime:
             writer.transport.abort()
 
     async def test_the_port_is_free_again_at_once(self) -> None:
-        async with FakeRegistry() as registry:
-            port = registry.port
-        async with FakeRegistry(port=port) as registry:
-            assert registry.netloc == f"127.0.0.1:{port}"
+        port = free_port()
+        for _ in range(2):
+            async with FakeRegistry(port=port) as registry:
+                assert registry.netloc == f"127.0.0.1:{port}"
 
     async def test_tls_serves_and_survives_a_failed_handshake(self) -> None:
         authority = trustme.CA()

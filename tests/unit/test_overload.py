@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.parts import free_port
 from proxy.testing import (
     Answer,
     FakeClock,
@@ -37,6 +37,7 @@ from tests.unit.proxy_kit import (
     manifest_path,
     running,
 )
+from tests.unit.virtual import now, run_virtually
 
 IMAGES = [
     make_image(f"team/app{n}", "v1", layers=[40_000, 3_000], seed=50 + n, tarred=False)
@@ -162,24 +163,28 @@ async def test_a_thousand_requests_for_forbidden_names_leave_the_cap_where_it_wa
 
 
 @pytest.mark.parametrize("credentials", [ROBOT, {"username": "robot", "password": "wrong"}])
-async def test_a_denial_reaches_the_client_within_five_seconds_under_load(
+def test_a_denial_reaches_the_client_within_five_seconds_under_load(
     tmp_path: Path, credentials: dict[str, str]
 ) -> None:
     """A forbidden repository, and a wrong password, while others load the same Harbor."""
-    async with (
-        harbor(Misbehaviour.EMPTY_CHALLENGE, Misbehaviour.SERVER_ERROR) as registry,
-        running(tmp_path / "a", registry.url, upstreams={UPSTREAM: ROBOT}) as busy,
-        # With a pause, as in life: six tries in one moment would all meet the same overload.
-        running(tmp_path / "b", registry.url, pause=0.1, upstreams={UPSTREAM: credentials}) as pool,
-    ):
-        load = asyncio.create_task(crowd(busy))
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        answer = await pool.get(manifest_path("v1", "secret/app"))
-        assert (answer.status, answer.code) == (403, "DENIED"), answer.body
-        assert loop.time() - began < 5.0
-        assert "WWW-Authenticate" not in answer.headers
-        await load
+
+    async def run() -> None:
+        theirs, ours = ({UPSTREAM: account} for account in (ROBOT, credentials))
+        async with (
+            harbor(Misbehaviour.EMPTY_CHALLENGE, Misbehaviour.SERVER_ERROR) as registry,
+            running(tmp_path / "a", registry.url, clock=now, upstreams=theirs) as busy,
+            # With a pause, as in life: six tries in one moment would all meet the same overload.
+            running(tmp_path / "b", registry.url, clock=now, pause=0.1, upstreams=ours) as pool,
+        ):
+            load = asyncio.create_task(crowd(busy))
+            began = now()
+            answer = await pool.get(manifest_path("v1", "secret/app"))
+            assert (answer.status, answer.code) == (403, "DENIED"), answer.body
+            assert now() - began < 5.0
+            assert "WWW-Authenticate" not in answer.headers
+            await load
+
+    run_virtually(run())
 
 
 async def test_retries_are_no_storm_when_everything_fails(tmp_path: Path) -> None:
@@ -215,11 +220,6 @@ async def test_a_spent_budget_does_not_fail_a_pull_that_time_serves(tmp_path: Pa
 # -- an upstream that is down --------------------------------------------------------------------
 
 
-def dead_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 async def open_breaker(pool: Pullpool, clock: FakeClock) -> None:
     """Ask until the breaker has opened."""
     for number in range(max(BROKEN_RUN, UNREACHABLE_RUN)):
@@ -234,7 +234,7 @@ async def open_breaker(pool: Pullpool, clock: FakeClock) -> None:
 async def test_an_upstream_that_is_down_costs_a_cached_tag_nothing_and_is_probed_once(
     tmp_path: Path,
 ) -> None:
-    clock, port = FakeClock(), dead_port()
+    clock, port = FakeClock(), free_port()
     async with running(tmp_path, f"http://127.0.0.1:{port}", clock=clock) as pool:
         async with FakeRegistry(port=port) as registry:
             registry.push(IMAGE)
@@ -266,23 +266,24 @@ async def test_an_upstream_that_is_down_costs_a_cached_tag_nothing_and_is_probed
         ]
 
 
-@pytest.mark.real_seconds
-async def test_a_cold_pull_from_an_upstream_that_is_down_fails_fast_and_says_when_to_come_again(
+def test_a_cold_pull_from_an_upstream_that_is_down_fails_fast_and_says_when_to_come_again(
     tmp_path: Path,
 ) -> None:
-    clock, port = FakeClock(), dead_port()
-    async with running(tmp_path, f"http://127.0.0.1:{port}", clock=clock) as pool:
-        await open_breaker(pool, clock)
-        health = pool.proxy.origins._all()[0].conduct.health
-        # As after some probes that failed: open for longer than anybody waits.
-        health.breaker = replace(health.breaker, until=clock() + 55.0)
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        for path in (manifest_path("v1"), blob_path()):
-            answer = await pool.get(path)
-            assert (answer.status, answer.code) == (503, "UNAVAILABLE")
-            assert int(answer.headers["Retry-After"]) > 50
-        assert loop.time() - began < 5.0
+    async def run() -> None:
+        clock, port = FakeClock(), free_port()
+        async with running(tmp_path, f"http://127.0.0.1:{port}", clock=clock) as pool:
+            await open_breaker(pool, clock)
+            health = pool.proxy.origins._all()[0].conduct.health
+            # As after some probes that failed: open for longer than anybody waits.
+            health.breaker = replace(health.breaker, until=clock() + 55.0)
+            began = now()
+            for path in (manifest_path("v1"), blob_path()):
+                answer = await pool.get(path)
+                assert (answer.status, answer.code) == (503, "UNAVAILABLE")
+                assert int(answer.headers["Retry-After"]) > 50
+            assert now() - began < 5.0
+
+    run_virtually(run())
 
 
 async def test_no_request_of_a_client_opens_the_breaker(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_proxy_that_refuses_is_named_and_its_password_is_not(loop: str, secure
 def test_a_connect_that_is_refused_or_not_answered_leaves_no_socket(loop: str) -> None:
     async def main() -> None:
         async with FakeRegistry(ssl_context=tls().server) as registry, ForwardProxy() as proxy:
-            async with opened(through(proxy, registry.url, 1, connect_timeout=0.2)) as origin:
+            async with opened(through(proxy, registry.url, 1, connect_timeout=1.0)) as origin:
                 proxy.refuse = 502
                 with pytest.raises(EgressFailed, match="answers 502 to CONNECT"):
                     await ask(origin, registry.url)
