@@ -26,7 +26,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from aiohttp import web
 
@@ -134,14 +134,19 @@ class Sender:
 
     async def _copy_span(self, span: FileSpan) -> None:
         position, scratch = span.start, scratch_for(self._request, span.length)
+        fd = span.lease.fileno()
         while position < span.stop:
             length = min(chunk_for(self._request), span.stop - position)
-            data = await read_at(span.lease.fileno(), length, position, scratch)
+            data = await read_at(fd, length, position, scratch, before_disk=self._let_head_go)
             if not data:
                 raise StoreFailed("a cached file has become shorter than it was")
             await self._response.write(data)
             position += len(data)
             self.sent += len(data)
+
+    def _let_head_go(self) -> None:
+        """The first bytes take as long as a disk does."""
+        send_head(self._request)
 
 
 def send_head(request: web.BaseRequest) -> None:
@@ -168,15 +173,24 @@ def scratch_for(request: web.BaseRequest, length: int) -> bytearray | None:
     return client.scratch(min(length, CHUNK))
 
 
-async def read_at(fd: int, length: int, position: int, scratch: bytearray | None = None) -> Chunk:
+async def read_at(
+    fd: int,
+    length: int,
+    position: int,
+    scratch: bytearray | None = None,
+    *,
+    before_disk: Callable[[], None] = lambda: None,
+) -> Chunk:
     """Up to ``length`` bytes, ``b""`` at the end of the file; from memory without a thread, whose
     way there and back costs as much as encrypting them. What is in ``scratch`` is to be used before
-    anything else is awaited. Raises ``StoreFailed``."""
+    anything else is awaited. ``before_disk`` is called when a disk is to be asked. Raises
+    ``StoreFailed``."""
     # A client that takes all at once never makes its sender wait: others need the loop too.
     await asyncio.sleep(0)
     data = read_cached(fd, length, position, scratch)
     if data is not None:
         return data
+    before_disk()
     loop = asyncio.get_running_loop()
     try:
         return await loop.run_in_executor(None, os.pread, fd, length, position)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from proxy.pull.reader import FileSpan, Piece
+from proxy.store.blobs import FileLease
 from proxy.testing import FakeClock
-from proxy.web.sending import BodyResponse, break_off, send_head
+from proxy.web.sending import BodyResponse, Sender, break_off, send_head
 from proxy.web.server import RegistryServer
 from tests.unit.hot_kit import Connection, MemoryTransport, make_side, request
 from tests.unit.proxy_kit import IMAGE, blob_path, pulling
@@ -96,6 +102,45 @@ async def test_a_client_that_has_left_is_broken_off_all_the_same() -> None:
         return response
 
     assert (await written(answer)).writes == []
+
+
+class Asked(ThreadPoolExecutor):
+    """Tells what ``transport`` had written when the first thread was asked for."""
+
+    transport: Writes
+    before: bytes | None = None
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        if self.before is None:
+            self.before = bytes(self.transport.written)
+        return super().submit(call, *args, **named)
+
+
+async def test_it_does_not_wait_for_a_disk() -> None:
+    """Where bytes are copied. Files of /proc are never in memory, so a thread reads them."""
+    disk = Asked(1)
+    asyncio.get_running_loop().set_default_executor(disk)
+
+    async def answer(incoming: web.BaseRequest) -> web.StreamResponse:
+        assert isinstance(incoming.transport, Writes)
+        disk.transport = incoming.transport
+        response = BodyResponse()
+        response.hold_head()  # without a length the body is chunked, and so is copied
+        await response.prepare(incoming)
+        file = Path("/proc/self/stat").open("rb")  # noqa: ASYNC230 - takes no disk
+        with FileLease(file, 4, lambda: None) as lease:
+            await Sender(incoming, response).send_all(only(FileSpan(lease, 0, 4)))
+        return response
+
+    transport = await written(answer)
+    assert disk.before == transport.writes[0]
+    assert transport.writes[0].endswith(b"\r\n\r\n")
+    body = b"4\r\n" + str(os.getpid()).encode()[:4]
+    assert transport.written.endswith(b"\r\n\r\n" + body + b"\r\n0\r\n\r\n")
+
+
+async def only(piece: Piece) -> AsyncGenerator[Piece, None]:
+    yield piece
 
 
 async def test_a_small_blob_is_one_write_through_the_slow_path(tmp_path: Path) -> None:
