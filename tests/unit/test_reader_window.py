@@ -211,7 +211,8 @@ async def test_a_fill_that_nobody_needs_goes_on_when_somebody_does(tmp_path: Pat
     async with flying(tmp_path, window=WINDOW, max_size=KIB) as rig:
         content = Sipper(rig.join(source, "content"), 0, 10)
         assert await content.rest() == DATA[:10]
-        await until(lambda: source.active == 0)
+        await at_rest(source)
+        assert content.reader.flight.received <= WINDOW
         whole = rig.join(source, "whole")
         assert whole.flight is content.reader.flight
         assert await drink(whole) == DATA
@@ -260,7 +261,8 @@ async def test_when_all_have_fallen_out_the_fill_waits_for_them(tmp_path: Path) 
         for _ in range(60):
             assert await fast.sip()
         await fast.leave()
-        await until(lambda: source.active == 0)
+        await at_rest(source)
+        assert slow[0].reader.flight.received < len(DATA)
         assert await asyncio.gather(*[sipper.rest() for sipper in slow]) == [DATA] * 2
 
 

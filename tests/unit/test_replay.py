@@ -30,13 +30,18 @@ fin_and_rst = pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"]
 BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def is_established(address: tuple[str, int]) -> bool:
-    """Is there an open connection of this end, of which the other end is not known to be closed?"""
-    host, port = address
-    local = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+def is_established(here: tuple[str, int], there: tuple[str, int]) -> bool:
+    """Is this end's connection open, of which ``there`` is not known to be closed? An end may have
+    connections to others from the same port."""
+
+    def named(address: tuple[str, int]) -> str:
+        host, port = address
+        return f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+
+    ends = [named(here), named(there)]
     with open("/proc/net/tcp") as table:
         rows = [line.split() for line in table]
-    return any(row[1] == local and row[3] == "01" for row in rows)
+    return any(row[1:3] == ends and row[3] == "01" for row in rows)
 
 
 class Peer:
@@ -75,9 +80,9 @@ class Peer:
         assert sock is not None
         if reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client = sock.getpeername()
+        client, server = sock.getpeername(), sock.getsockname()
         sock.close()
-        while is_established(client):  # the network of a busy machine has threads of its own
+        while is_established(client, server):  # a busy machine takes its time
             pass
 
     def close(self) -> None:
