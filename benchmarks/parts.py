@@ -34,7 +34,7 @@ MIB = 1024 * 1024
 TIMES = "\N{MULTIPLICATION SIGN}"
 PROJECT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
-# Each process takes ports of a block of its own, as long as no two that run have ids so far apart.
+# Each process takes ports of a block of its own, unless another's id is a multiple of 60 away.
 FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 60, 200
 _port_turns = itertools.count(random.SystemRandom().randrange(PORT_BLOCK))
 PRIMED_BYTES = 700 * MIB
