@@ -81,8 +81,9 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
 
     The end of the pipe ``lifeline``, whose other end the supervisor holds, sets it too. A worker
     gets many a signal twice, by a terminal or systemd, which tell all processes of a group, and by
-    the supervisor: to it a second one says nothing, and the supervisor kills it if asked to. Until
-    the block both may be blocked; what came meanwhile is heard at its beginning.
+    the supervisor: to it a second one says nothing, and the supervisor kills it if asked to; nor
+    does one after the block, when it has drained. Until the block both may be blocked; what came
+    meanwhile is heard at its beginning.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -109,6 +110,8 @@ async def ending(lifeline: int | None = None) -> AsyncIterator[asyncio.Event]:
             loop.remove_reader(lifeline)
         for number in ENDING:
             loop.remove_signal_handler(number)
+            if lifeline is not None:  # else SIGINT would make a defect of what has ended well
+                signal.signal(number, signal.SIG_IGN)
 
 
 def unheard(log: Logger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:

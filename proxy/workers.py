@@ -23,8 +23,9 @@ and the workers drain as after SIGTERM.
 *Signals.* SIGTERM and SIGINT are passed on; the supervisor ends when all workers have. Another one
 ends them at once: by SIGKILL, because a second SIGTERM to a worker may be the first one of a
 terminal, or of systemd, that told the whole group. A worker is born with both blocked, and hears
-what came meanwhile when it can drain (``process.ending``). One that dies by the SIGTERM that it was
-sent had drained already: its handlers were gone, as told by whoever told the group before.
+what came meanwhile when it can drain (``process.ending``); when it has drained it hears neither.
+One that dies by the SIGTERM that it was sent had drained already: its handlers were gone, and it
+did not ignore it yet.
 """
 
 from __future__ import annotations

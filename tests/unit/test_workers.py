@@ -293,7 +293,18 @@ def work(seat):
             await stop.wait()
     asyncio.run(serve())
     os.kill(os.getppid(), signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as in its other threads
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # as in its threads
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    return 0
+
+supervise(work)
+"""
+
+TOLD_IN_BETWEEN = """
+def work(seat):
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.pause()
 
 supervise(work)
@@ -319,8 +330,14 @@ async def test_a_worker_that_is_told_to_end_while_it_starts_ends_well() -> None:
     assert b'"code": 0' in log
 
 
-async def test_a_worker_that_is_told_to_end_when_it_has_drained_has_ended_well() -> None:
+async def test_a_worker_that_is_told_to_end_when_it_has_drained_does_not_hear_it() -> None:
     log = await supervised(TOLD_LATE)
+    assert b"Traceback" not in log
+    assert b'"code": 0' in log
+
+
+async def test_a_worker_whose_handlers_are_gone_when_it_is_told_to_end_has_ended_well() -> None:
+    log = await supervised(TOLD_IN_BETWEEN)
     assert b'"code": -15' in log
 
 
