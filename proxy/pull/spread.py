@@ -332,14 +332,16 @@ class Spread:
         """How many bring something beside the lead, itself included, and the bytes of its turn at
         most. While its bytes outrun us nobody else does; but that may change, and a long turn that
         has begun by then would keep readers to the rate of one connection, with all that others
-        bring lying beyond it. So its turns grow with what has come."""
+        bring lying beyond it. So its turns grow with what has come; but not in bounds, which are a
+        turn's worth, and may begin far beyond what has come."""
         could_be_helped = self._helpers.has_slots or source.spare > 1
         if not (self._may_spread(source) and could_be_helped):
             return 1, source.turn_bytes
-        if self._is_behind:
-            most = max(2 * self._least, self._intake.received)
-            return 1, min(source.turn_bytes, most)
-        return source.segments, source.turn_bytes
+        if not self._is_behind:
+            return source.segments, source.turn_bytes
+        if self.plan is not None and self.plan.bounds is not None:
+            return 1, source.turn_bytes
+        return 1, min(source.turn_bytes, max(2 * self._least, self._intake.received))
 
     def _begin(self, source: Source, segment: Segment) -> None:
         ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)

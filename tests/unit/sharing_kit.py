@@ -154,6 +154,8 @@ async def sailing(
     max_size: int = 256 << 20,
     is_up: Callable[[], bool] = lambda: True,
     before_first: Callable[[], float] = lambda: 0.0,
+    segment_bytes: int = 4 << 20,
+    gather: float = 0.0,
 ) -> AsyncIterator[Fleet]:
     """A fleet of so many nodes; at its end nothing may be left of them."""
     loop = asyncio.get_running_loop()
@@ -181,7 +183,8 @@ async def sailing(
                     directory / name,
                     fellows=fellows,
                     max_size=max_size,
-                    segment_bytes=4 << 20,
+                    segment_bytes=segment_bytes,
+                    gather=gather,
                     clock=Pauses(),
                 )
             )

@@ -63,6 +63,18 @@ async def test_two_nodes_that_want_one_blob_at_once_fetch_it_once(tmp_path: Path
         assert sum(each.sent for each in sources) == SIZE
 
 
+async def test_a_filler_asks_for_all_that_it_is_to_fill_in_one_turn_if_that_is_a_turns_worth(
+    tmp_path: Path,
+) -> None:
+    """Though slots are idle: others follow in order, and its part may begin where none has come."""
+    async with sailing(tmp_path, 1, segment_bytes=MIB // 4, gather=1e-6) as fleet:
+        upstream = ScriptedSource(
+            DATA, digest=DIGEST, chunk=64 << 10, turn_bytes=8 * MIB, segments=4
+        )
+        assert await pull(fleet, 0, upstream) == DATA
+        assert [turn.length for turn in upstream.turns] == [SIZE]
+
+
 class Timed(LocalClaims):
     """Notes when it is asked."""
 
