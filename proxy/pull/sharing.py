@@ -351,9 +351,11 @@ class Sharing:
         for name in pursuit.found_right(self._fellows.clock()):
             self._fellows.log.warning("peer_shunned", peer=name, cause="it published other bytes")
         # What was being published when the flight had all may have been entered: then the directory
-        # says how far, and the rest follows.
+        # says how far, and the rest follows. It may say as well that a stripe is another one: what
+        # is right already is not to be had of those who say so.
         for _ in range(TRIES):
-            if not await self._claiming.told(self._act(self._step())):
+            is_told = not await self._claiming.told(self._act(self._step()))
+            if is_told or not pursuit.is_complete:
                 break
 
     async def landed(self) -> None:

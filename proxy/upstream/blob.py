@@ -55,6 +55,7 @@ class Body:
         self._taken = 0  # of what is asked for, by ``borrow``
         self._more = 0  # and by ``more``
         self._settled = 0  # of these, that were counted
+        self._spared_until: float | None = None  # once it was not cut as it would end soon
 
     async def borrow(self) -> Chunk:
         """The next bytes as they come; ``b""`` at the end of the turn's range. They are good until
@@ -109,16 +110,24 @@ class Body:
     def is_overdue(self) -> bool:
         """Should the turn be cut for somebody who waits? Only if the next one can go on here, and
         if it would last: what is on its way when it is cut is lost, as is the connection."""
-        return self.is_part and self._reply.turn.is_overdue and not self._ends_soon
+        return self.is_part and self._reply.turn.is_overdue and not self._is_spared()
 
-    @property
-    def _ends_soon(self) -> bool:
+    def _is_spared(self) -> bool:
+        """Does its rest come within the time of a turn? It has that time once: a body that came
+        fast and trickles now would seem to end soon for as long as it has come so far."""
+        now = self._reply.origin.clock()
+        if not self._ends_soon(now):
+            return False
+        if self._spared_until is None:
+            self._spared_until = now + TURN_SECONDS * OVERRUN
+        return now <= self._spared_until
+
+    def _ends_soon(self, now: float) -> bool:
         """Would the rest come within the time of a turn, at the pace at which it has come?"""
         if self._length is None:
             return False
         taken = self._taken + self._more
-        lasted = self._reply.origin.clock() - self._began
-        return (self._length - taken) * lasted <= taken * TURN_SECONDS * OVERRUN
+        return (self._length - taken) * (now - self._began) <= taken * TURN_SECONDS * OVERRUN
 
     def learn(self) -> None:
         """Tell the origin how fast this turn was."""

@@ -64,6 +64,10 @@ _METADATA_ONLY = frozenset({_METADATA})
 #: Classes that take what nobody else wants, here or in other nodes.
 _SPARE = (TurnClass.SEGMENT, TurnClass.ABANDONED)
 _WANTED = _ALL.difference(_SPARE)
+#: Seconds for which such a turn is waited for, once it should make way, before one of another class
+#: is cut: as long as it takes if it can be cut, even if its rest comes soon. One without an answer
+#: cannot be, nor one that stands still, or whose upstream knows no ranges.
+MAKES_WAY = 8.0
 
 
 class Slot(NamedTuple):
@@ -141,8 +145,9 @@ class Gate:
         self._queue = TurnQueue(on_move=self._grant, row=self._times.row)
         self._waiters: dict[Ticket, tuple[asyncio.Future[Slot], float]] = {}
         self._free = list(range(capacity - 1, -1, -1))  # a stack: the last given back goes first
-        self._granted: dict[int, TurnClass] = {}
+        self._granted: dict[int, Slot] = {}
         self._bulk = 0  # granted slots that are not for metadata
+        self._called: dict[int, float] = {}  # since when those that are spare should make way
         self._paused: dict[TurnClass, float] = {}  # until when
         self._waits: dict[TurnClass, Histogram] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -300,9 +305,12 @@ class Gate:
 
     def release(self, slot: Slot, *, was_used: bool = True) -> None:
         """Take the slot back and grant it to whoever is next."""
-        turn_class = self._granted.pop(slot.number, None)
-        if turn_class is None:
+        held = self._granted.pop(slot.number, None)
+        if held is None:
             raise ValueError(f"{slot} of {self.name} is not held")
+        turn_class = held.turn_class
+        if self._called:
+            self._called.pop(slot.number, None)
         self._bulk -= turn_class is not _METADATA
         if was_used:
             self._times.ended(turn_class, self._clock() - slot.since)
@@ -360,11 +368,11 @@ class Gate:
                 continue
             now = self._clock()
             number, turn_class = self._next_free(), ticket.turn_class
-            granted[number] = turn_class
+            slot = granted[number] = Slot(number, turn_class, now)
             self._bulk += turn_class is not _METADATA
             ticket.waited += now - since
             (waits.get(turn_class) or self._waited(turn_class)).observe(now - since)
-            future.set_result(Slot(number, turn_class, now))
+            future.set_result(slot)
         self._leases.changed()
 
     def _waited(self, turn_class: TurnClass) -> Histogram:
@@ -380,10 +388,19 @@ class Gate:
         return free.pop()
 
     def has_rival(self, slot: Slot) -> bool:
-        if slot.turn_class not in _SPARE and any(one in _SPARE for one in self._granted.values()):
-            return False  # those make way first
         is_wanted = self._queue.has_rival(slot.turn_class, self._paused_now())
-        return is_wanted or self._leases.is_contested
+        if not (is_wanted or self._leases.is_contested):
+            return False
+        return slot.turn_class in _SPARE or not self._makes_way()
+
+    def _makes_way(self) -> bool:
+        """Does a turn that took what nobody else wanted make way before others do? It has some time
+        for that, from when it is looked at first."""
+        now, makes_way = self._clock(), False
+        for number, held in self._granted.items():
+            if held.turn_class in _SPARE:
+                makes_way |= now - self._called.setdefault(number, now) < MAKES_WAY
+        return makes_way
 
     def ahead_of(self, ticket: Ticket) -> int:
         return self._queue.ahead_of(ticket)

@@ -414,7 +414,8 @@ class Origin:
     def learn_rate(self, received: int, seconds: float) -> None:
         """One turn brought ``received`` bytes in ``seconds``: size the next one by it."""
         if received >= MIN_TURN_BYTES // 4 and seconds > 0:
-            rate = received / seconds
+            # What a turn cannot ask for counts for no more, or one burst would for dozens of turns.
+            rate = min(received / seconds, 2 * MAX_TURN_BYTES / TURN_SECONDS)
             known = rate if self._bytes_per_second is None else self._bytes_per_second
             self._bytes_per_second = known + (rate - known) / 4
 

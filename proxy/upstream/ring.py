@@ -30,8 +30,9 @@ class Ring:
         self.size = size
         # Begins at a page.
         memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel that has none
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        if (huge := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:  # only Linux knows them
+            with contextlib.suppress(OSError):  # a kernel that has none
+                memory.madvise(huge)
         self._view = memoryview(memory)
         self.clear()
 

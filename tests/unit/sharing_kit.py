@@ -199,6 +199,8 @@ async def sailing(
                 for reader in node.rig.readers:
                     reader.close()
                 await node.rig.flights.close()
+        for node in nodes:
+            assert repr(node.fellows.traffic) == "<Traffic: 0 stripes, 0 blobs filled>"
 
 
 async def everything(_digest: Digest) -> bool:

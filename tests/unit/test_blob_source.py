@@ -273,6 +273,26 @@ async def test_a_turn_whose_rest_would_come_soon_is_not_cut(came: int, is_cut: b
         assert await rival == DATA
 
 
+async def test_a_turn_that_trickles_shortly_before_its_end_is_cut_all_the_same() -> None:
+    came = len(DATA) - 1000
+    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
+        registry.script(Fault(Stall(after=came), kind="blob"))
+        async with source_of(puller).open(0, len(DATA), ticket(TurnClass.BLOB)) as body:
+            taken = 0
+            while taken < came:
+                taken += len(await body.borrow())
+            rival = asyncio.create_task(puller.read(source_of(puller)))
+            await until(lambda: source_of(puller).ahead == 1)
+            puller.clock.advance(20.0)  # nobody had to wait so far
+            assert not body.is_overdue
+            puller.clock.advance(TURN_SECONDS * OVERRUN)
+            assert not body.is_overdue
+            puller.clock.advance(1.0)
+            assert body.is_overdue
+        registry.release()
+        assert await rival == DATA
+
+
 async def test_the_next_turn_is_sized_by_the_speed_of_where_the_bytes_come_from() -> None:
     data = noise(2 * MIB)
     cdn = FakeRegistry()

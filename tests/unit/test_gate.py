@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from proxy.observe.metrics import Metrics
 from proxy.oci.errors import QueueFull
 from proxy.testing import FakeClock
-from proxy.upstream.gate import RESERVE_FROM, Gate, Slot, Slots
+from proxy.upstream.gate import MAKES_WAY, RESERVE_FROM, Gate, Slot, Slots
 from proxy.upstream.leases import RateLimit
 from proxy.upstream.turns import USUAL, Ticket, TurnClass
 from tests.unit.slots_conformance import Crowd, SlotsConformance, crowd, until, waiting
@@ -115,6 +115,30 @@ async def test_turns_that_nobody_else_wanted_make_way_before_others_do() -> None
         await people.granted(3)
         await people.ask("another", Ticket(BLOB))
         assert gate.has_rival(people.held["blob"])
+
+
+@pytest.mark.parametrize("spare", [SEGMENT, ABANDONED])
+async def test_a_turn_that_does_not_make_way_in_its_time_keeps_no_other_from_being_cut(
+    spare: TurnClass,
+) -> None:
+    clock = FakeClock()
+    gate = make_gate(2, clock=clock)
+    async with crowd(gate) as people:
+        await people.ask("blob", Ticket(BLOB))
+        await people.ask("spare", Ticket(spare))
+        await people.ask("rival", Ticket(BLOB))
+        clock.advance(MAKES_WAY)
+        assert not gate.has_rival(people.held["blob"])  # so long nobody had to be cut
+        clock.advance(MAKES_WAY - 1)
+        assert not gate.has_rival(people.held["blob"])
+        clock.advance(1)
+        assert gate.has_rival(people.held["blob"])
+        people.release("spare")
+        await people.granted(3)
+        people.release("rival")
+        await people.ask("spare", Ticket(spare))
+        await people.ask("rival", Ticket(BLOB))
+        assert not gate.has_rival(people.held["blob"])  # the time of a turn, not of its slot
 
 
 async def test_a_paused_class_keeps_its_places_and_lets_the_others_pass() -> None:

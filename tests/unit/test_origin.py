@@ -346,6 +346,14 @@ async def test_ranges_are_sized_to_two_seconds_within_bounds() -> None:
     assert origin.turn_bytes == MIN_TURN_BYTES
 
 
+async def test_bytes_that_all_came_at_once_are_no_measure_for_long() -> None:
+    origin = make_origin("http://harbor.example.com", 1)
+    origin.learn_rate(MIB, 0.000_1)
+    for _ in range(10):
+        origin.learn_rate(2 * MIB, 2.0)
+    assert origin.turn_bytes < 10 * MIB
+
+
 # -- origins -----------------------------------------------------------------------------------
 
 

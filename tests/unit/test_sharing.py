@@ -880,6 +880,74 @@ async def test_what_was_being_published_when_all_had_come_holds_up_nothing_behin
         await until(lambda: len(board.blob(DIGEST).hashes) == stripe_count(len(DATA)))
 
 
+class Contradicted(LocalClaims):
+    """When it publishes the last stripe, the directory has lost all, and another one has published
+    other hashes."""
+
+    def __init__(self, board: Board, giver: Giver) -> None:
+        super().__init__(board, giver)
+        self.board = board
+        self.asked_for: list[object] | None = None  # since then
+        self.is_over = False
+
+    async def publish(
+        self,
+        digest: Digest,
+        size: int,
+        first: int,
+        hashes: Sequence[bytes],
+        by: Sequence[str] = (),
+    ) -> int | None:
+        count = stripe_count(size)
+        if first + len(hashes) == count and self.asked_for is None:
+            self.asked_for = []
+            self.board.forget()
+            liar = LocalClaims(self.board, Giver("liar", "liar", "zone", "http://liar"))
+            await liar.fill(digest, size)
+            await liar.publish(digest, size, 0, [bytes(32)] * count)
+        return await super().publish(digest, size, first, hashes, by)
+
+    async def fill(self, digest: Digest, size: int | None) -> str | None:
+        if self.asked_for is not None:
+            self.asked_for.append("fill")
+        return await super().fill(digest, size)
+
+    async def take(
+        self,
+        digest: Digest,
+        wishes: Sequence[Wish],
+        room: int,
+        known: int = 0,
+        avoid: Collection[str] = (),
+        ended: Sequence[tuple[Grant, Outcome]] = (),
+    ) -> Taken:
+        if self.asked_for is not None:
+            self.asked_for += wishes
+        return await super().take(digest, wishes, room, known, avoid, ended)
+
+    async def hold(
+        self, digest: Digest, generation: str, have: int, grants: Sequence[Grant] = ()
+    ) -> bool:
+        self.is_over |= have == WHOLE
+        return await super().hold(digest, generation, have, grants)
+
+
+async def test_a_blob_that_is_right_asks_for_no_stripe_anew_that_others_say_is_another(
+    tmp_path: Path,
+) -> None:
+    board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
+    made: list[Contradicted] = []
+
+    def claims(giver: Giver) -> Contradicted:
+        made.append(Contradicted(board, giver))
+        return made[-1]
+
+    async with sailing(tmp_path, 1, claims=claims) as fleet:
+        assert await pull(fleet, 0, source()) == DATA
+        await until(lambda: made[0].is_over)
+    assert made[0].asked_for == []
+
+
 async def test_what_was_being_told_when_a_pull_is_cancelled_is_told_at_its_end(
     tmp_path: Path,
 ) -> None:
