@@ -68,6 +68,7 @@ async def crowded(
             assert listener.state().limit == ROOM
             clients = await crowd.connect(listener.port)
             await until(lambda: listener.state().paused)
+            await until(lambda: not listener._connecting)  # who is counted there and as open
             yield listener, clients, crowd.sockets
 
 
