@@ -46,7 +46,7 @@ from prometheus_client import Histogram
 from proxy.observe.metrics import GateState, Metrics
 from proxy.oci.errors import QueueFull
 from proxy.upstream.leases import Leases, RateLimit, Unshared
-from proxy.upstream.turns import Ticket, TurnClass, TurnQueue, TurnTimes
+from proxy.upstream.turns import SPARE, Ticket, TurnClass, TurnQueue, TurnTimes
 
 #: From this limit on one slot is kept for metadata (D3).
 RESERVE_FROM = 4
@@ -61,9 +61,7 @@ _ALL = frozenset(TurnClass)
 #: By itself, as to look up a member of an enumeration takes ten times what a name does.
 _METADATA = TurnClass.METADATA
 _METADATA_ONLY = frozenset({_METADATA})
-#: Classes that take what nobody else wants, here or in other nodes.
-_SPARE = (TurnClass.SEGMENT, TurnClass.ABANDONED)
-_WANTED = _ALL.difference(_SPARE)
+_WANTED = _ALL.difference(SPARE)
 #: Seconds for which such a turn is waited for, once it should make way, before one of another class
 #: is cut: as long as it takes if it can be cut, even if its rest comes soon. One without an answer
 #: cannot be, nor one that stands still, or whose upstream knows no ranges.
@@ -193,17 +191,17 @@ class Gate:
     @property
     def pressing(self) -> int:
         """Slots in use and waited for, but for those that take what nobody else wants."""
-        waiting = sum(self._queue.depth(one) for one in TurnClass if one not in _SPARE)
+        waiting = sum(self._queue.depth(one) for one in TurnClass if one not in SPARE)
         return (
             len(self._granted)
             + waiting
-            - sum(self._queue.depth(one) for one in self._paused_now() if one not in _SPARE)
+            - sum(self._queue.depth(one) for one in self._paused_now() if one not in SPARE)
         )
 
     @property
     def spare_waiters(self) -> int:
         """Waiters that take what nobody else wants."""
-        return sum(map(self._queue.depth, _SPARE))
+        return sum(map(self._queue.depth, SPARE))
 
     @property
     def metadata(self) -> int:
@@ -391,14 +389,14 @@ class Gate:
         is_wanted = self._queue.has_rival(slot.turn_class, self._paused_now())
         if not (is_wanted or self._leases.is_contested):
             return False
-        return slot.turn_class in _SPARE or not self._makes_way()
+        return slot.turn_class in SPARE or not self._makes_way()
 
     def _makes_way(self) -> bool:
         """Does a turn that took what nobody else wanted make way before others do? It has some time
         for that, from when it is looked at first."""
         now, makes_way = self._clock(), False
         for number, held in self._granted.items():
-            if held.turn_class in _SPARE:
+            if held.turn_class in SPARE:
                 makes_way |= now - self._called.setdefault(number, now) < MAKES_WAY
         return makes_way
 

@@ -78,8 +78,8 @@ USUAL = {
     TurnClass.SEGMENT: 2.0,
     TurnClass.ABANDONED: 2.0,
 }
-#: Classes that nobody lets pass: they take what is left over.
-_SPARE = frozenset({TurnClass.SEGMENT, TurnClass.ABANDONED})
+#: Classes that nobody lets pass: they take what nobody else wants, here or in other nodes.
+SPARE = frozenset({TurnClass.SEGMENT, TurnClass.ABANDONED})
 #: What a turn counts that lasted no time at all, in seconds.
 SHORTEST = 0.001
 
@@ -275,7 +275,7 @@ class _Ring:
 #: Those that each class must let pass now and then.
 _YIELDS_TO = {
     turn_class: frozenset(
-        lower for lower in TurnClass if _RANK[turn_class] < _RANK[lower] and lower not in _SPARE
+        lower for lower in TurnClass if _RANK[turn_class] < _RANK[lower] and lower not in SPARE
     )
     for turn_class in TurnClass
 }
