@@ -296,8 +296,6 @@ async def test_a_blob_goes_on_at_its_byte_at_the_next_url(tmp_path: Path, fault:
     data = noise(16 * MIB)
     async with two(tmp_path, FakeClock(), segments=1) as (pool, first, second):
         digest, _ = (one.put_blob(IMAGE.name, data) for one in (first, second))
-        for origin in pool.proxy.origins._all():
-            origin.learn_rate(len(data), 1.0)  # so one turn asks for all of it
         first.script(Fault(fault, kind="blob"))
         assert (await pool.get(blob_path(digest))).body == data
         [seen] = second.counters.seen

@@ -18,7 +18,6 @@ from proxy.testing import Answer, Cut, Disconnect, FakeClock, FakeRegistry, Faul
 from proxy.testing.faults import Action
 from proxy.upstream.endpoint import OriginKey, OriginSettings
 from proxy.upstream.origin import (
-    FIRST_TURN_BYTES,
     MAX_TURN_BYTES,
     MIN_TURN_BYTES,
     OVERRUN,
@@ -330,7 +329,7 @@ async def test_a_turn_that_has_no_answer_yet_is_not_overdue() -> None:
 
 async def test_ranges_are_sized_to_two_seconds_within_bounds() -> None:
     origin = make_origin("http://harbor.example.com", 1)
-    assert origin.turn_bytes == FIRST_TURN_BYTES
+    assert origin.turn_bytes == MAX_TURN_BYTES
     origin.learn_rate(8 * MIB, 2.0)  # it is all that is known
     assert origin.turn_bytes == 8 * MIB
     origin.learn_rate(16 * MIB, 2.0)
