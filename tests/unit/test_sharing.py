@@ -4,11 +4,11 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import pytest
 
@@ -32,9 +32,24 @@ SIZE = 5 * MIB + 123
 DATA = os.urandom(SIZE)
 DIGEST = Digest.of(DATA)
 
+Noted = TypeVar("Noted", bound=LocalClaims)
+
 
 def source(data: bytes = DATA) -> ScriptedSource:
     return ScriptedSource(data, digest=DIGEST, chunk=64 << 10, turn_bytes=8 * MIB)
+
+
+def noted(
+    kind: Callable[[Board, Giver], Noted], board: Board
+) -> tuple[Callable[[Giver], Noted], list[Noted]]:
+    """What makes each node's claims, and those it has made."""
+    made: list[Noted] = []
+
+    def claims(giver: Giver) -> Noted:
+        made.append(kind(board, giver))
+        return made[-1]
+
+    return claims, made
 
 
 class Gone(LocalClaims):
@@ -90,12 +105,7 @@ class Timed(LocalClaims):
 async def test_a_node_of_a_very_large_fleet_waits_before_it_asks(tmp_path: Path) -> None:
     loop, pause = asyncio.get_running_loop(), 0.2
     board = Board(clock=loop.time, rng=random.Random(1))
-    made: list[Timed] = []
-
-    def claims(giver: Giver) -> Timed:
-        made.append(Timed(board, giver))
-        return made[-1]
-
+    claims, made = noted(Timed, board)
     async with sailing(tmp_path, 1, claims=claims, before_first=lambda: pause) as fleet:
         began = loop.time()
         assert await pull(fleet, 0, source()) == DATA
@@ -802,12 +812,7 @@ class Spied(LocalClaims):
 async def test_a_node_that_publishes_all_the_time_still_says_what_it_has(tmp_path: Path) -> None:
     clock = Time()
     board = Board(clock=clock, rng=random.Random(0))
-    made: list[Spied] = []
-
-    def claims(giver: Giver) -> Spied:
-        made.append(Spied(board, giver))
-        return made[-1]
-
+    claims, made = noted(Spied, board)
     async with sailing(tmp_path, 1, clock=clock, claims=claims) as fleet:
         upstream = source()
         upstream.valve.limit = MIB
@@ -823,12 +828,7 @@ async def test_a_node_that_publishes_all_the_time_still_says_what_it_has(tmp_pat
 
 async def test_what_a_directory_did_not_hear_is_told_again(tmp_path: Path) -> None:
     board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
-    made: list[Spied] = []
-
-    def claims(giver: Giver) -> Spied:
-        made.append(Spied(board, giver))
-        return made[-1]
-
+    claims, made = noted(Spied, board)
     async with sailing(tmp_path, 2, claims=claims) as fleet:
         made[1].is_to_fail = True
         both = await asyncio.gather(pull(fleet, 0, source()), pull(fleet, 1, source()))
@@ -863,12 +863,7 @@ async def test_what_was_being_published_when_all_had_come_holds_up_nothing_behin
     tmp_path: Path,
 ) -> None:
     board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
-    made: list[Cut] = []
-
-    def claims(giver: Giver) -> Cut:
-        made.append(Cut(board, giver))
-        return made[-1]
-
+    claims, made = noted(Cut, board)
     async with sailing(tmp_path, 1, claims=claims) as fleet:
         upstream = source()
         upstream.valve.limit = 3 * MIB
@@ -936,12 +931,7 @@ async def test_a_blob_that_is_right_asks_for_no_stripe_anew_that_others_say_is_a
     tmp_path: Path,
 ) -> None:
     board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
-    made: list[Contradicted] = []
-
-    def claims(giver: Giver) -> Contradicted:
-        made.append(Contradicted(board, giver))
-        return made[-1]
-
+    claims, made = noted(Contradicted, board)
     async with sailing(tmp_path, 1, claims=claims) as fleet:
         assert await pull(fleet, 0, source()) == DATA
         await until(lambda: made[0].is_over)
@@ -952,12 +942,7 @@ async def test_what_was_being_told_when_a_pull_is_cancelled_is_told_at_its_end(
     tmp_path: Path,
 ) -> None:
     board = Board(clock=asyncio.get_running_loop().time, rng=random.Random(0))
-    made: list[Spied] = []
-
-    def claims(giver: Giver) -> Spied:
-        made.append(Spied(board, giver))
-        return made[-1]
-
+    claims, made = noted(Spied, board)
     async with sailing(tmp_path, 2, claims=claims) as fleet:
         made[1].is_to_hang = True
         first = source()
