@@ -92,15 +92,11 @@ class Blobs:
         asked for: then a crowd has nothing to wait for, and each of it no time-out."""
         if self._store.size_of(digest) is not None:
             return None
-        key = (ask.upstream, ask.repository)
-        is_known, link = self._store.link_in_memory(*key, digest)
-        flight = self._flights.find(digest)
-        if link is None and flight is not None:
-            if key in flight.proved:
-                link = Link(flight.size)
-            elif key not in flight.sources:
-                return None
-        return _Missing(link) if is_known else None
+        is_known, link = self._store.link_in_memory(ask.upstream, ask.repository, digest)
+        link = self._or_proved(ask, digest, link)
+        if not is_known or (link is None and self._needs_proof(ask, digest)):
+            return None
+        return _Missing(link)
 
     async def _found(
         self, ask: Ask, digest: Digest, wanted: ByteRange | None
@@ -156,8 +152,11 @@ class Blobs:
         return _known(digest, proof.size, CacheWord.MISS)
 
     async def _link(self, ask: Ask, digest: Digest) -> Link | None:
-        """The repository's link; a flight that is bringing the blob through it is as good."""
-        link = await self._permissions.link(ask, digest)
+        """The repository's link, or what is as good."""
+        return self._or_proved(ask, digest, await self._permissions.link(ask, digest))
+
+    def _or_proved(self, ask: Ask, digest: Digest, link: Link | None) -> Link | None:
+        """A flight that is bringing the blob through the repository is as good as a link."""
         flight = self._flights.find(digest)
         if link is None and flight is not None and (ask.upstream, ask.repository) in flight.proved:
             return Link(flight.size)
