@@ -44,6 +44,8 @@ PROMPT_DEBT = 1.0
 PROMPT_SHARE = 0.75
 #: Seconds that a timer is set for at least: loops count in milliseconds.
 LEAST_DELAY = 0.001
+#: Less than any tag.
+FIRST = -1.0
 MIN_PIECE = 1 << 10
 MAX_PIECE = 1 << 20
 
@@ -145,9 +147,11 @@ class Stream:
         """Bytes to take at once, at most."""
         return self.throttle.piece
 
-    async def take(self, count: int) -> None:
-        """Wait until ``count`` bytes may move; cancelling it leaves no trace."""
-        await self.throttle.take(self, count)
+    async def take(self, count: int, *, goes_on: bool = False) -> None:
+        """Wait until ``count`` bytes may move; cancelling it leaves no trace. What ``goes_on`` is
+        the rest of something that is of no use before it is whole: nothing else of its kind goes
+        first."""
+        await self.throttle.take(self, count, goes_on=goes_on)
 
 
 class _Waiter:
@@ -193,14 +197,15 @@ class Throttle:
         """Is a new throttle no better than this one?"""
         return not self._queue and self._allowance.is_full(self._clock())
 
-    async def take(self, stream: Stream, count: int) -> None:
+    async def take(self, stream: Stream, count: int, *, goes_on: bool = False) -> None:
         """See ``Stream.take``."""
         stream.tag = self._queue.tag(stream.tag)
         if self._missing(stream.prompt) < 0 and not self._is_behind(stream.prompt):
             self._take(stream, count)
             return
         waiter, began = _Waiter(stream, count), self._clock()
-        self._queue.add(waiter, stream.tag, count, prompt=stream.prompt)
+        tag = FIRST if goes_on else stream.tag
+        self._queue.add(waiter, tag, count, prompt=stream.prompt)
         self._arm()
         try:
             await waiter.future

@@ -21,7 +21,7 @@ import contextlib
 import ipaddress
 import secrets
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -290,11 +290,11 @@ class PeerDoor:
         """The same bytes, each part when the uplink lets it, and with a time to be taken in."""
         loop = asyncio.get_running_loop()
         stream = None if self._uplink is None else self._uplink.stream(prompt=False)
-        most = PIECE if stream is None else min(PIECE, stream.piece)
+        most = PIECE if stream is None else even(PIECE, stream.piece)
         try:
             async for piece in source:
-                for part in parts(piece, most):
-                    await _take(stream, part)
+                for part, goes_on in whole_pieces(piece, most):
+                    await _take(stream, part, goes_on=goes_on)
                     limit.reschedule(loop.time() + self._stuck)
                     yield part
                     limit.reschedule(None)
@@ -433,6 +433,22 @@ def _only(request: web.BaseRequest, name: str) -> str | None:
     return values[0] if values else None
 
 
-async def _take(stream: Stream | None, part: Piece) -> None:
+def even(whole: int, most: int) -> int:
+    """The length of equal parts of at most so many bytes; the last may be shorter."""
+    return -(-whole // -(-whole // most))
+
+
+def whole_pieces(piece: Piece, most: int) -> Iterator[tuple[Piece, bool]]:
+    """Parts of at most ``most`` bytes, and whether each goes on with one of the pieces in which
+    stripes are verified. What is read begins with such a piece."""
+    for whole in parts(piece, PIECE):
+        goes_on = False
+        for part in parts(whole, most):
+            yield part, goes_on
+            goes_on = True
+
+
+async def _take(stream: Stream | None, part: Piece, *, goes_on: bool) -> None:
     if stream is not None:
-        await stream.take(part.length if isinstance(part, FileSpan) else len(part))
+        count = part.length if isinstance(part, FileSpan) else len(part)
+        await stream.take(count, goes_on=goes_on)

@@ -16,7 +16,7 @@ from proxy.oci.digest import Digest
 from proxy.oci.errors import Denied, NotFound, PeerBusy, PeerFailed, PeerLied, StoreFailed
 from proxy.testing import FakeClock
 from proxy.throttle import Throttle
-from proxy.web.peer import PeerContexts, is_loopback
+from proxy.web.peer import PeerContexts, even, is_loopback, whole_pieces
 from proxy.web.reload import Unusable
 from proxy.web.transfers import LEAST_RATE, MOST, places
 from tests.unit.giving_kit import FlowingStripe, OneStripe, WholeStripe, giver
@@ -433,6 +433,22 @@ async def test_what_goes_to_all_takers_keeps_to_the_uplink() -> None:
         assert list(got) == [STRIPE, STRIPE]
         allowed = rate * (time.monotonic() - began) + rate * 0.05 + uplink.piece
         assert 2 * len(STRIPE) <= allowed
+
+
+@pytest.mark.parametrize("piece", [1000, 50_000, 71_250, PIECE // 2, PIECE, 4 * PIECE])
+def test_what_is_paced_is_cut_into_equal_parts_of_whole_pieces(piece: int) -> None:
+    """So that a taker's next piece begins only when the one before is on its way."""
+    body = bytes(2 * PIECE + 7)
+    parts = list(whole_pieces(body, even(PIECE, piece)))
+    assert b"".join(bytes(part) for part, _ in parts if isinstance(part, bytes)) == body
+    assert max(len(part) for part, _ in parts if isinstance(part, bytes)) <= piece
+    begins, at = [], 0
+    for part, goes_on in parts:
+        assert isinstance(part, bytes)
+        if not goes_on:
+            begins.append(at)
+        at += len(part)
+    assert begins == [0, PIECE, 2 * PIECE]
 
 
 def test_places_are_as_many_as_an_uplink_can_feed() -> None:

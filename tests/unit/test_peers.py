@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from proxy.fleet.answer import MOST as MOST_HEAD
-from proxy.fleet.peers import AHEAD, REFUSAL, SOCKETS
+from proxy.fleet.connection import LUMP
+from proxy.fleet.peers import AHEAD, REFUSAL, SOCKETS, patience_of
 from proxy.fleet.pieces import MOST, PIECE
 from proxy.fleet.protocol import SEAL, written
 from proxy.fleet.seal import Said, Seal
+from proxy.oci.digest import Digest
 from proxy.oci.errors import PeerBusy, PeerFailed, PeerLied
 from proxy.testing import FakeClock
 from proxy.testing.peer import HONEST, Conduct, ScriptedGiver, pieces_of
@@ -32,6 +35,7 @@ from tests.unit.peer_kit import (
 )
 from tests.unit.proxy_kit import until
 
+MIB = 1 << 20
 OTHER = b"\x09" * len(STRIPE)
 #: Seconds for givers that are to be given up: long for a connection on a machine that is busy.
 SHORT = 0.5
@@ -183,6 +187,49 @@ async def test_a_byte_now_and_then_is_no_progress() -> None:
         got, error = await taker.until_failure(giver.url)
         assert (got, "came to a halt" in str(error)) == (STRIPE[:PIECE], True)
         await giver.until_open(0)
+
+
+@pytest.mark.parametrize(
+    ("downlink", "seconds"), [(None, 5.0), (100e6, 5.0), (2e6, 5.0), (MIB, 9.0), (MIB / 2, 18.0)]
+)
+def test_on_a_slow_line_givers_have_the_time_that_pieces_take(
+    downlink: float | None, seconds: float
+) -> None:
+    """A giver that receives a stripe itself sends nothing while its own next piece comes."""
+    assert patience_of(downlink) == pytest.approx(seconds)
+
+
+async def test_a_slow_giver_is_judged_by_all_that_it_has_sent() -> None:
+    """The kernel wakes its taker for whole lumps only; what is less is taken at the next look."""
+    less = LUMP - 1
+    async with (
+        scripted(Conduct(stall=PIECE + less), patience=5.0) as (taker, giver),
+        taker.peers.taking(grant(giver.url), wanted()) as transfer,
+    ):
+        await anext(transfer)
+        next_one = asyncio.ensure_future(anext(transfer))
+        await until(lambda: taker.peers.held == less)
+        next_one.cancel()
+        await asyncio.wait([next_one])
+
+
+async def test_the_end_of_a_piece_is_not_waited_for_longer_than_it_has_bytes(
+    tmp_path: Path,
+) -> None:
+    """Whatever its last lump is: by itself, over TLS too, and with nothing behind it."""
+    pki = await asyncio.to_thread(Pki.made, tmp_path)
+    over_tls = (
+        await asyncio.to_thread(server_context, pki.files),
+        await asyncio.to_thread(peer_context, pki.files),
+    )
+    for server, client in ((None, None), over_tls):
+        for size in (1, LUMP - 1, LUMP, LUMP + 1, PIECE - 1, PIECE + 1):
+            data = os.urandom(size)
+            async with ScriptedGiver(data, tls=server) as giver, taking(tls=client) as taker:
+                ask = grant(giver.url, digest=Digest.of(data))
+                async with taker.peers.taking(ask, wanted(data=data)) as transfer:
+                    got = b"".join([b"".join(chunks) async for chunks in transfer])
+                assert got == data
 
 
 async def test_a_giver_that_says_nothing_is_left() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 
 import pytest
@@ -167,6 +167,10 @@ class Play:
             self.moved[name] += count
             total -= count
 
+    def start_with(self, *movers: Coroutine[None, None, None]) -> None:
+        """Others that move bytes."""
+        self._tasks += [asyncio.create_task(mover) for mover in movers]
+
     async def until(self, is_over: Callable[[], bool], step: float = 0.005) -> None:
         while not is_over():
             await asyncio.sleep(0)
@@ -179,6 +183,21 @@ class Play:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def test_what_goes_on_is_ended_before_others_of_its_kind_begin() -> None:
+    """A piece of a stripe is of no use before it is whole, so two of them do not take turns."""
+    play, order = Play(MIB), list[str]()
+
+    async def pieces(name: str) -> None:
+        stream = play.throttle.stream(prompt=False)
+        for part in range(8):
+            await stream.take(play.throttle.piece, goes_on=part % 4 > 0)
+            order.append(name)
+
+    play.start_with(pieces("ann"), pieces("bob"))
+    await play.until(lambda: len(order) == 16)
+    assert order == [name for name in ("ann", "bob") * 2 for _ in range(4)]
 
 
 @pytest.mark.parametrize("streams", [1, 3, 16])
