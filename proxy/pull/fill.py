@@ -96,6 +96,8 @@ class Fill:
             moved=self._moved,
             delay=settings.gather,
             pace=self._pace,
+            stopwatch=settings.stopwatch,
+            trial=settings.trial,
         )
         self._crowd = crowd
         self._settings = settings

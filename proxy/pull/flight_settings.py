@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.oci.errors import PullError
+from proxy.pull.trial import Trial, try_two
 
 #: Bytes of a window (D14): half of it is one turn, the other half lets readers differ.
 WINDOW_BYTES = 16 << 20
@@ -31,7 +32,8 @@ MAX_PAUSE = 30.0
 class FlightSettings:
     """What a flight may do: sizes in bytes; ``patience`` in seconds; ``pause`` gives the seconds to
     wait before try ``n`` (1, 2, …); ``clock`` is monotonic; ``gather``: seconds in which bytes that
-    nobody waits for yet may come together; ``stopwatch`` tells how long work takes."""
+    nobody waits for yet may come together; ``stopwatch`` tells how long work takes; ``trial`` finds
+    out whether several turns bring more than one."""
 
     on_abandon: str = "finish"
     window_bytes: int = WINDOW_BYTES
@@ -43,6 +45,7 @@ class FlightSettings:
     gather: float = GATHER
     stopwatch: Callable[[], float] = time.monotonic
     long_segment: int = LONG_SEGMENT
+    trial: Trial = try_two
 
     def pause_after(self, tries: int, error: PullError) -> float:
         """Seconds to wait after failure number ``tries``: what was asked for, or our own."""

@@ -27,6 +27,11 @@ class Helper:
             return False
         return self.ticket.is_queued or not self.ticket.grants
 
+    @property
+    def is_over(self) -> bool:
+        """Has its task ended, or is it about to?"""
+        return self.task.done() or self.task.cancelling() > 0
+
     def __repr__(self) -> str:
         state = "begun" if self.has_begun else "waiting" if self.is_waiting else "granted"
         return f"<Helper {state}, {self.segment!r}>"

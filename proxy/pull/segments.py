@@ -169,6 +169,17 @@ class Segments:
         self._taken.add(segment)
         return segment
 
+    def take_last(self, count: int) -> Segment | None:
+        """The last ``count`` bytes of what is not done and not taken, within the bounds, or as many
+        as the last hole has; ``None``: there is none."""
+        hole = max(self.open_holes(), default=None)
+        if hole is None:
+            return None
+        start, stop = hole
+        segment = Segment(max(start, stop - count), stop)
+        self._taken.add(segment)
+        return segment
+
     def shorten(self, segments: Iterable[Segment], *, parts: int, long: int) -> bool:
         """Leave the one of these ``segments`` that has most to come one of about ``parts`` equal
         parts of that; the rest is a hole. False if none has ``long`` bytes to come, or there are
@@ -195,6 +206,10 @@ class Segments:
         self.bounds = (start, stop)
         for segment in turns:
             self.end_elsewhere(segment)
+
+    def unbind(self) -> None:
+        """All of it may be cut again."""
+        self.bounds = None
 
     def is_elsewhere(self, segment: Segment) -> bool:
         """Is what it brings next out of bounds?"""

@@ -80,7 +80,7 @@ class SharedFill:
         self._bound()
 
     def unbind(self) -> None:
-        self._spread.bind(0, self._plan.size)
+        self._spread.unbind()
 
     def lend(self) -> FileLease:
         return self._intake.lend()

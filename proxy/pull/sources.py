@@ -95,8 +95,11 @@ class TurnBody(Protocol):
 
 class Source(Protocol):
     """One digest through one repository; ``BlobSource`` is one. ``ranged`` turns false when it is
-    seen to ignore Range. ``segments``: the most turns at once, ``spare``: how many more of them
-    could begin now. ``distrust``: its ranges were wrong."""
+    seen to ignore Range. ``turn_bytes``: what a turn should ask for, by the speed of those before;
+    ``knows_rate``: there were some. ``segments``: the most turns at once, ``spare``: how many more
+    of them could begin now. ``widens``: do several turns bring more than one? None: nobody has
+    tried of late; ``learn_widening``: what a trial has shown. ``distrust``: its ranges were wrong.
+    """
 
     @property
     def key(self) -> Key: ...
@@ -111,6 +114,9 @@ class Source(Protocol):
     def turn_bytes(self) -> int: ...
 
     @property
+    def knows_rate(self) -> bool: ...
+
+    @property
     def segments(self) -> int: ...
 
     @property
@@ -118,6 +124,11 @@ class Source(Protocol):
 
     @property
     def ahead(self) -> int: ...
+
+    @property
+    def widens(self) -> bool | None: ...
+
+    def learn_widening(self, widens: bool) -> None: ...
 
     def distrust(self) -> None: ...
 

@@ -21,6 +21,9 @@ that. Else a flight whose turn comes late, for all that is left, would bring it 
 beside idle ones. The connection is lost, as more was asked for; but only if the further turn has a
 slot before the first one comes to where it begins. If not, the first one goes on (``trim``).
 
+With a fleet there are further turns only where a trial has shown that several bring more than one
+(``trial.py``): what a node fills for others is to come in order.
+
 What goes wrong in one never fails the flight. After a failure there is a pause, and then one
 further turn until it has gone well. After ``TRIES`` failures in a row there are no more, nor when
 the disk is full: then the flight *goes alone*. Nor when its answers contradict the lead's: then
@@ -49,12 +52,16 @@ from proxy.pull.pace import Pace
 from proxy.pull.parts import Contradiction, expect_part
 from proxy.pull.segments import Segment, Segments, first_cut
 from proxy.pull.sources import Source, TurnBody
+from proxy.pull.trial import Lead, Trial, left_for_trial
 from proxy.store.blobs import StoreFull
 from proxy.store.work import finish
 from proxy.upstream.turns import Ticket, TurnClass
 
 #: Failures in a row of further turns before there are no more.
 TRIES = 6
+#: Bytes of the first turn to an upstream for a fleet: enough to show how fast it is. On a line that
+#: carries 1 MB/s, shared by three turns, it is over before it has to make way.
+FIRST = 512 << 10
 #: Seconds after which a lead that waits for others looks whether one of them waits for a slot, too,
 #: as it does where its first one has led it to another origin.
 LOOK_AGAIN = 1.0
@@ -89,6 +96,8 @@ class Spread:
         moved: Callable[[], None],
         delay: float,
         pace: Pace,
+        stopwatch: Callable[[], float],
+        trial: Trial,
     ) -> None:
         self.plan: Segments | None = None
         self._name = name
@@ -115,6 +124,9 @@ class Spread:
         self._pace = pace
         # Do the lead's bytes wait for us, and would those of others? Yes, until it was looked at.
         self._is_behind = bool(delay)
+        self._stopwatch = stopwatch
+        self._find_out = trial
+        self._trial: asyncio.Task[None] | None = None
         self._defect: Exception | None = None
         self._changed = asyncio.Event()
         self._closing_up = ClosingUp(
@@ -173,6 +185,8 @@ class Spread:
             self.plan.reach(self._intake.received)
             self._recall()
             parts, most = self._share(source)
+            if self._is_to_try(source) and source.spare > 1:
+                most = min(most, self._beside_trial(self.plan))
             segment = self.plan.take(parts=parts, most=most)
             if segment is not None:
                 return segment
@@ -206,6 +220,7 @@ class Spread:
         if self.plan is not None:
             self._givers.add(source)
             self._leading = [segment]
+            self._try(source, segment)
         self.widen()
 
     def ended(self, segment: Segment) -> None:
@@ -216,6 +231,45 @@ class Spread:
             self.plan.give_back(segment)
             self._changed.set()
             self._moved()
+            self.widen()
+
+    # -- do several turns bring more? ------------------------------------------------------
+
+    def _is_to_try(self, source: Source) -> bool:
+        return self._is_bound and self._could_spread(source) and source.widens is None
+
+    def _beside_trial(self, plan: Segments) -> int:
+        """Bytes that the lead may take of the next hole."""
+        start, stop = next(plan.open_holes(), (0, plan.size))
+        return stop - start - left_for_trial(stop - start)
+
+    def _try(self, source: Source, lead: Segment) -> None:
+        """Begin a trial beside the lead's turn if there is to be one, and something for it."""
+        if self._trial is not None or self.plan is None or not self._is_to_try(source):
+            return
+        if next(self.plan.open_holes(), None) is not None:
+            trying = self._tried(source, lead)
+            self._trial = asyncio.create_task(trying, name=f"trial {self._name}")
+
+    async def _tried(self, source: Source, lead: Segment) -> None:
+        def begin(count: int) -> Helper | None:
+            if self.plan is None or source.spare < 1 or not self._is_to_try(source):
+                return None
+            segment = self.plan.take_last(count)
+            return None if segment is None else self._begin(source, segment)
+
+        turn = Lead(lead, lambda: lead not in self._leading)
+        try:
+            widens = await self._find_out(turn, begin, clock=self._stopwatch)
+        except Exception as error:
+            self._defect = error
+            self._void()
+            self._changed.set()
+            return
+        finally:
+            self._trial = None
+        if widens is not None:
+            source.learn_widening(widens)
             self.widen()
 
     # -- with a fleet ----------------------------------------------------------------------
@@ -233,6 +287,13 @@ class Spread:
         if self.plan is not None:
             self.plan.bind(start, stop, [*self._helpers.begun, *self._leading])
             self._helpers.cancel_waiting(start, stop)
+            self._changed.set()
+            self.widen()
+
+    def unbind(self) -> None:
+        """Turns bring whatever is missing: the fleet has no part in it any more."""
+        if self.plan is not None:
+            self.plan.unbind()
             self._changed.set()
             self.widen()
 
@@ -320,6 +381,13 @@ class Spread:
         return segment
 
     def _may_spread(self, source: Source) -> bool:
+        return self._could_spread(source) and (source.widens is True or not self._is_bound)
+
+    @property
+    def _is_bound(self) -> bool:
+        return self.plan is not None and self.plan.bounds is not None
+
+    def _could_spread(self, source: Source) -> bool:
         return (
             bool(self._clients)
             and not self._is_alone
@@ -332,24 +400,26 @@ class Spread:
         """How many bring something beside the lead, itself included, and the bytes of its turn at
         most. While its bytes outrun us nobody else does; but that may change, and a long turn that
         has begun by then would keep readers to the rate of one connection, with all that others
-        bring lying beyond it. So its turns grow with what has come; but not in bounds, which are a
-        turn's worth, and may begin far beyond what has come."""
+        bring lying beyond it. So its turns grow with what has come; but not in bounds, where it is
+        known that several bring more. And the first of all to an upstream is short there: a fleet
+        wants its slots, and what is on its way when a turn is cut comes twice."""
+        if self._is_bound and not source.knows_rate:
+            return 1, min(source.turn_bytes, FIRST)
         could_be_helped = self._helpers.has_slots or source.spare > 1
         if not (self._may_spread(source) and could_be_helped):
             return 1, source.turn_bytes
-        if not self._is_behind:
+        if self._is_bound or not self._is_behind:
             return source.segments, source.turn_bytes
-        if self.plan is not None and self.plan.bounds is not None:
-            return 1, source.turn_bytes
         return 1, min(source.turn_bytes, max(2 * self._least, self._intake.received))
 
-    def _begin(self, source: Source, segment: Segment) -> None:
+    def _begin(self, source: Source, segment: Segment) -> Helper:
         ticket = Ticket(TurnClass.SEGMENT, self._clients, image=self._name)
         ticket.retry = self._retry
         task = asyncio.create_task(self._run(source, segment, ticket), name=f"segment {self._name}")
         helper = Helper(segment, ticket, task)
         self._helpers.add(helper)
         task.add_done_callback(lambda _: self._over(source, helper))
+        return helper
 
     async def _run(self, source: Source, segment: Segment, ticket: Ticket) -> None:
         if segment.stop is None:
@@ -454,7 +524,10 @@ class Spread:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        if tasks := [*self._closing_up.end(), *self._helpers.tasks]:
+        trials = [] if self._trial is None else [self._trial]
+        for trial in trials:
+            trial.cancel()
+        if tasks := [*self._closing_up.end(), *self._helpers.tasks, *trials]:
             await finish(asyncio.ensure_future(asyncio.wait(tasks)))
 
     def __repr__(self) -> str:

@@ -160,6 +160,11 @@ class BlobSource:
         return self._origin.turn_bytes
 
     @property
+    def knows_rate(self) -> bool:
+        """Is its speed known?"""
+        return self._origin.knows_rate
+
+    @property
     def segments(self) -> int:
         """How many turns it may be fetched by at once."""
         return self._client.segments if self.ranged and self._origin.conduct.trusts_ranges else 1
@@ -168,6 +173,15 @@ class BlobSource:
     def spare(self) -> int:
         """How many more turns could begin at once where its bytes come from."""
         return self._origin.slots.spare
+
+    @property
+    def widens(self) -> bool | None:
+        """Do several turns bring more than one? None: nobody has tried of late."""
+        return self._origin.conduct.widens
+
+    def learn_widening(self, widens: bool) -> None:
+        """Several turns did, or did not, bring more than one."""
+        self._origin.conduct.learn_widening(widens)
 
     def distrust(self) -> None:
         """Its ranges did not make up the blob: ask for whole bodies, and no segments of others."""

@@ -56,6 +56,8 @@ from proxy.upstream.turns import Ticket, TurnClass
 #: The longest pause that an upstream gets by asking, in seconds.
 MAX_PAUSE = 300.0
 
+#: Seconds after which it is tried again whether several turns bring more than one.
+WIDENS_FOR = 300.0
 #: Seconds for which blobs are not fetched in segments from an origin whose ranges were wrong.
 DISTRUST = 600.0
 
@@ -109,6 +111,7 @@ class Conduct:
         self._early: dict[int, float] = {}  # by slot: answered when others could still begin
         self._overloaded_at = float("-inf")
         self._distrusted_until = float("-inf")
+        self._widens, self._widens_until = False, float("-inf")
         self._unsuspected: Cap | None = None  # as it was before overloads that are not proved
         gate.limit = cap.limit
 
@@ -233,6 +236,17 @@ class Conduct:
     def distrust_ranges(self) -> None:
         """Ranges of one blob did not make up that blob."""
         self._distrusted_until = self._clock() + DISTRUST
+
+    # -- several turns ---------------------------------------------------------------------
+
+    @property
+    def widens(self) -> bool | None:
+        """Do several turns at once bring more than one? None: nobody has tried of late."""
+        return self._widens if self._clock() < self._widens_until else None
+
+    def learn_widening(self, widens: bool) -> None:
+        """A trial has shown whether they do."""
+        self._widens, self._widens_until = widens, self._clock() + WIDENS_FOR
 
     # -- the cap ---------------------------------------------------------------------------
 

@@ -311,6 +311,11 @@ class MirroredBlob:
         return self._current.turn_bytes
 
     @property
+    def knows_rate(self) -> bool:
+        """Is its speed known?"""
+        return self._current.knows_rate
+
+    @property
     def segments(self) -> int:
         """How many turns it may be fetched by at once."""
         return self._current.segments
@@ -319,6 +324,15 @@ class MirroredBlob:
     def spare(self) -> int:
         """How many more turns could begin at once where its bytes come from."""
         return self._current.spare
+
+    @property
+    def widens(self) -> bool | None:
+        """Do several turns bring more than one? None: nobody has tried of late."""
+        return self._current.widens
+
+    def learn_widening(self, widens: bool) -> None:
+        """Several turns did, or did not, bring more than one."""
+        self._current.learn_widening(widens)
 
     def distrust(self) -> None:
         """As ``BlobSource.distrust``, of every URL that gave bytes: one of them was wrong."""

@@ -61,7 +61,7 @@ E = TypeVar("E", bound=PullError)
 TURN_SECONDS = 2.0
 #: A turn may overrun that this many times while others wait before it is cut.
 OVERRUN = 2.0
-MIN_TURN_BYTES = 1 << 20
+MIN_TURN_BYTES = 512 << 10
 #: A turn that brought so many bytes before it broke was no failed try.
 WORTHWHILE = 256 << 10
 MAX_TURN_BYTES = 64 << 20
@@ -417,12 +417,14 @@ class Origin:
             self._bytes_per_second = known + (rate - known) / 4
 
     @property
+    def knows_rate(self) -> bool:
+        """Has a turn shown how fast its bytes come?"""
+        return self._bytes_per_second is not None
+
+    @property
     def turn_bytes(self) -> int:
         """How many bytes the next turn for bulk should ask for: about two seconds' worth."""
         if self._bytes_per_second is None:
-            # Not less: with 4 MiB further turns begin beside it, and in a fleet what a node fills
-            # comes out of order, where others follow in order: 1.62 to 1.95 times of what one alone
-            # takes instead of 1.34 (six nodes, one layer, lines of 8 MB/s).
             return MAX_TURN_BYTES
         return int(max(MIN_TURN_BYTES, min(MAX_TURN_BYTES, self._bytes_per_second * TURN_SECONDS)))
 

@@ -17,6 +17,7 @@ from proxy.pull.flight import Flight, Flights
 from proxy.pull.flight_settings import FlightSettings
 from proxy.pull.ground import Fellows
 from proxy.pull.reader import FileSpan, Piece, Reader
+from proxy.pull.trial import Trial, try_two
 from proxy.store.store import Disk, Store
 from proxy.upstream.turns import Ticket, TurnClass
 from tests.unit.proxy_kit import Pauses
@@ -187,6 +188,8 @@ class ScriptedSource:
         self.segments = segments
         self.spare = segments
         self.is_distrusted = False
+        self.widens: bool | None = True
+        self.knows_rate = True
         self.hauls = False  # whether a thread finds more of its bodies there
         self.hauled = 0  # bytes that one has found
         self.serves_ranges = serves_ranges
@@ -203,6 +206,9 @@ class ScriptedSource:
     @property
     def sent(self) -> int:
         return sum(turn.sent for turn in self.turns)
+
+    def learn_widening(self, widens: bool) -> None:
+        self.widens = widens
 
     def distrust(self) -> None:
         self.is_distrusted = True
@@ -301,6 +307,7 @@ async def flying(
     clock: Pauses | None = None,
     fellows: Fellows | None = None,
     long_segment: int = 1 << 30,
+    trial: Trial = try_two,
 ) -> AsyncIterator[Rig]:
     """A rig. When it ends well: no task, no open file and no staging file is left."""
     metrics, clock = Metrics(), clock or Pauses()
@@ -316,6 +323,7 @@ async def flying(
             gather,
             clock,
             long_segment,
+            trial,
         )
         flights = Flights(
             store=store, settings=settings, metrics=metrics, log=silent(), fellows=fellows

@@ -28,6 +28,7 @@ from proxy.pull.giving import OpenStripe
 from proxy.pull.ground import Fellows
 from proxy.pull.reader import FileSpan
 from proxy.pull.stripes import FleetShelf
+from proxy.pull.trial import Trial, try_two
 from tests.unit.flight_kit import Rig, flying
 from tests.unit.proxy_kit import Pauses
 from tests.unit.store_kit import silent
@@ -156,6 +157,7 @@ async def sailing(
     before_first: Callable[[], float] = lambda: 0.0,
     segment_bytes: int = 4 << 20,
     gather: float = 0.0,
+    trial: Trial = try_two,
 ) -> AsyncIterator[Fleet]:
     """A fleet of so many nodes; at its end nothing may be left of them."""
     loop = asyncio.get_running_loop()
@@ -186,6 +188,7 @@ async def sailing(
                     segment_bytes=segment_bytes,
                     gather=gather,
                     clock=Pauses(),
+                    trial=trial,
                 )
             )
             shelf = FleetShelf(rig.flights, rig.store, may_share=everything)

@@ -14,7 +14,7 @@ from proxy.upstream.blame import LATELY
 from proxy.upstream.blob import BlobSource
 from proxy.upstream.budget import RetryBudget
 from proxy.upstream.cap import START
-from proxy.upstream.conduct import MAX_PAUSE, Conduct
+from proxy.upstream.conduct import MAX_PAUSE, WIDENS_FOR, Conduct
 from proxy.upstream.endpoint import OriginSettings
 from proxy.upstream.health import (
     BROKEN_RUN,
@@ -542,3 +542,16 @@ async def test_a_head_tells_the_quota_and_does_not_spend_it() -> None:
         assert told.value.retry_after == 30.0
         assert conduct(puller).state().quota == (2, 0)
         assert conduct(puller).details()["paused"] == {"metadata": 30.0}
+
+
+async def test_what_a_trial_has_shown_holds_for_a_while() -> None:
+    clock = FakeClock()
+    async with FakeRegistry() as registry, Puller(registry, clock=clock) as puller:
+        kept = conduct(puller)
+        assert kept.widens is None
+        for shown in (True, False):
+            kept.learn_widening(shown)
+            clock.advance(WIDENS_FOR - 1)
+            assert kept.widens is shown
+            clock.advance(1)
+            assert kept.widens is None

@@ -174,6 +174,22 @@ def test_a_shortened_segment_whose_rest_nobody_brings_can_go_on() -> None:
     assert plan.left == 0
 
 
+def test_what_a_trial_brings_is_the_end_of_what_may_be_cut() -> None:
+    plan = Segments(100, least=5)
+    plan.bounds = (0, 80)
+    lead = plan.take(parts=1, most=60)
+    assert lead is not None
+    last = plan.take_last(10)
+    assert last is not None
+    assert (last.start, last.stop) == (70, 80)
+    rest = plan.take_last(50)
+    assert rest is not None
+    assert (rest.start, rest.stop) == (60, 70)
+    assert plan.take_last(1) is None
+    plan.unbind()
+    assert list(plan.open_holes()) == [(80, 100)]
+
+
 def test_what_is_shortened_leaves_two_parts_and_is_no_fleets() -> None:
     plan = Segments(100, least=30)
     segment = plan.take(parts=1, most=100)

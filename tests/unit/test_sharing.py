@@ -18,11 +18,13 @@ from proxy.fleet.local_claims import LocalClaims
 from proxy.fleet.protocol import StripeAsk
 from proxy.fleet.stripes import stripe_count
 from proxy.oci.digest import Digest
-from proxy.oci.errors import DigestMismatch, DirectoryDown, SizeMismatch, StoreFailed
+from proxy.oci.errors import DigestMismatch, DirectoryDown, InternalError, SizeMismatch, StoreFailed
 from proxy.pull.flight import Flights
 from proxy.pull.giving import OpenStripe
 from proxy.pull.sharing import PATIENCE
+from proxy.pull.spread import FIRST
 from proxy.pull.stripes import FleetShelf
+from proxy.pull.trial import Turn
 from proxy.upstream.turns import Ticket, TurnClass, TurnQueue
 from tests.unit.flight_kit import Act, ScriptedBody, ScriptedSource, Valve, a_while, drink, until
 from tests.unit.sharing_kit import Fleet, everything, sailing
@@ -78,16 +80,91 @@ async def test_two_nodes_that_want_one_blob_at_once_fetch_it_once(tmp_path: Path
         assert sum(each.sent for each in sources) == SIZE
 
 
-async def test_a_filler_asks_for_all_that_it_is_to_fill_in_one_turn_if_that_is_a_turns_worth(
+async def test_a_filler_asks_for_all_in_one_turn_where_several_bring_no_more(
     tmp_path: Path,
 ) -> None:
-    """Though slots are idle: others follow in order, and its part may begin where none has come."""
+    """Though slots are idle: others follow in order."""
     async with sailing(tmp_path, 1, segment_bytes=MIB // 4, gather=1e-6) as fleet:
         upstream = ScriptedSource(
             DATA, digest=DIGEST, chunk=64 << 10, turn_bytes=8 * MIB, segments=4
         )
+        upstream.widens = False
         assert await pull(fleet, 0, upstream) == DATA
         assert [turn.length for turn in upstream.turns] == [SIZE]
+
+
+async def test_a_fillers_first_turn_to_an_upstream_of_unknown_speed_is_short(
+    tmp_path: Path,
+) -> None:
+    async with sailing(tmp_path, 1) as fleet:
+        upstream = source()
+        upstream.knows_rate = False
+        assert await pull(fleet, 0, upstream) == DATA
+        assert upstream.turns[0].length == FIRST
+        assert upstream.sent == SIZE
+
+
+@pytest.mark.parametrize("found", [True, False, None])
+async def test_a_filler_takes_several_turns_once_a_trial_has_shown_that_they_bring_more(
+    tmp_path: Path, found: bool | None
+) -> None:
+    data = os.urandom(20 * MIB)
+
+    async def trial(
+        _lead: Turn, begin: Callable[[int], Turn | None], *, clock: Callable[[], float]
+    ) -> bool | None:
+        further = begin(MIB)
+        await until(lambda: further is None or further.is_over)
+        return found
+
+    async with sailing(tmp_path, 1, segment_bytes=MIB, trial=trial) as fleet:
+        upstream = ScriptedSource(data, chunk=64 << 10, turn_bytes=64 * MIB, segments=4)
+        upstream.widens = None
+        reader = fleet.nodes[0].rig.join(upstream, size=len(data))
+        assert await drink(reader) == data
+        lead, scout, *others = upstream.turns
+        assert (lead.start, lead.length) == (0, 15 * MIB)  # a quarter is left for the trial
+        assert (scout.start, scout.length) == (19 * MIB, MIB)
+        further = [turn for turn in others if turn.turn_class is TurnClass.SEGMENT]
+        assert bool(further) == bool(found)
+        assert upstream.widens is found
+        assert upstream.sent == len(data)
+
+
+async def test_a_trial_that_fails_by_our_fault_is_told_and_hangs_nobody(tmp_path: Path) -> None:
+    async def trial(
+        _lead: Turn, _begin: Callable[[int], Turn | None], *, clock: Callable[[], float]
+    ) -> bool | None:
+        raise ZeroDivisionError
+
+    async with sailing(tmp_path, 1, trial=trial) as fleet:
+        upstream = ScriptedSource(bytes(20 * MIB), chunk=64 << 10, turn_bytes=64 * MIB, segments=4)
+        upstream.widens = None
+        reader = fleet.nodes[0].rig.join(upstream, size=20 * MIB)
+        with pytest.raises(InternalError):
+            await drink(reader)
+
+
+async def test_a_trial_ends_with_its_flight(tmp_path: Path) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def trial(
+        _lead: Turn, _begin: Callable[[int], Turn | None], *, clock: Callable[[], float]
+    ) -> bool | None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return None
+
+    async with sailing(tmp_path, 1, trial=trial) as fleet:
+        upstream = ScriptedSource(bytes(20 * MIB), chunk=64 << 10, turn_bytes=64 * MIB, segments=4)
+        upstream.widens = None
+        reader = fleet.nodes[0].rig.join(upstream, size=20 * MIB)
+        assert await drink(reader) == bytes(20 * MIB)
+        assert began.is_set()
+        await ended.wait()
 
 
 class Timed(LocalClaims):
