@@ -144,8 +144,9 @@ class Connection(asyncio.Protocol):
         seen = -1
         while not self._has(enough):
             self._check()
-            # What has not made a lump since the last look is taken as it is.
-            lump, seen = 1 if self.received == seen else LUMP, self.received
+            # What has made no lump since the last look is taken as it is; before the last, all is.
+            is_slow = self.received == seen or quiet == TICKS - 1
+            lump, seen = 1 if is_slow else LUMP, self.received
             try:
                 async with asyncio.timeout(self._patience / TICKS):
                     await self._changed(enough, lump)
@@ -177,7 +178,7 @@ class Connection(asyncio.Protocol):
         count = max(1, count)
         if count == self._lump or self._sock is None:
             return
-        with contextlib.suppress(OSError):  # closed: ``connection_lost`` tells
+        with contextlib.suppress(OSError, ValueError):  # closed: ``connection_lost`` tells
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
             self._lump = count
 
@@ -187,7 +188,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             error = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        except OSError:  # closed: connection_lost tells
+        except (OSError, ValueError):  # closed: connection_lost tells
             return
         if error:
             self._fail(PeerFailed(f"the connection broke: {os.strerror(error)}"))

@@ -49,6 +49,7 @@ PATIENCE = 5.0
 #: 24 nodes with lines of 0.75 MB/s gave up 321 transfers that went on, 1,925 more failed behind
 #: those, and for 1,975 stripes they asked 4,221 times; with 13 s it was 1,996 times for 1,978.
 PIECE_TIMES = 3.0
+MOST_PATIENCE = 30.0
 #: Bytes that come ahead of those that are verified.
 AHEAD = 1 << 20
 #: Sockets to one giver, at most: for as many stripes as it may be asked for of a few blobs at once.
@@ -63,14 +64,6 @@ REFUSAL = 4 << 10
 LONGEST_PAUSE = 60.0
 
 
-def patience_of(downlink: float | None) -> float:
-    """Seconds for a giver, of a node whose downlink carries so many bytes a second (None: it has no
-    cap)."""
-    if downlink is None:
-        return PATIENCE
-    return max(PATIENCE, PIECE_TIMES * ALTOGETHER * PIECE / downlink)
-
-
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
 
@@ -82,6 +75,14 @@ class Wanted:
     length: int
     stripe_hash: bytes | None
     start: int = 0
+
+
+def patience_of(downlink: Throttle | None) -> float:
+    """Seconds for each bit of progress, of a node with this downlink."""
+    if downlink is None:
+        return PATIENCE
+    pieces = PIECE_TIMES * ALTOGETHER * PIECE / downlink.rate
+    return max(PATIENCE, min(MOST_PATIENCE, pieces))
 
 
 class Transfer:
@@ -150,7 +151,8 @@ class Peers:
             most=sockets,
             idle_most=idle,
             idle_seconds=idle_seconds,
-            patience=patience or patience_of(None if downlink is None else downlink.rate),
+            patience=PATIENCE if patience is None else patience,
+            progress=patience_of(downlink) if patience is None else patience,
             ahead=AHEAD,
         )
 

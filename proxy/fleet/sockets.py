@@ -91,15 +91,18 @@ class Sockets:
         idle_most: int,
         idle_seconds: float,
         patience: float,
+        progress: float,
         ahead: int,
     ) -> None:
-        """``is_local``: only this machine may be dialled. Times in seconds; ``ahead`` in bytes."""
+        """``is_local``: only this machine may be dialled. Times in seconds, ``patience`` for a
+        socket and ``progress`` for what comes over it; ``ahead`` in bytes."""
         self._tls = tls
         self._is_local = is_local
         self._most = most
         self._idle_most = idle_most
         self._idle_seconds = idle_seconds
         self._patience = patience
+        self._progress = progress
         self._ahead = ahead
         self._berths: dict[Place, list[Berth]] = {}
         self._idle: dict[Berth, Place] = {}  # oldest first
@@ -233,7 +236,7 @@ class Sockets:
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
             berth.sock = sock
-            connection = Connection(patience=self._patience, ahead=self._ahead)
+            connection = Connection(patience=self._progress, ahead=self._ahead)
             try:
                 await connect(connection, sock, address, tls=tls, name=place.host)
             except ssl.SSLError:

@@ -31,6 +31,11 @@ class Traffic:
         self._filling: set[Hashable] = set()
         self._total = 0
 
+    @property
+    def is_receiving(self) -> bool:
+        """Is any stripe on its way?"""
+        return self._total > 0
+
     def note(self, blob: Hashable, receiving: int, *, fills: bool) -> None:
         """So many stripes of the blob are on their way, and it is filled here or not."""
         self._total += receiving - self._receiving.pop(blob, 0)

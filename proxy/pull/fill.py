@@ -98,6 +98,7 @@ class Fill:
             pace=self._pace,
             stopwatch=settings.stopwatch,
             trial=settings.trial,
+            is_disturbed=lambda: sharing is not None and sharing.is_receiving,
         )
         self._crowd = crowd
         self._settings = settings

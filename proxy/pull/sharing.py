@@ -105,6 +105,11 @@ class Sharing:
         """Did its first bytes come from another node?"""
         return self._receiver.has_begun_it
 
+    @property
+    def is_receiving(self) -> bool:
+        """Does this node receive stripes, of whichever blob?"""
+        return self._fellows.traffic.is_receiving
+
     # -- the stepper -----------------------------------------------------------------------
 
     async def run(self, ground: Ground) -> None:

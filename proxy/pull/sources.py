@@ -96,10 +96,10 @@ class TurnBody(Protocol):
 class Source(Protocol):
     """One digest through one repository; ``BlobSource`` is one. ``ranged`` turns false when it is
     seen to ignore Range. ``turn_bytes``: what a turn should ask for, by the speed of those before;
-    ``knows_rate``: there were some. ``segments``: the most turns at once, ``spare``: how many more
-    of them could begin now. ``widens``: do several turns bring more than one? None: nobody has
-    tried of late; ``learn_widening``: what a trial has shown. ``distrust``: its ranges were wrong.
-    """
+    ``knows_rate``: there were some. ``active``: turns under way where its bytes come from, also
+    those of others. ``segments``: the most turns at once, ``spare``: how many more of them could
+    begin now. ``widens``: do several turns bring more than one? None: nobody has tried of late;
+    ``learn_widening``: what a trial has shown. ``distrust``: its ranges were wrong."""
 
     @property
     def key(self) -> Key: ...
@@ -112,6 +112,9 @@ class Source(Protocol):
 
     @property
     def turn_bytes(self) -> int: ...
+
+    @property
+    def active(self) -> int: ...
 
     @property
     def knows_rate(self) -> bool: ...

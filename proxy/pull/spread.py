@@ -52,7 +52,7 @@ from proxy.pull.pace import Pace
 from proxy.pull.parts import Contradiction, expect_part
 from proxy.pull.segments import Segment, Segments, first_cut
 from proxy.pull.sources import Source, TurnBody
-from proxy.pull.trial import Lead, Trial, left_for_trial
+from proxy.pull.trial import LEAST_TURN, Lead, Trial, lead_of_trial, left_for_trial
 from proxy.store.blobs import StoreFull
 from proxy.store.work import finish
 from proxy.upstream.turns import Ticket, TurnClass
@@ -79,7 +79,8 @@ class Spread:
     seconds from the head of the first answer to further turns; what they need to begin (sockets, at
     first) would have the first reader wait for the first bytes. ``pace``: the lead's; there are no
     further turns while its bytes come faster than they are taken in. A turn with ``long`` bytes to
-    come is helped.
+    come is helped. ``trial``: whether several turns bring more; it says nothing while this node
+    ``is_disturbed`` by what others send.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Spread:
         pace: Pace,
         stopwatch: Callable[[], float],
         trial: Trial,
+        is_disturbed: Callable[[], bool],
     ) -> None:
         self.plan: Segments | None = None
         self._name = name
@@ -126,6 +128,8 @@ class Spread:
         self._is_behind = bool(delay)
         self._stopwatch = stopwatch
         self._find_out = trial
+        self._is_disturbed = is_disturbed
+        self._beside: Segment | None = None  # the lead's, that is to have a trial beside it
         self._trial: asyncio.Task[None] | None = None
         self._defect: Exception | None = None
         self._changed = asyncio.Event()
@@ -185,9 +189,10 @@ class Spread:
             self.plan.reach(self._intake.received)
             self._recall()
             parts, most = self._share(source)
-            if self._is_to_try(source) and source.spare > 1:
-                most = min(most, self._beside_trial(self.plan))
+            if is_beside := self._is_to_begin_trial(source, self.plan):
+                most = lead_of_trial(self._next_hole(self.plan), most)
             segment = self.plan.take(parts=parts, most=most)
+            self._beside = segment if is_beside else None
             if segment is not None:
                 return segment
             if self._intake.received == self.plan.size:
@@ -235,27 +240,37 @@ class Spread:
 
     # -- do several turns bring more? ------------------------------------------------------
 
-    def _is_to_try(self, source: Source) -> bool:
-        return self._is_bound and self._could_spread(source) and source.widens is None
+    def _is_to_begin_trial(self, source: Source, plan: Segments) -> bool:
+        """Is the lead's next turn to have a trial beside it?"""
+        is_worth_it = left_for_trial(self._next_hole(plan)) and source.turn_bytes >= LEAST_TURN
+        could_begin = self._trial is None and source.spare > 1 and source.knows_rate
+        return bool(is_worth_it) and could_begin and self._is_to_try(source, turns=0)
 
-    def _beside_trial(self, plan: Segments) -> int:
-        """Bytes that the lead may take of the next hole."""
-        start, stop = next(plan.open_holes(), (0, plan.size))
-        return stop - start - left_for_trial(stop - start)
+    def _is_to_try(self, source: Source, *, turns: int) -> bool:
+        """``turns``: ours, under way. With others beside them, or while other nodes send something,
+        two would have more of a line than one has."""
+        is_unknown = self._is_bound and self._could_spread(source) and source.widens is None
+        has_trouble = self._pause is not None or self._failures or len(self._helpers)
+        return is_unknown and not has_trouble and self._is_by_itself(source, turns)
+
+    def _is_by_itself(self, source: Source, turns: int) -> bool:
+        return source.active <= turns and not self._is_disturbed()
+
+    @staticmethod
+    def _next_hole(plan: Segments) -> int:
+        start, stop = next(plan.open_holes(), (0, 0))
+        return stop - start
 
     def _try(self, source: Source, lead: Segment) -> None:
-        """Begin a trial beside the lead's turn if there is to be one, and something for it."""
-        if self._trial is not None or self.plan is None or not self._is_to_try(source):
-            return
-        if next(self.plan.open_holes(), None) is not None:
+        """Begin a trial beside the lead's turn if that was asked for with one in mind."""
+        if lead is self._beside and self._trial is None:
             trying = self._tried(source, lead)
             self._trial = asyncio.create_task(trying, name=f"trial {self._name}")
 
     async def _tried(self, source: Source, lead: Segment) -> None:
         def begin(count: int) -> Helper | None:
-            if self.plan is None or source.spare < 1 or not self._is_to_try(source):
-                return None
-            segment = self.plan.take_last(count)
+            is_to_try = source.spare > 0 and self._is_to_try(source, turns=1)
+            segment = self.plan.take_last(count) if is_to_try and self.plan is not None else None
             return None if segment is None else self._begin(source, segment)
 
         turn = Lead(lead, lambda: lead not in self._leading)
@@ -268,7 +283,7 @@ class Spread:
             return
         finally:
             self._trial = None
-        if widens is not None:
+        if widens is not None and self._is_by_itself(source, turns=2):
             source.learn_widening(widens)
             self.widen()
 

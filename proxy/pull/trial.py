@@ -7,13 +7,18 @@ get a fiftieth. Then what others need next comes last: of six nodes with lines o
 that filled published nothing for 3.2 of 17.3 s because of that, and all others stood still. They
 had all after 1.29 to 1.33 times what one alone takes, and have it after 1.14 to 1.16 times since.
 
-A trial goes beside one turn of the lead, which leaves the last quarter of its span for it:
+A trial goes beside one turn of the lead, which leaves the last quarter of its span for it. Nothing
+else may come to this node meanwhile: of a line that many share two have almost twice as much as
+one.
 
 * *alone*    the lead's rate is taken, once it has come to go at one
 * *beside*   a further turn brings the end of the span, where nobody is waiting for it, for about
              ``SECONDS``; what both bring until one of them has ended is the rate of the two
 * *over*     the two were faster, or they were not; or nobody can say (None), as when the further
-             turn got no slot or broke. Then the next turn is another trial.
+             turn got no slot, broke, or was over too soon. Then the next turn has another one.
+
+Where a turn brings less than ``LEAST_TURN`` in its time (1 MB/s) nothing is tried: it would last
+too long. There one connection brings all.
 
 Pure but for its waits. Its owner cancels it; what it has begun is its owner's.
 """
@@ -31,6 +36,9 @@ MIB = 1 << 20
 
 #: Bytes of a span that are worth a trial, at least.
 LEAST = 16 * MIB
+#: Bytes of a turn's worth from which on there are trials, and that the lead asks for then.
+LEAST_TURN = 2 * MIB
+LEAST_LEAD = 8 * MIB
 #: The part of the span that the lead leaves for it.
 PART = 4
 #: Seconds that a turn has to find its rate, and that are looked at after that, at least.
@@ -38,12 +46,16 @@ SETTLE = 0.3
 LOOK = 0.5
 #: Bytes that are looked at, at least: a slow body is taken in by half a megabyte at a time.
 LOOK_BYTES = 3 * MIB
+#: The same of the two together.
+LOOK_BOTH = 0.3
+LOOK_BOTH_BYTES = 2 * MIB
 #: Seconds for which the further turn is to go, if two are as fast as one.
 SECONDS = 0.75
 #: Seconds between two looks.
 TICK = 0.05
-#: Two that are so many times as fast as one are faster.
-GAIN = 1.4
+#: Two that are so many times as fast as one are faster. Of a line that is shared with one or two
+#: others, of which this node cannot know, they would have 1.33 or 1.5 times as much.
+GAIN = 1.6
 
 
 class Turn(Protocol):
@@ -85,6 +97,11 @@ def left_for_trial(hole: int) -> int:
     return hole // PART if hole >= LEAST else 0
 
 
+def lead_of_trial(hole: int, most: int) -> int:
+    """Bytes of a turn of the lead, of ``most`` bytes else, that has a trial beside it."""
+    return min(hole - left_for_trial(hole), max(most, LEAST_LEAD))
+
+
 async def try_two(
     lead: Turn,
     begin: Callable[[int], Turn | None],
@@ -97,17 +114,18 @@ async def try_two(
     alone = await _rate(lead, clock, sleep)
     if alone is None:
         return None
-    further = begin(max(MIB, int(alone * SECONDS)))
+    further = begin(max(LOOK_BOTH_BYTES, int(alone * SECONDS)))
     while further is not None and not (further.has_begun or further.is_over or lead.is_over):
         await sleep(TICK)
     if further is None or not further.has_begun or lead.is_over:
         return None
+    end = further.segment.stop
     since, before = clock(), lead.segment.at + further.segment.at
     while not (further.is_over or lead.is_over):
         await sleep(TICK)
     came, took = lead.segment.at + further.segment.at - before, clock() - since
-    has_broken = further.is_over and further.segment.at < (further.segment.stop or 0)
-    if has_broken or took <= 0 or came < MIB:
+    was_cut = further.is_over and further.segment.at != end
+    if was_cut or took < LOOK_BOTH or came < LOOK_BOTH_BYTES:
         return None
     return came >= GAIN * alone * took
 
@@ -116,12 +134,13 @@ async def _rate(
     turn: Turn, clock: Callable[[], float], sleep: Callable[[float], Awaitable[None]]
 ) -> float | None:
     """Bytes a second; None: it has ended before anybody could say."""
-    await sleep(SETTLE)
+    began = clock()
+    while not turn.is_over and clock() - began < SETTLE:
+        await sleep(TICK)
     since, before = clock(), turn.segment.at
-    while True:
+    while not turn.is_over:
         await sleep(TICK)
         came, took = turn.segment.at - before, clock() - since
-        if turn.is_over:
-            return None
         if took >= LOOK and came >= LOOK_BYTES:
             return came / took
+    return None

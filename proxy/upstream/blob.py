@@ -160,6 +160,11 @@ class BlobSource:
         return self._origin.turn_bytes
 
     @property
+    def active(self) -> int:
+        """Turns under way where its bytes come from, whoever's they are."""
+        return self._origin.state().active
+
+    @property
     def knows_rate(self) -> bool:
         """Is its speed known?"""
         return self._origin.knows_rate

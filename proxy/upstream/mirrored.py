@@ -311,6 +311,11 @@ class MirroredBlob:
         return self._current.turn_bytes
 
     @property
+    def active(self) -> int:
+        """Turns under way where its bytes come from, whoever's they are."""
+        return self._current.active
+
+    @property
     def knows_rate(self) -> bool:
         """Is its speed known?"""
         return self._current.knows_rate

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from proxy.fleet.answer import MOST as MOST_HEAD
 from proxy.fleet.connection import LUMP
-from proxy.fleet.peers import AHEAD, REFUSAL, SOCKETS, patience_of
+from proxy.fleet.peers import AHEAD, PATIENCE, REFUSAL, SOCKETS, patience_of
 from proxy.fleet.pieces import MOST, PIECE
 from proxy.fleet.protocol import SEAL, written
 from proxy.fleet.seal import Said, Seal
@@ -190,13 +191,19 @@ async def test_a_byte_now_and_then_is_no_progress() -> None:
 
 
 @pytest.mark.parametrize(
-    ("downlink", "seconds"), [(None, 5.0), (100e6, 5.0), (2e6, 5.0), (MIB, 9.0), (MIB / 2, 18.0)]
+    ("rate", "seconds"), [(100e6, 5.0), (2e6, 5.0), (MIB, 9.0), (MIB / 2, 18.0), (1000.0, 30.0)]
 )
-def test_on_a_slow_line_givers_have_the_time_that_pieces_take(
-    downlink: float | None, seconds: float
-) -> None:
+def test_on_a_slow_line_givers_have_the_time_that_pieces_take(rate: float, seconds: float) -> None:
     """A giver that receives a stripe itself sends nothing while its own next piece comes."""
-    assert patience_of(downlink) == pytest.approx(seconds)
+    assert patience_of(Throttle(rate, clock=FakeClock())) == pytest.approx(seconds)
+    assert patience_of(None) == PATIENCE
+
+
+def lump_of(taker: Taker) -> int:
+    """For how many bytes the kernel wakes the one connection that there is."""
+    [[berth]] = taker.peers._sockets._berths.values()
+    assert berth.sock is not None
+    return berth.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
 
 
 async def test_a_slow_giver_is_judged_by_all_that_it_has_sent() -> None:
@@ -208,7 +215,9 @@ async def test_a_slow_giver_is_judged_by_all_that_it_has_sent() -> None:
     ):
         await anext(transfer)
         next_one = asyncio.ensure_future(anext(transfer))
-        await until(lambda: taker.peers.held == less)
+        await until(lambda: lump_of(taker) == LUMP)
+        await until(lambda: taker.peers.held == less or next_one.done())
+        assert lump_of(taker) == 1
         next_one.cancel()
         await asyncio.wait([next_one])
 
@@ -225,7 +234,9 @@ async def test_the_end_of_a_piece_is_not_waited_for_longer_than_it_has_bytes(
     for server, client in ((None, None), over_tls):
         for size in (1, LUMP - 1, LUMP, LUMP + 1, PIECE - 1, PIECE + 1):
             data = os.urandom(size)
-            async with ScriptedGiver(data, tls=server) as giver, taking(tls=client) as taker:
+            # No look comes in time to take what it would wait for in vain.
+            patient = taking(tls=client, patience=1e6)
+            async with ScriptedGiver(data, tls=server) as giver, patient as taker:
                 ask = grant(giver.url, digest=Digest.of(data))
                 async with taker.peers.taking(ask, wanted(data=data)) as transfer:
                     got = b"".join([b"".join(chunks) async for chunks in transfer])

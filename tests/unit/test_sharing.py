@@ -131,6 +131,31 @@ async def test_a_filler_takes_several_turns_once_a_trial_has_shown_that_they_bri
         assert upstream.sent == len(data)
 
 
+@pytest.mark.parametrize("why", ["others send", "no rate", "no slot", "another turn"])
+async def test_nothing_is_tried_while_a_line_may_be_shared_or_nothing_could_begin(
+    tmp_path: Path, why: str
+) -> None:
+    async def trial(
+        _lead: Turn, _begin: Callable[[int], Turn | None], *, clock: Callable[[], float]
+    ) -> bool | None:
+        raise ZeroDivisionError
+
+    class Busy(ScriptedSource):
+        active = 1  # another blob's
+
+    kind = Busy if why == "another turn" else ScriptedSource
+    async with sailing(tmp_path, 1, trial=trial) as fleet:
+        upstream = kind(bytes(20 * MIB), chunk=64 << 10, turn_bytes=64 * MIB, segments=4)
+        upstream.widens, upstream.knows_rate = None, why != "no rate"
+        upstream.spare = 1 if why == "no slot" else 4
+        node = fleet.nodes[0]
+        node.fellows.traffic.note("another", int(why == "others send"), fills=False)
+        assert await drink(node.rig.join(upstream, size=20 * MIB)) == bytes(20 * MIB)
+        if why != "no rate":
+            assert [turn.length for turn in upstream.turns] == [20 * MIB]
+        node.fellows.traffic.forget("another")
+
+
 async def test_a_trial_that_fails_by_our_fault_is_told_and_hangs_nobody(tmp_path: Path) -> None:
     async def trial(
         _lead: Turn, _begin: Callable[[int], Turn | None], *, clock: Callable[[], float]

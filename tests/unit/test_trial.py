@@ -7,7 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from proxy.pull.segments import Segment
-from proxy.pull.trial import LEAST, MIB, Lead, left_for_trial, try_two
+from proxy.pull.trial import (
+    LEAST,
+    LEAST_LEAD,
+    LEAST_TURN,
+    LOOK_BOTH_BYTES,
+    MIB,
+    Lead,
+    lead_of_trial,
+    left_for_trial,
+    try_two,
+)
 
 
 class Further:
@@ -70,14 +80,34 @@ class Play:
         )
 
 
-@pytest.mark.parametrize("rate", [0.5e6, 8e6, 20e6])
+#: From the slowest that is tried, whose lead is longer than its turns, to one beyond most.
+RATES = [LEAST_TURN / 2, 3e6, 8e6, 20e6, 40e6]
+
+
+def lead_of(rate: float) -> int:
+    """Bytes of the lead's turn on a line of this rate."""
+    return lead_of_trial(64 * MIB, min(64 * MIB, int(2 * rate)))
+
+
+@pytest.mark.parametrize("rate", RATES)
 async def test_where_each_connection_has_a_limit_two_bring_more(rate: float) -> None:
-    assert await Play(48 * MIB, (rate, (rate, rate))).run() is True
+    assert await Play(lead_of(rate), (rate, (rate, rate))).run() is True
 
 
-@pytest.mark.parametrize("rate", [0.5e6, 8e6, 20e6])
+@pytest.mark.parametrize("rate", RATES)
 async def test_where_the_line_is_the_limit_two_bring_no_more(rate: float) -> None:
-    assert await Play(48 * MIB, (rate, (rate / 2, rate / 2))).run() is False
+    assert await Play(lead_of(rate), (rate, (rate / 2, rate / 2))).run() is False
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("others", [1, 2])
+async def test_a_line_that_one_or_two_others_use_is_taken_for_the_limit_too(
+    rate: float, others: int
+) -> None:
+    """Though of such a line two have more than one."""
+    alone, both = 1 / (others + 1), 1 / (others + 2)
+    play = Play(lead_of(rate * alone), (rate * alone, (rate * both, rate * both)))
+    assert await play.run() is not True
 
 
 async def test_one_that_starves_beside_the_lead_brings_no_more() -> None:
@@ -89,10 +119,11 @@ async def test_one_that_starves_beside_the_lead_brings_no_more() -> None:
 
 
 async def test_a_trial_of_a_slow_line_is_short() -> None:
-    play = Play(48 * MIB, (1e6, (0.5e6, 0.5e6)))
+    play = Play(lead_of(1e6), (1e6, (0.5e6, 0.5e6)))
+    assert play.size == LEAST_LEAD
     assert await play.run() is False
     assert play.further is not None
-    assert play.further.segment.at - play.further.segment.start == MIB
+    assert play.further.segment.at - play.further.segment.start == LOOK_BOTH_BYTES
 
 
 async def test_a_turn_that_ends_too_soon_shows_nothing() -> None:
