@@ -139,8 +139,8 @@ class TestLeaving:
                 return bool(await server.ask("GET", "pp:{x}:n") == b"1")
 
             await until(ended)
-            await ours.run(ECHO)
-            assert await connections(server) == before
+            await ours.run(ECHO)  # over another one, if the answer to that has not been read yet
+            assert before <= await connections(server)
 
     async def test_the_answer_of_one_that_left_is_never_anothers(self, tmp_path: Path) -> None:
         async with redis_server(tmp_path) as server, asking(server.url) as ours:

@@ -211,7 +211,7 @@ async def test_a_node_of_a_very_large_fleet_waits_before_it_asks(tmp_path: Path)
     async with sailing(tmp_path, 1, claims=claims, before_first=lambda: pause) as fleet:
         began = loop.time()
         assert await pull(fleet, 0, source()) == DATA
-        assert made[0].asked[0] - began >= pause
+        assert round(made[0].asked[0] - began, 2) >= pause  # loops count in milliseconds
 
 
 async def test_and_does_not_when_there_is_no_directory_to_ask(tmp_path: Path) -> None:
