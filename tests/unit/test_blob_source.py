@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -21,7 +22,7 @@ from proxy.testing import (
     Stall,
     WrongContentRange,
 )
-from proxy.upstream.blob import BlobSource
+from proxy.upstream.blob import BlobSource, Body
 from proxy.upstream.origin import OVERRUN, TURN_SECONDS
 from proxy.upstream.turns import TurnClass
 from tests.unit.upstream_kit import LOOPS, MIB, Puller, noise, run_on, sample, ticket, tls, until
@@ -257,8 +258,10 @@ async def test_only_a_turn_that_can_be_gone_on_with_is_cut_for_a_rival(ranges: b
         assert await rival == DATA
 
 
-@pytest.mark.parametrize(("came", "is_cut"), [(200_000, False), (100_000, True)])
-async def test_a_turn_whose_rest_would_come_soon_is_not_cut(came: int, is_cut: bool) -> None:
+@asynccontextmanager
+async def standing_still(came: int) -> AsyncIterator[tuple[Puller, Body]]:
+    """A turn that has brought so many bytes and brings no more, and whose slot somebody waits for;
+    at the end he has it."""
     async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
         registry.script(Fault(Stall(after=came), kind="blob"))
         async with source_of(puller).open(0, len(DATA), ticket(TurnClass.BLOB)) as body:
@@ -267,30 +270,26 @@ async def test_a_turn_whose_rest_would_come_soon_is_not_cut(came: int, is_cut: b
                 taken += len(await body.borrow())
             rival = asyncio.create_task(puller.read(source_of(puller)))
             await until(lambda: source_of(puller).ahead == 1)
-            puller.clock.advance(TURN_SECONDS * OVERRUN + 1)
-            assert body.is_overdue == is_cut
+            yield puller, body
         registry.release()
         assert await rival == DATA
+
+
+@pytest.mark.parametrize(("came", "is_cut"), [(200_000, False), (100_000, True)])
+async def test_a_turn_whose_rest_would_come_soon_is_not_cut(came: int, is_cut: bool) -> None:
+    async with standing_still(came) as (puller, body):
+        puller.clock.advance(TURN_SECONDS * OVERRUN + 1)
+        assert body.is_overdue == is_cut
 
 
 async def test_a_turn_that_trickles_shortly_before_its_end_is_cut_all_the_same() -> None:
-    came = len(DATA) - 1000
-    async with holding(FakeRegistry()) as registry, Puller(registry, cap=1) as puller:
-        registry.script(Fault(Stall(after=came), kind="blob"))
-        async with source_of(puller).open(0, len(DATA), ticket(TurnClass.BLOB)) as body:
-            taken = 0
-            while taken < came:
-                taken += len(await body.borrow())
-            rival = asyncio.create_task(puller.read(source_of(puller)))
-            await until(lambda: source_of(puller).ahead == 1)
-            puller.clock.advance(20.0)  # nobody had to wait so far
-            assert not body.is_overdue
-            puller.clock.advance(TURN_SECONDS * OVERRUN)
-            assert not body.is_overdue
-            puller.clock.advance(1.0)
-            assert body.is_overdue
-        registry.release()
-        assert await rival == DATA
+    async with standing_still(len(DATA) - 1000) as (puller, body):
+        puller.clock.advance(20.0)  # nobody had to wait so far
+        assert not body.is_overdue
+        puller.clock.advance(TURN_SECONDS * OVERRUN)
+        assert not body.is_overdue
+        puller.clock.advance(1.0)
+        assert body.is_overdue
 
 
 async def test_the_next_turn_is_sized_by_the_speed_of_where_the_bytes_come_from() -> None:
