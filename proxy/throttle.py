@@ -3,15 +3,18 @@
 Theory of operation
 -------------------
 A *throttle* is one cap: of an upstream (``max_rate``), a client (``client_rate``), or all that goes
-from here to other nodes. A *stream* is one body that passes through it, in pieces of at most
-``piece`` bytes. What is sent is taken out of the throttle before it goes; what is received is taken
-out once it has come, and before more is read, so that TCP holds back what was not paid for.
+from here to other nodes, or comes from them. A *stream* is one body that passes through it, in
+pieces of at most ``piece`` bytes, but for what comes from nodes: of that as much as is of use when
+it is whole. What is sent is taken out of the throttle before it goes; what an upstream sends once
+it has come, and before more is read, so that TCP holds back what was not paid for; what a node
+sends before it is waited for.
 
 ``Allowance`` is the token bucket: it fills at the rate, holds ``BURST`` seconds' worth and may be
 overdrawn by one piece, so that no piece has to wait for more than there can ever be. ``TapQueue``
 is the order: each stream has a *tag*, the bytes it has taken, counted from where the queue stood
 when it came; the lowest tag goes next. So streams that want all they can get have equal shares in
-bytes, whatever the size of their pieces, and one that wants little finds itself in front. *Prompt*
+bytes, whatever the size of their pieces, and one that wants little finds itself in front. What
+*goes on* with something that is of no use before it is whole is in front of all tags. *Prompt*
 streams (manifests) go before all others and may overdraw a second's worth: they do not wait behind
 bulk, and bulk pays for them; a crowd of nothing but manifests still keeps to the cap. It is clients
 who choose what is prompt (a listing may have megabytes, and be asked for again and again), so while

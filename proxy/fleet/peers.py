@@ -63,7 +63,6 @@ REFUSAL = 4 << 10
 #: Seconds that a busy giver may ask us to stay away for.
 LONGEST_PAUSE = 60.0
 
-
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
 

@@ -263,7 +263,7 @@ class Spread:
 
     def _try(self, source: Source, lead: Segment) -> None:
         """Begin a trial beside the lead's turn if that was asked for with one in mind."""
-        if lead is self._beside and self._trial is None:
+        if lead is self._beside:
             trying = self._tried(source, lead)
             self._trial = asyncio.create_task(trying, name=f"trial {self._name}")
 
